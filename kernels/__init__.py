@@ -1,0 +1,1 @@
+"""Single-device kernels: attention and patch correlation. Import as `place.kernels`."""

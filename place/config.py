@@ -1,0 +1,416 @@
+"""Every knob of PLACE, its unit and its one default; imports neither torch nor ray, so that `place --help` answers at once."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class UsageError(ValueError):
+    """What a user asked for cannot be done as asked: one line on the screen, exit code 2."""
+
+
+class RunError(ValueError):
+    """A run, a data set or a checkpoint is not as it should be: one line on the screen, exit code 1."""
+
+
+class Section(BaseModel):
+    """A strict, frozen group of knobs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class RunConfig(Section):
+    dir: str = "runs/pretrain"
+    """Run folder: configuration, metrics, checkpoints and evaluation go here."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` continues from the newest complete checkpoint in the run folder; `never` refuses a folder that has one."""
+    seed: int = 0
+    """Seed of initialisation, sample order, augmentation and dropout."""
+    log_every_steps: int = Field(10, ge=1)
+    """Optimiser steps between two lines of metrics.jsonl."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+
+
+class AugmentConfig(Section):
+    crop_scale_min: float = Field(0.8, gt=0, le=1)
+    """Smallest area share of a random crop; 1 takes the centre crop."""
+    rotation_deg: float = Field(5.0, ge=0, le=45)
+    """Largest random rotation to either side, in degrees."""
+    intensity: float = Field(0.1, ge=0, lt=1)
+    """Largest relative change of brightness and of contrast."""
+
+
+class DataConfig(Section):
+    path: str = "datasets/demo"
+    """Folder written by `place prepare`."""
+    train_split: str = "train"
+    """Split that is trained on."""
+    val_split: str = "val"
+    """Split that selects the best checkpoint."""
+    image_size_px: int = Field(224, ge=16)
+    """Side of the square image the model sees, in pixels; divisible by the patch size."""
+    max_tokens: int = Field(160, ge=8)
+    """Report tokens kept, special tokens included; the cut is at the end of a sentence where one fits."""
+    max_sentences: int = Field(16, ge=1)
+    """Report sentences kept."""
+    sections: Literal["all", "findings", "impression"] = "all"
+    """Report sections the text encoder reads."""
+    shuffle_sentences: bool = False
+    """Draw a new order of a report's sentences at each epoch."""
+    augment: AugmentConfig = AugmentConfig()
+    """Augmentation of training images. There is no flip: reports say left and right."""
+    num_workers: int = Field(2, ge=0)
+    """Loader processes a training worker."""
+    num_canonical_nodes: int = Field(8, ge=1)
+    """Streaming's canonical nodes: fixes the sample order for every world size. Keep it over the life of a run."""
+    shuffle_block_size: int = Field(1 << 18, ge=1)
+    """Samples in a shuffling block of streaming's py1e order."""
+    cache_limit: str | None = None
+    """Largest local cache of remote shards, such as `200gb`; none for local data."""
+
+
+class VisionConfig(Section):
+    source: str = "timm:vit_base_patch16_224"
+    """`timm:NAME` (weights from the hub), a local folder (config.json + model.safetensors as timm saves), or `scratch`."""
+    architecture: str = "vit_base_patch16_224"
+    """timm architecture that `scratch` builds with random weights."""
+    overrides: dict[str, int | float] = {}
+    """Arguments of the timm architecture, such as embed_dim, depth, num_heads, patch_size."""
+    stem: Literal["patch", "conv"] = "patch"
+    """`conv` puts four small convolutions in place of the linear patch projection; only with `scratch`."""
+
+
+class TextConfig(Section):
+    source: str = "emilyalsentzer/Bio_ClinicalBERT"
+    """Hugging Face hub name, a local folder with encoder and tokenizer, or `scratch` (both are built from the training reports)."""
+    vocab_size: int = Field(2000, ge=64)
+    """`scratch`: largest vocabulary of the WordPiece tokenizer."""
+    width: int = Field(128, ge=8)
+    """`scratch`: width of the encoder."""
+    depth: int = Field(4, ge=1)
+    """`scratch`: layers."""
+    num_heads: int = Field(4, ge=1)
+    """`scratch`: attention heads."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """`scratch`: dropout of the encoder; folders and hub names bring their own."""
+
+
+class ObservationsConfig(Section):
+    num_queries: int = Field(16, ge=1)
+    """Learned pathology queries K."""
+    depth: int = Field(2, ge=1)
+    """Layers M of self-attention, cross-attention to the patches and feed-forward."""
+    num_heads: int = Field(8, ge=1)
+    """Attention heads."""
+
+
+class CorrelationConfig(Section):
+    depth: int = Field(1, ge=1)
+    """Cross-attention blocks from patches to report tokens."""
+    num_heads: int = Field(8, ge=1)
+    """Attention heads."""
+    width: int = Field(128, ge=8)
+    """Width of z, whose patch correlation is trained."""
+    mask_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of patches hidden from the image encoder; the loss then counts pairs that touch a hidden one."""
+
+
+class ModelConfig(Section):
+    vision: VisionConfig = VisionConfig()
+    """Image encoder."""
+    text: TextConfig = TextConfig()
+    """Report encoder."""
+    observations: ObservationsConfig = ObservationsConfig()
+    """Visual Pathology Observation Extractor (VPOE)."""
+    correlation: CorrelationConfig = CorrelationConfig()
+    """Head of the correlation exploration (CCE)."""
+    joint_width: int = Field(512, ge=8)
+    """Width E of the joint space."""
+    attention: Literal["auto", "xformers", "sdpa", "eager"] = "auto"
+    """Attention backend; `auto` takes the fastest one that this device can run."""
+
+
+class InstanceLossConfig(Section):
+    weight: float = Field(1.0, ge=0)
+    """Weight in the total; 0 switches the term off."""
+    temperature: float = Field(0.07, gt=0)
+    """Start of the learned temperature."""
+    multi_positive: bool = True
+    """Pairs with an identical report are positives of each other."""
+
+
+class PathologyLossConfig(Section):
+    weight: float = Field(1.0, ge=0)
+    """Weight in the total; 0 switches the term off."""
+    temperature: float = Field(0.07, gt=0)
+    """Start of the learned temperature."""
+    pairing: Literal["assignment", "soft", "max"] = "assignment"
+    """How a sentence finds its V-POR: one-to-one by least cost, soft attention, or the most similar one."""
+    negatives: Literal["study", "rank", "global"] = "global"
+    """Where the other pairs come from."""
+
+
+class CorrelationLossConfig(Section):
+    weight: float = Field(1.0, ge=0)
+    """Weight in the total; 0 switches the term off."""
+    target: Literal["pixels", "features"] = "pixels"
+    """Correlation that is regressed on: of raw pixel patches, or of the stop-gradient patch features."""
+    normalize: bool = True
+    """Pearson correlation; false takes the covariance."""
+    distance: Literal["mse", "smooth_l1"] = "mse"
+    """Distance between the two correlations."""
+    beta: float = Field(0.1, gt=0)
+    """Where smooth-L1 turns from square to linear."""
+
+
+class LossConfig(Section):
+    instance: InstanceLossConfig = InstanceLossConfig()
+    """Instance alignment (ITA)."""
+    pathology: PathologyLossConfig = PathologyLossConfig()
+    """Pathological-level cross-modal alignment (PCMA)."""
+    correlation: CorrelationLossConfig = CorrelationLossConfig()
+    """Correlation exploration (CCE)."""
+    max_logit_scale: float = Field(100.0, gt=1)
+    """Largest inverse temperature."""
+
+
+class OptimConfig(Section):
+    lr: float = Field(1e-4, gt=0)
+    """Peak learning rate at `base_batch`."""
+    base_batch: int = Field(1024, ge=1)
+    """Global batch at which `lr` holds."""
+    lr_scaling: Literal["none", "sqrt", "linear"] = "sqrt"
+    """How the learning rate follows the global batch."""
+    min_lr_ratio: float = Field(0.01, ge=0, le=1)
+    """Last learning rate over the peak."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's averaging."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Decay of weights; norms, biases, temperatures, position embeddings and queries have none."""
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps with a rising learning rate."""
+    clip_norm: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0 does not clip."""
+
+
+class TrainConfig(Section):
+    global_batch: int = Field(1024, ge=2)
+    """Image-report pairs an optimiser step contrasts, over all workers."""
+    accumulation: int = Field(1, ge=1)
+    """Chunks a worker's share is cut into (GradCache: the loss still sees the whole global batch)."""
+    epochs: int = Field(50, ge=1)
+    """Passes over the training split."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after so many steps; the schedule is laid over them."""
+    evaluate_every_epochs: int = Field(1, ge=1)
+    """Epochs between two looks at the validation split."""
+    max_val_batches: int = Field(50, ge=1)
+    """Global batches of the validation split looked at."""
+    checkpoint_every_steps: int = Field(500, ge=1)
+    """Steps between two checkpoints; one more is written at the end and on a signal."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints kept, beside the best."""
+
+
+class EngineConfig(Section):
+    kind: Literal["deepspeed", "torch"] = "deepspeed"
+    """DeepSpeed, or plain torch with averaged gradients."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16 is torch autocast over fp32 parameters; losses are fp32 always."""
+    activation_checkpointing: bool = False
+    """Recompute the encoders' activations in the backward pass."""
+    deepspeed: dict[str, Any] = {}
+    """Raw DeepSpeed keys laid over ours."""
+
+
+class ClusterConfig(Section):
+    launcher: Literal["ray", "local", "torchrun"] = "ray"
+    """Who starts the workers; `local` is one worker in this process, `torchrun` takes what torchrun set."""
+    num_workers: int = Field(1, ge=1)
+    """Training workers over the whole cluster, one a GPU where there are any."""
+    cpus_per_worker: int = Field(1, ge=1)
+    """CPU cores a worker reserves."""
+    max_failures: int = Field(3, ge=0)
+    """Worker failures survived by a restart from the newest checkpoint."""
+    timeout_s: int = Field(1800, ge=10)
+    """Longest wait in a collective, in seconds."""
+
+
+class EvaluationConfig(Section):
+    gallery_size: int | None = Field(None, ge=2)
+    """Unique reports in the retrieval gallery, the first by hash; none takes all."""
+    bootstrap: int = Field(1000, ge=0)
+    """Resamples behind a confidence interval."""
+    batch_size: int = Field(64, ge=1)
+    """Studies encoded at once."""
+    prompts: str | None = None
+    """YAML of `finding: {positive: [...], negative: [...]}`; none takes the prompts built in."""
+    findings: list[str] = []
+    """Findings that count towards the mean; empty takes all labels of the data set."""
+
+
+class Config(Section):
+    """A pretraining run."""
+
+    run: RunConfig = RunConfig()
+    """Run folder and logging."""
+    data: DataConfig = DataConfig()
+    """What is trained on."""
+    model: ModelConfig = ModelConfig()
+    """What is trained."""
+    loss: LossConfig = LossConfig()
+    """What is optimised."""
+    optim: OptimConfig = OptimConfig()
+    """How it is optimised."""
+    train: TrainConfig = TrainConfig()
+    """How long, and in which batches."""
+    engine: EngineConfig = EngineConfig()
+    """Numerics and sharding."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Where it runs."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """How the encoder is judged."""
+
+
+class PrepareConfig(Section):
+    """What `place prepare` is told."""
+
+    source: Literal["phantom", "csv"]
+    """Where studies come from."""
+    output: str
+    """Folder the prepared data set is written to."""
+    input: str | None = None
+    """csv: the table (csv, tsv or parquet), one row an image."""
+    image_root: str | None = None
+    """csv: folder that image paths are relative to."""
+    columns: dict[str, str] = {}
+    """csv: our field (image, text, findings, impression, patient, study, view, split) to the table's column."""
+    label_columns: tuple[str, ...] = ()
+    """csv: columns with 1 positive, 0 negative, -1 uncertain, empty unknown; or text classes, one-hot by class."""
+    count: int = Field(2000, ge=1)
+    """phantom: studies made."""
+    seed: int = 0
+    """phantom: seed of the studies; all sources: seed of the split."""
+    phantom_format: Literal["jpeg", "dicom"] = "jpeg"
+    """phantom: image format that is read back."""
+    size_px: int = Field(256, ge=16)
+    """Short side of the stored image, in pixels; smaller images keep their size."""
+    jpeg_quality: int = Field(95, ge=1, le=100)
+    """Quality of the stored grey JPEG."""
+    views: tuple[str, ...] = ()
+    """Views that are kept, such as AP, PA; empty keeps all."""
+    split: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Shares of patients in train, val and test; a split column comes first."""
+    min_words: int = Field(3, ge=1)
+    """Reports with fewer words are rejected."""
+    num_workers: int = Field(0, ge=0)
+    """Processes; 0 takes the number of cores."""
+    rows_per_task: int = Field(512, ge=1)
+    """Rows a task turns into one finished part; a killed run loses at most the parts under way."""
+    shard_mib: int = Field(32, ge=1)
+    """Largest MDS shard before compression, in MiB."""
+    salt_file: str | None = None
+    """File with the secret that ids are hashed with; none takes (or makes, mode 600) ~/.config/place/salt."""
+
+
+def build_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file (with at most one `extends`), lay dotted overrides over it and check every key.
+
+    Args:
+        path: YAML file; none starts from the defaults.
+        overrides: `section.key=value` strings, values in YAML syntax.
+    Raises:
+        UsageError: unreadable file, unknown key (with the nearest name) or a value out of range.
+    Source: ours.
+    """
+    tree = _read_tree(Path(path)) if path else {}
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError(f"'{item}' is no override: write it as section.key=value")
+        _set_dotted(tree, key, _parse_yaml(value, item))
+    return check_config(tree)
+
+
+def check_config(tree: dict[str, Any]) -> Config:
+    """Turn a nested dict into a `Config`. Raises UsageError, one line for the first fault."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UsageError(_first_fault(error)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    import yaml
+
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_tree(path: Path, depth: int = 0) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UsageError(f"config {path}: {error.strerror}; give the path of a YAML file") from None
+    tree = _parse_yaml(text, str(path)) or {}
+    if not isinstance(tree, dict):
+        raise UsageError(f"config {path}: expected sections, got {type(tree).__name__}")
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if depth:
+        raise UsageError(f"config {path}: a base may not extend another one; only one `extends` is allowed")
+    return _merge(_read_tree(path.parent / base, depth + 1), tree)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where}: not YAML ({str(error).splitlines()[0]})") from None
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UsageError(f"{key}: '{section}' is a value, not a section")
+    tree[last] = value
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors()[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] != "extra_forbidden":
+        return f"{where}: {fault['msg'].lower()}, got {fault['input']!r}"
+    near = difflib.get_close_matches(where, _known_keys(Config), n=1, cutoff=0.4)
+    return f"unknown config key '{where}'" + (f"; did you mean '{near[0]}'?" if near else "")
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys

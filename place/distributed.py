@@ -1,0 +1,89 @@
+"""The world of a training process and the few collectives that the losses need; each is an identity at world size 1."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class World(NamedTuple):
+    """Where this process stands: rank of world, local_rank of local_world on its node."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+    @property
+    def is_first(self) -> bool:
+        """True on rank 0, the only one that writes shared files."""
+        return self.rank == 0
+
+
+def read_world() -> World:
+    """The world as it is now: the process group's, or a single process. Source: ours."""
+    if not is_distributed():
+        return World(0, 1, 0, 1)
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, local_world)
+
+
+def is_distributed() -> bool:
+    """True when a process group exists; asked at call time."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Concatenate equal-shaped tensors of all ranks along the first dimension, without gradient."""
+    if not is_distributed() or dist.get_world_size() == 1:
+        return tensor
+    tensor = tensor.contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)
+
+
+def gather_with_grad(tensor: Tensor) -> Tensor:
+    """Concatenate equal-shaped tensors of all ranks along the first dimension; the gradients of all ranks come back summed.
+
+    With each rank's loss a mean over its own rows and gradients averaged over ranks, as DeepSpeed does, the encoders
+    get the gradient of the loss over the global batch. Source: inferred (open_clip issues 616 and 894).
+    """
+    if not is_distributed() or dist.get_world_size() == 1:
+        return tensor
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(tensor.contiguous()))
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Sum over all ranks, without gradient."""
+    if not is_distributed() or dist.get_world_size() == 1:
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Mean over all ranks, without gradient."""
+    return sum_over_ranks(tensor) / read_world().world
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if is_distributed():
+        dist.barrier()
+
+
+def broadcast_text(text: str | None) -> str | None:
+    """What rank 0 says, on every rank."""
+    if not is_distributed():
+        return text
+    box = [text]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
