@@ -1,0 +1,143 @@
+"""A split through both encoders, once, in fp32: the features that all tasks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from place.config import RunError
+from place.data.report import hash_text
+from place.data.streaming import read_samples, select_sentences
+from place.data.transforms import eval_transform, read_image
+from place.evaluation.metrics import Array
+from place.model.place import ImageFeatures, TextFeatures
+from place.training.checkpoint import LoadedRun
+
+Progress = Callable[[int, int], None]
+
+
+class Study(NamedTuple):
+    """A manifest row (an image) without its pixels; `sentences` are those that the report encoder reads."""
+
+    sample_id: int
+    report_group: int
+    labels: dict[str, int | None]
+    sentences: list[str]
+
+
+class EncodedSplit(NamedTuple):
+    """Studies of a split in sample_id order, the patient of each, and features (fp32, on the CPU, letters of place.batch)."""
+
+    studies: list[Study]
+    unit_B: Array
+    image_BE: Tensor
+    observations_BKE: Tensor
+    text_BE: Tensor
+    sentences_BSE: Tensor
+    mask_BS: Tensor
+
+
+def encode_split(
+    run: LoadedRun, data_dir: Path, split: str, batch_size: int, on_progress: Progress | None = None
+) -> EncodedSplit:
+    """Encode every study of a split.
+
+    Args:
+        batch_size: studies at once; features do not depend on it.
+        on_progress: told the studies done and their total.
+    Raises:
+        RunError: a feature that is not finite, or a study that the manifest does not know.
+    Source: ours.
+    """
+    units = read_units(data_dir, split)
+    studies: list[Study] = []
+    images: list[ImageFeatures] = []
+    texts: list[TextFeatures] = []
+    for samples in take(read_samples(data_dir, split), batch_size):
+        studies += [build_study(sample, run.config.data.sections) for sample in samples]
+        images.append(encode_images(run, [sample["image"] for sample in samples]))
+        texts.append(encode_reports(run, [study.sentences for study in studies[-len(samples) :]]))
+        if on_progress:
+            on_progress(len(studies), len(units))
+    if not studies:
+        raise RunError(f"{data_dir}: split '{split}' has no studies; evaluate another split")
+    order = sorted(range(len(studies)), key=lambda row: studies[row].sample_id)
+    features = [torch.cat(parts)[order] for parts in (*_columns(images, 2), *_columns(texts, 3))]
+    studies = [studies[row] for row in order]
+    return EncodedSplit(studies, get_units(units, [study.sample_id for study in studies]), *features)
+
+
+@torch.inference_mode()
+def encode_images(run: LoadedRun, jpegs: Sequence[bytes]) -> ImageFeatures:
+    """Encode JPEGs as the model sees them in validation: centre crop, no augmentation."""
+    size_px, device = run.config.data.image_size_px, _get_device(run)
+    images = [eval_transform(read_image(jpeg), size_px, run.mean, run.std) for jpeg in jpegs]
+    features = run.model.encode_image(torch.stack(images).to(device))
+    return ImageFeatures(*(_check_finite(part.float().cpu(), "image") for part in features))
+
+
+@torch.inference_mode()
+def encode_reports(run: LoadedRun, reports: Sequence[Sequence[str]]) -> TextFeatures:
+    """Encode reports, each a list of sentences."""
+    tokenized = [run.tokenizer.encode(list(sentences)) for sentences in reports]
+    token_ids_BT, attention_BT, sentence_of_token_BT, *_ = run.tokenizer.collate(tokenized)
+    device = _get_device(run)
+    features = run.model.encode_text(token_ids_BT.to(device), attention_BT.to(device), sentence_of_token_BT.to(device))
+    text_BE, sentences_BSE = (_check_finite(part.float().cpu(), "report") for part in features[:2])
+    return TextFeatures(text_BE, sentences_BSE, features.mask_BS.cpu())
+
+
+def build_study(sample: dict[str, Any], sections: str) -> Study:
+    """Keep what the tasks need of a sample.
+
+    Reports that read alike are one group: where the model reads only one section, that section decides.
+    """
+    sentences = select_sentences(sample["sentences"], sections)
+    group = sample["report_group"] if sections == "all" else hash_text(" ".join(sentences))
+    return Study(sample["sample_id"], group, sample["labels"], sentences)
+
+
+def read_units(data_dir: Path, split: str) -> dict[int, str]:
+    """Patient of each study of a split by sample_id; a study without a patient is a unit of its own."""
+    path = data_dir / "manifest.parquet"
+    if not path.is_file():
+        raise RunError(f"{path} is missing; prepare the data set again")
+    rows = pq.read_table(path, columns=["sample_id", "patient"], filters=[("split", "==", split)])
+    pairs = zip(rows["sample_id"].to_pylist(), rows["patient"].to_pylist(), strict=True)
+    return {sample_id: patient or str(sample_id) for sample_id, patient in pairs}
+
+
+def get_units(units: dict[int, str], sample_ids: Sequence[int]) -> Array:
+    """Patients of studies, as an array."""
+    unknown = [sample_id for sample_id in sample_ids if sample_id not in units]
+    if unknown:
+        raise RunError(f"sample {unknown[0]} is in the shards but not in manifest.parquet; prepare the data set again")
+    return np.array([units[sample_id] for sample_id in sample_ids])
+
+
+def take(samples: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    """Cut a stream of samples into lists."""
+    stream = iter(samples)
+    while chunk := list(islice(stream, size)):
+        yield chunk
+
+
+def _columns(batches: Sequence[tuple[Tensor, ...]], count: int) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(batch[:count] for batch in batches), strict=True))
+
+
+def _get_device(run: LoadedRun) -> torch.device:
+    return next(run.model.parameters()).device
+
+
+def _check_finite(features: Tensor, kind: str) -> Tensor:
+    if not torch.isfinite(features).all():
+        raise RunError(f"the {kind} encoder gave a feature that is not finite; evaluate an earlier checkpoint")
+    return features

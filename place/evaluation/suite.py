@@ -1,0 +1,102 @@
+"""`place evaluate`: the tasks that were asked for, over one encoding of a split, as JSON files, a picture and tables."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from place.config import EvaluationConfig, RunError, UsageError
+from place.data.streaming import read_card
+from place.evaluation.explain import write_explanation
+from place.evaluation.metrics import TaskResult
+from place.evaluation.pixel_probe import run_pixel_probe
+from place.evaluation.retrieval import run_retrieval
+from place.evaluation.table import print_results
+from place.evaluation.task import StepProgress, Task, TaskInput
+from place.evaluation.zero_shot import run_zero_shot
+from place.training.checkpoint import load_run
+
+TASKS: dict[str, Callable[[Task], TaskResult]] = {
+    "zero_shot": run_zero_shot,
+    "retrieval": run_retrieval,
+    "pixel_probe": run_pixel_probe,
+}
+NEED_LABELS = ("zero_shot", "pixel_probe")
+
+
+def run_evaluation(
+    run_dir: Path,
+    data_dir: Path,
+    tasks: Sequence[str],
+    split: str = "test",
+    which: str = "best",
+    evaluation: EvaluationConfig | None = None,
+    output: Path | None = None,
+    on_progress: StepProgress | None = None,
+) -> dict[str, TaskResult]:
+    """Judge a run on a split of a prepared data set; writes TASK.json for each task, and explain.png.
+
+    Args:
+        run_dir: run folder.
+        data_dir: folder written by `place prepare`; not necessarily the one trained on.
+        tasks: names in `TASKS`, or `all` for all that the data set permits.
+        which: checkpoint, `best` or `latest`.
+        evaluation: how to judge; none takes the run's own section.
+        output: folder that is written; none takes RUN/evaluation.
+        on_progress: told the step, what is done of it and its total.
+    Raises:
+        UsageError: an unknown task, or one that needs labels on a data set without any.
+        RunError: a damaged run or data set.
+    Source: ours.
+    """
+    card = read_card(data_dir)
+    names = choose_tasks(tasks, bool(card["labels"]))
+    run = load_run(run_dir, which)
+    task = Task(TaskInput(run, data_dir, card, split, evaluation or run.config.evaluation, on_progress))
+    folder = output or run_dir / "evaluation"
+    results = {}
+    for name in names:
+        results[name] = TASKS[name](task)
+        write_result(folder, results[name], task, which)
+    write_explanation(task, folder / "explain.png")
+    return results
+
+
+def choose_tasks(tasks: Sequence[str], has_labels: bool) -> list[str]:
+    """Resolve `all` and check every name."""
+    if not tasks:
+        raise UsageError(f"no task was named; take some of {', '.join(TASKS)}, or all")
+    for name in tasks:
+        if name not in (*TASKS, "all"):
+            near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.4)
+            raise UsageError(f"unknown task '{name}'; " + (f"did you mean '{near[0]}'?" if near else f"take {', '.join(TASKS)} or all"))
+        if name in NEED_LABELS and not has_labels:
+            raise UsageError(f"task '{name}' needs labels and the data set has none; prepare it with label columns or take retrieval")
+    permitted = [name for name in TASKS if has_labels or name not in NEED_LABELS]
+    return permitted if "all" in tasks else list(dict.fromkeys(tasks))
+
+
+def write_result(folder: Path, result: TaskResult, task: Task, which: str) -> None:
+    """Write a result as `folder/TASK.json`, whole or not at all."""
+    tree = {
+        "task": result.task,
+        "metrics": {name: metric._asdict() for name, metric in result.metrics.items()},
+        "protocol": {"split": task.split, "bootstrap": task.evaluation.bootstrap} | result.protocol,
+        "data_fingerprint": task.card["fingerprint"],
+        "commit": task.run.commit,
+        "num_samples": result.num_samples,
+        "checkpoint": {"which": which, "step": task.run.step},
+    }
+    path = folder / f"{result.task}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(tree, indent=2, allow_nan=False) + "\n")
+        part.replace(path)
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}; give a folder that can be written") from None
+
+
+__all__ = ["TASKS", "print_results", "run_evaluation"]

@@ -1,0 +1,88 @@
+"""Results on the screen, readable at 100 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from place.evaluation.metrics import Metric, TaskResult
+
+WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
+MODES = ("instance", "pathology", "combined")
+RETRIEVAL_ROWS = {
+    "r_at_1": "R@1 %",
+    "r_at_5": "R@5 %",
+    "r_at_10": "R@10 %",
+    "median_rank": "median rank",
+    "mrr": "MRR",
+    "p_at_5": "P@5 by label %",
+    "p_at_10": "P@10 by label %",
+}
+
+
+def print_results(results: dict[str, TaskResult], console: Console) -> None:
+    """Print a table for each task, its headline score first, with 95 % intervals and chance levels."""
+    for result in results.values():
+        console.print(_build_retrieval(result) if result.task == "retrieval" else _build_findings(result))
+        for note in _list_notes(result):
+            console.print(f"  {note}", style="dim", highlight=False)
+        console.print()
+
+
+def _build_findings(result: TaskResult) -> Table:
+    title = f"{result.task.replace('_', ' ')}: {result.num_samples} images"
+    others = [mode for mode in MODES if f"{mode}.mean_auroc" in result.metrics]
+    table = _build_table(title, ("finding", "positive", "negative", "no label", "AUROC", "95 %", "AP", *others))
+    rows = [("mean", "mean_auroc", "mean_average_precision", None)]
+    rows += [(name, f"auroc.{name}", f"average_precision.{name}", counts) for name, counts in result.protocol["findings"].items()]
+    for name, auroc, precision, counts in rows:
+        numbers = [str(counts[key]) for key in ("positive", "negative", "no_label")] if counts else [""] * 3
+        metric, other = result.metrics[auroc], [f"{result.metrics[f'{mode}.{auroc}'].value:.3f}" for mode in others]
+        cells = [name, *numbers, f"{metric.value:.3f}", _show_interval(metric), f"{result.metrics[precision].value:.3f}", *other]
+        table.add_row(*cells, style="" if counts else "bold", end_section=not counts)
+    return table
+
+
+def _build_retrieval(result: TaskResult) -> Table:
+    others = [mode for mode in MODES if f"{mode}.image_to_text.r_at_1" in result.metrics]
+    title = f"retrieval: {result.protocol['num_images']} images, {result.protocol['num_reports']} unique reports"
+    table = _build_table(title, ("direction", "measure", "value", "95 %", "chance", *others))
+    for way, label in WAYS.items():
+        shown = [name for name in RETRIEVAL_ROWS if f"{way}.{name}" in result.metrics]
+        for name in shown:
+            key, scale = f"{way}.{name}", 100 if "%" in RETRIEVAL_ROWS[name] else 1
+            digits = 3 if name == "mrr" else 1
+            metric, chance = result.metrics[key], result.protocol["chance"][way][name]
+            figures = [chance, *(result.metrics[f"{mode}.{key}"].value for mode in others)]
+            cells = [f"{metric.value * scale:.{digits}f}", _show_interval(metric, scale, digits)]
+            cells += [f"{figure * scale:.{digits}f}" for figure in figures]
+            first = name == shown[0]
+            table.add_row(label if first else "", RETRIEVAL_ROWS[name], *cells, end_section=name == shown[-1])
+    return table
+
+
+def _build_table(title: str, columns: Iterable[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    for name in columns:
+        is_text = name in ("finding", "direction", "measure")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text, style="dim" if name in MODES else None)
+    return table
+
+
+def _show_interval(metric: Metric, scale: float = 1, digits: int = 3) -> str:
+    if metric.low is None or metric.high is None:
+        return "-"
+    return f"{metric.low * scale:.{digits}f} to {metric.high * scale:.{digits}f}"
+
+
+def _list_notes(result: TaskResult) -> list[str]:
+    protocol = result.protocol
+    notes = [protocol["score"]]
+    notes += [f"left out {name}: {reason}" for name, reason in protocol.get("left_out", {}).items()]
+    if protocol.get("prompts_from_template"):
+        notes.append(f"template prompts: {', '.join(protocol['prompts_from_template'])}")
+    if "gallery" in protocol:
+        notes.append(f"ties {protocol['ties']}")
+    return notes
