@@ -1,0 +1,194 @@
+"""Who the phantom patient is and how he stands: anatomy, pose, and the contours of his organs in millimetres.
+
+Origin: midline, mid-lung. x runs to the image's right, which is the patient's left; y runs down.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+Points = NDArray[np.float32]
+"""Contour or polyline, shape (n, 2), millimetres."""
+
+SIGN = {"right": -1.0, "left": 1.0}
+
+
+class Anatomy(NamedTuple):
+    """What stays with a patient from study to study; lengths in mm."""
+
+    is_female: bool
+    half_width: float
+    lung_height: float
+    habitus: float
+    ctr: float
+    axis: float
+    aorta: float
+    hilum: float
+    breast: float
+    scoliosis: float
+    rib_gap: float
+    rib_drop: float
+    rib_density: float
+    clavicle_tilt: float
+    has_pacemaker: bool
+    has_sternotomy: bool
+
+
+class Pose(NamedTuple):
+    """What differs between two studies of a patient; lengths in mm, angles in degrees."""
+
+    view: str
+    inspiration: float
+    raised: tuple[float, float]
+    rotation: float
+    tilt: float
+    shift: tuple[float, float]
+    field: float
+    arms: float
+
+
+class Chest(NamedTuple):
+    """Contours that the drawing and the findings share; pairs are (right, left)."""
+
+    half_width: float
+    apex_y: tuple[float, float]
+    dome_y: tuple[float, float]
+    angle_y: tuple[float, float]
+    lung: tuple[Points, Points]
+    silhouette: Points
+    heart_right: float
+    heart_left: float
+    heart_y: float
+    ctr: float
+    carina: tuple[float, float]
+    offset: float
+
+
+def draw_anatomy(rng: Generator) -> Anatomy:
+    """A random patient."""
+    is_female = bool(rng.random() < 0.5)
+    return Anatomy(
+        is_female=is_female,
+        half_width=float(np.clip(rng.normal(126 if is_female else 138, 9), 105, 158)),
+        lung_height=float(np.clip(rng.normal(226 if is_female else 244, 14), 190, 280)),
+        habitus=float(rng.beta(1.6, 1.8)),
+        ctr=float(rng.uniform(0.39, 0.475)),
+        axis=float(rng.uniform(-1, 1)),
+        aorta=float(rng.uniform(0, 1)),
+        hilum=float(rng.uniform(0.7, 1.35)),
+        breast=float(rng.uniform(0.15, 1.0)) if is_female else float(rng.uniform(0, 0.2)),
+        scoliosis=float(rng.normal(0, 4)),
+        rib_gap=float(rng.uniform(20.5, 25)),
+        rib_drop=float(rng.uniform(26, 58)),
+        rib_density=float(rng.uniform(0.6, 1.3)),
+        clavicle_tilt=float(rng.uniform(-6, 16)),
+        has_pacemaker=bool(rng.random() < 0.1),
+        has_sternotomy=bool(rng.random() < 0.1),
+    )
+
+
+def draw_pose(rng: Generator) -> Pose:
+    """A random way to stand (PA) or lie (AP) before the detector."""
+    view = "AP" if rng.random() < 0.5 else "PA"
+    inspiration = float(np.clip(rng.normal(-0.45 if view == "AP" else 0.35, 0.65), -1.6, 1.4))
+    raised = [0.0, 0.0]
+    if rng.random() < 0.08:
+        raised[int(rng.integers(2))] = float(rng.uniform(14, 26))
+    spread = 1.25 if view == "AP" else 1.0
+    return Pose(
+        view=view,
+        inspiration=inspiration,
+        raised=(raised[0], raised[1]),
+        rotation=float(np.clip(rng.normal(0, 0.45 * spread), -1.3, 1.3)),
+        tilt=float(np.clip(rng.normal(0, 3.0 * spread), -9, 9)),
+        shift=(float(np.clip(rng.normal(0, 13), -32, 32)), float(np.clip(rng.normal(0, 14), -32, 32))),
+        field=float(rng.uniform(345, 470)),
+        arms=float(rng.uniform(0, 1)),
+    )
+
+
+def build_chest(anatomy: Anatomy, pose: Pose, ctr: float, lifted: tuple[float, float], pushed: float) -> Chest:
+    """The contours of one study.
+
+    Args:
+        anatomy: the patient.
+        pose: how he stands.
+        ctr: cardiothoracic ratio that the heart is drawn with.
+        lifted: how far volume loss raises the (right, left) hemidiaphragm, in mm.
+        pushed: displacement of the mediastinum towards the image's right, in mm.
+    Returns:
+        Lung polygons, cardiomediastinal silhouette and the heights that findings hang on.
+    Source: ours.
+    """
+    half, top = anatomy.half_width, -anatomy.lung_height / 2
+    depth = anatomy.lung_height / 2 - 18 + 17 * pose.inspiration
+    dome = (depth - 12 - pose.raised[0] - lifted[0], depth - pose.raised[1] - lifted[1])
+    angle = tuple(max(depth + 26 - 0.25 * up, low + 16) for up, low in zip(lifted, dome))
+    widths = (half * (1 + 0.05 * pose.rotation), half * (1 - 0.05 * pose.rotation))
+    lungs = tuple(
+        build_lung(sign, width, top, low, cp) for sign, width, low, cp in zip((-1, 1), widths, dome, angle)
+    )
+    offset = 9 * pose.rotation + pushed
+    width = 2 * half * ctr
+    share = 0.66 + 0.05 * anatomy.axis
+    heart_left, heart_right = share * width + offset, -(1 - share) * width + offset
+    heart_y = float(np.mean(dome)) - 34 - 8 * anatomy.axis
+    silhouette = _build_silhouette(anatomy, heart_left, heart_right, heart_y, top, offset, max(dome))
+    carina = (2 + offset * 0.5, top + 0.33 * anatomy.lung_height)
+    return Chest(half, (top, top), dome, (angle[0], angle[1]), (lungs[0], lungs[1]), silhouette,
+                 heart_right, heart_left, heart_y, ctr, carina, offset)
+
+
+def compute_lateral(width: float, top: float, bottom: float, y: Points) -> Points:
+    """Distance of the lateral lung wall from the midline at heights y, all in mm."""
+    t = np.clip((y - top) / (bottom - top), 0, 1)
+    start = 0.3 * width
+    return start + (width - start) * (1 - (1 - t) ** 3.0) ** (1 / 2.1) * (1 - 0.05 * t**4)
+
+
+def build_lung(sign: float, width: float, top: float, dome: float, angle: float) -> Points:
+    """Polygon of one lung: medial edge, apex, lateral wall, costophrenic angle, diaphragm."""
+    y = np.concatenate([np.linspace(top, top + 20, 8), np.linspace(top + 28, angle, 22)]).astype(np.float32)
+    lateral = compute_lateral(width, top, angle, y)
+    lateral[-1] *= 0.99
+    peak = 0.42 * width
+    x = np.linspace(lateral[-1], 6, 24)[1:]
+    outer = np.clip((x - peak) / (lateral[-1] - peak), 0, 1) ** 2.3
+    inner = np.clip((peak - x) / peak, 0, 1) ** 2
+    low = dome + (angle - dome) * outer + 13 * inner
+    medial_x, medial_y = np.array([6, 10, 0.17 * width]), np.array([top + 60, top + 14, top + 3])
+    points = np.stack([np.concatenate([lateral, x, medial_x]), np.concatenate([y, low, medial_y])], 1)
+    points[:, 0] *= sign
+    return points.astype(np.float32)
+
+
+def smooth_curve(points: Points, closed: bool = False, steps: int = 6) -> Points:
+    """Catmull-Rom curve through points, `steps` samples a span."""
+    ring = np.pad(points, ((1, 2), (0, 0)), mode="wrap" if closed else "edge")
+    if not closed:
+        ring = ring[:-1]
+    t = np.linspace(0, 1, steps, endpoint=False)[None, :, None]
+    a, b, c, d = (ring[i : len(ring) - 3 + i, None] for i in range(4))
+    spans = 0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
+    return spans.reshape(-1, 2).astype(np.float32)
+
+
+def _build_silhouette(
+    anatomy: Anatomy, left: float, right: float, y: float, top: float, offset: float, dome: float
+) -> Points:
+    """Mediastinum and heart as one outline, clockwise from the right side of the neck."""
+    level = top + 0.33 * anatomy.lung_height
+    knob = 6 + 9 * anatomy.aorta
+    base = dome + 14
+    hinge = min(level + 34, y - 42)
+    vessel = 0.52 * left + 12
+    shape = [
+        (-24, top - 60), (-23, top + 10), (-24 + offset * 0.6, level - 14), (-25 + offset, hinge),
+        (right * 0.93, y - 28), (right, y), (right * 0.9, y + 24), (right * 0.55, base), (left * 0.45, base + 2),
+        (left * 0.88, y + 34), (left, y + 14), (left * 0.88, y - 12), (vessel, hinge + 8),
+        (30 + offset, level + 10), (26 + knob + offset, level - 12), (24 + 0.7 * knob + offset, level - 26),
+        (21, level - 44), (23, top + 4), (24, top - 60),
+    ]  # fmt: skip
+    return smooth_curve(np.array(shape, np.float32), closed=True)
