@@ -1,0 +1,1 @@
+"""From radiographs and reports to batches: sources, decoding, shards, loading."""

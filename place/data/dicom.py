@@ -1,0 +1,152 @@
+"""DICOM bytes to the picture a radiologist would see; nothing of the header but an allow-list comes out."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from typing import Any
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from PIL import Image
+from pydicom.dataset import Dataset
+from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
+
+from place.data.images import GreyImage, ImageInfo, Rejected, check_pixel_count, scale_to_uint8
+
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+_NEEDS_EXTRA = {
+    "1.2.840.10008.1.2.4.57": "lossless JPEG",
+    "1.2.840.10008.1.2.4.70": "lossless JPEG",
+    "1.2.840.10008.1.2.4.80": "JPEG-LS",
+    "1.2.840.10008.1.2.4.81": "JPEG-LS",
+}
+_COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+
+
+def decode_dicom(data: bytes) -> tuple[GreyImage, ImageInfo]:
+    """Decode one radiograph: modality LUT, VOI LUT or first window, MONOCHROME1 inverted, 8 bits.
+
+    Args:
+        data: a whole DICOM file, of 8 to 16 bits, signed or not, plain or compressed.
+    Returns:
+        (Y, X) uint8, white is dense; view, laterality, modality, photometric interpretation and spacing.
+    Raises:
+        Rejected: `multi_frame`, `truncated_image`, `too_large`, `unsupported_compression`, `unreadable_image`.
+    Source: ours.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom quotes header values in its warnings: they must not reach a log
+        dataset = _read_dataset(data)
+        _check_pixel_header(dataset)
+        stored = _decode_pixels(dataset)
+        try:
+            return _render(dataset, stored), read_info(dataset)
+        except Rejected:
+            raise
+        except Exception:  # noqa: BLE001 - a broken LUT may raise anything; the row is counted
+            raise Rejected("unreadable_image", "look-up table or window cannot be applied") from None
+
+
+def _read_dataset(data: bytes) -> Dataset:
+    if _DEFLATED in data[:1024]:
+        raise Rejected("unsupported_compression", "deflated data set")
+    try:
+        # Some exports lack the preamble; what is no DICOM at all has no pixel data and is refused for that.
+        return pydicom.dcmread(io.BytesIO(data), force=True)
+    except Exception:  # noqa: BLE001 - as above
+        raise Rejected("unreadable_image", "neither JPEG, PNG nor DICOM") from None
+
+
+def _check_pixel_header(dataset: Dataset) -> None:
+    try:
+        if "PixelData" not in dataset:
+            raise Rejected("unreadable_image", "neither JPEG, PNG nor DICOM with pixel data")
+        frames = int(dataset.get("NumberOfFrames") or 1)
+        if frames > 1:
+            raise Rejected("multi_frame", f"{frames} frames")
+        check_pixel_count(int(dataset.Rows), int(dataset.Columns))
+        photometric = str(dataset.PhotometricInterpretation)
+    except Rejected:
+        raise
+    except Exception:  # noqa: BLE001 - missing or malformed elements
+        raise Rejected("unreadable_image", "pixel description is missing or malformed") from None
+    if photometric not in ("MONOCHROME1", "MONOCHROME2", *_COLOUR):
+        raise Rejected("unsupported_photometric", "expected MONOCHROME1, MONOCHROME2, RGB or YBR")
+
+
+def _decode_pixels(dataset: Dataset) -> NDArray[Any]:
+    if "TransferSyntaxUID" not in getattr(dataset, "file_meta", {}):
+        dataset.file_meta = pydicom.dataset.FileMetaDataset()
+        little = dataset.original_encoding[1] is not False
+        implicit = dataset.original_encoding[0] is not False
+        explicit = pydicom.uid.ExplicitVRLittleEndian if little else pydicom.uid.ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if implicit else explicit
+    syntax = str(dataset.file_meta.TransferSyntaxUID)
+    try:
+        return pixel_array(dataset)
+    except Exception as error:  # noqa: BLE001 - decoders of compressed data raise anything
+        text = str(error).lower()
+        if syntax in _NEEDS_EXTRA and ("missing dependencies" in text or "unable to decompress" in text):
+            hint = f"{_NEEDS_EXTRA[syntax]}: install place-cxr[dicom-gpl]"
+            raise Rejected("unsupported_compression", hint) from None
+        if any(word in text for word in ("truncated", "less than", "incomplete", "unexpected end", "not enough")):
+            raise Rejected("truncated_image") from None
+        raise Rejected("unreadable_image", "pixel data cannot be decoded") from None
+
+
+def _render(dataset: Dataset, stored: NDArray[Any]) -> GreyImage:
+    if stored.ndim == 3 and stored.shape[-1] == 3 and stored.dtype == np.uint8:
+        return np.asarray(Image.fromarray(stored).convert("L"))
+    if stored.ndim != 2:
+        raise Rejected("unreadable_image", f"pixel array of {stored.ndim} dimensions")
+    inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
+    shown = apply_voi_lut(apply_modality_lut(stored, dataset), dataset)
+    padding = _padding_mask(dataset, stored)
+    if padding.any() and not padding.all():
+        inside = shown[~padding]
+        shown = np.where(padding, inside.max() if inverted else inside.min(), shown)  # black once shown
+    grey = shown.astype(np.uint8) if _is_eight_bit(shown) else scale_to_uint8(shown)
+    return 255 - grey if inverted else grey
+
+
+def _padding_mask(dataset: Dataset, stored: NDArray[Any]) -> NDArray[np.bool_]:
+    value = dataset.get("PixelPaddingValue")
+    if value is None:
+        return np.zeros(stored.shape, dtype=bool)
+    limit = dataset.get("PixelPaddingRangeLimit", value)
+    return (stored >= min(value, limit)) & (stored <= max(value, limit))
+
+
+def _is_eight_bit(shown: NDArray[Any]) -> bool:
+    return shown.dtype == np.uint8
+
+
+def read_info(dataset: Dataset) -> ImageInfo:
+    """What the allow-list takes from a header; a value that is no plain code is left out. Source: ours."""
+    laterality = _code(dataset, "ImageLaterality") or _code(dataset, "Laterality")
+    spacing = _spacing_mm(dataset, "PixelSpacing") or _spacing_mm(dataset, "ImagerPixelSpacing")
+    return ImageInfo(
+        _code(dataset, "ViewPosition"),
+        laterality,
+        _code(dataset, "Modality"),
+        _code(dataset, "PhotometricInterpretation", r"[A-Z_0-9]{1,16}"),
+        spacing,
+    )
+
+
+def _code(dataset: Dataset, name: str, pattern: str = r"[A-Z ]{1,16}") -> str:
+    text = str(dataset.get(name) or "").strip().upper()
+    return text if re.fullmatch(pattern, text) else ""
+
+
+def _spacing_mm(dataset: Dataset, name: str) -> tuple[float, float] | None:
+    try:
+        rows, columns = (float(value) for value in dataset.get(name) or ())
+    except (ValueError, TypeError):
+        return None
+    usable = all(math.isfinite(value) and 0 < value < 100 for value in (rows, columns))
+    return (rows, columns) if usable else None

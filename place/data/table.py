@@ -1,0 +1,183 @@
+"""Reads a csv, tsv or parquet table as text, and checks what a user says of its columns."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+from place.config import RunError, UsageError
+
+FIELDS = ("image", "text", "findings", "impression", "patient", "study", "view", "split")
+_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
+_MAX_CLASSES = 64
+_SIGNS = {
+    "1": 1,
+    "0": 0,
+    "-1": -1,
+    "1.0": 1,
+    "0.0": 0,
+    "-1.0": -1,
+    "True": 1,
+    "False": 0,
+    "true": 1,
+    "false": 0,
+    "": None,
+}
+
+
+class Label(NamedTuple):
+    """A label of the data set: a column of signs, or one text class of a column."""
+
+    name: str
+    column: str
+    value: str | None
+
+    def read(self, cell: str) -> int | None:
+        """1 positive, 0 negative, -1 uncertain, None unknown."""
+        if self.value is None:
+            return _SIGNS[cell]
+        return None if not cell else int(cell == self.value)
+
+
+def read_table(path: Path, columns: dict[str, str], label_columns: Iterable[str]) -> pd.DataFrame:
+    """The mapped columns under our field names, and the label columns under `label:NAME`, all as stripped text.
+
+    Args:
+        path: csv, tsv (also .gz) or parquet.
+        columns: our field to the table's column.
+        label_columns: columns with labels.
+    Raises:
+        UsageError: no such file, unknown kind, unknown field or column.
+        RunError: the file is not what its name says, or has no rows.
+    Source: ours.
+    """
+    check_fields(columns)
+    if not path.is_file():
+        raise UsageError(f"table {path}: no such file; give --input the path of a csv, tsv or parquet table")
+    if not path.name.endswith(_SUFFIXES):
+        raise UsageError(f"table {path.name}: unknown kind; expected a name that ends in {', '.join(_SUFFIXES)}")
+    wanted = {**columns, **{f"label:{name}": name for name in label_columns}}
+    try:
+        present = _read_header(path)
+        for column in wanted.values():
+            _check_column(column, present)
+        frame = _read_cells(path, sorted(set(wanted.values())))
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
+        raise RunError(f"table {path.name}: cannot be read ({str(error).splitlines()[0]})") from None
+    if frame.empty:
+        raise RunError(f"table {path.name}: has a header but no rows")
+    return pd.DataFrame({field: frame[column] for field, column in wanted.items()})
+
+
+def check_fields(columns: dict[str, str]) -> None:
+    """Refuse a mapping that names unknown fields, or lacks an image or a report. Raises UsageError."""
+    for field in columns:
+        if field not in FIELDS:
+            raise UsageError(
+                f"unknown field '{field}' in --column{_nearest(field, FIELDS)}; fields are {', '.join(FIELDS)}"
+            )
+    if "image" not in columns:
+        raise UsageError("no column for the image: say --column image=NAME")
+    sections = {"findings", "impression"} & columns.keys()
+    if not sections and "text" not in columns:
+        raise UsageError("no column for the report: say --column text=NAME, or findings=NAME and impression=NAME")
+    if sections and "text" in columns:
+        raise UsageError(
+            f"both text and {' and '.join(sorted(sections))} are mapped: a report is one text or its sections"
+        )
+
+
+def _check_column(column: str, present: list[str]) -> None:
+    if column not in present:
+        raise UsageError(f"unknown column '{column}'{_nearest(column, present)}; the table has {', '.join(present)}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name.lower(), [item.lower() for item in known], n=1, cutoff=0.4)
+    spelled = [item for item in known if near and item.lower() == near[0]]
+    return f" (did you mean '{spelled[0]}'?)" if spelled else ""
+
+
+def _read_header(path: Path) -> list[str]:
+    if path.suffix == ".parquet":
+        return list(pq.read_schema(path).names)
+    return list(pd.read_csv(path, sep=_separator(path), nrows=0, dtype=str, encoding="utf-8-sig").columns)
+
+
+def _read_cells(path: Path, columns: list[str]) -> pd.DataFrame:
+    if path.suffix == ".parquet":
+        frame = pq.read_table(path, columns=columns).to_pandas(integer_object_nulls=True)
+        return frame.map(_to_text).reset_index(drop=True)
+    frame = pd.read_csv(
+        path,
+        sep=_separator(path),
+        usecols=columns,
+        dtype=str,
+        keep_default_na=False,
+        na_filter=False,
+        encoding="utf-8-sig",
+    )
+    return frame.map(str.strip)
+
+
+def _to_text(cell: object) -> str:
+    if cell is None or cell is pd.NaT or cell is pd.NA or cell != cell:
+        return ""
+    if isinstance(cell, float) and cell.is_integer():
+        return str(int(cell))  # a whole number that a gap in its column made a float
+    return str(cell).strip()
+
+
+def _separator(path: Path) -> str:
+    return "\t" if ".tsv" in path.suffixes else ","
+
+
+def build_labels(frame: pd.DataFrame, label_columns: Iterable[str]) -> list[Label]:
+    """Find out what each label column holds.
+
+    Returns:
+        One label for a column of 1, 0, -1 and empty cells; one `column=value` for each class of a column of text.
+    Raises:
+        UsageError: numbers that are no signs, or so many classes that the column must be something else.
+    Source: ours.
+    """
+    labels: list[Label] = []
+    for column in label_columns:
+        values = sorted(set(frame[f"label:{column}"]) - {""})
+        if all(value in _SIGNS for value in values):
+            labels.append(Label(column, column, None))
+        elif len(values) > _MAX_CLASSES:
+            raise UsageError(
+                f"label column '{column}' has {len(values)} classes, at most {_MAX_CLASSES} are taken: "
+                "is it an identifier or free text?"
+            )
+        elif any(_is_number(value) for value in values):
+            raise UsageError(
+                f"label column '{column}' has numbers other than 1, 0 and -1; expected those, or text classes"
+            )
+        else:
+            labels += [Label(f"{column}={value}", column, value) for value in values]
+    return labels
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

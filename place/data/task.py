@@ -1,0 +1,189 @@
+"""One task of `place prepare`: some hundred rows become one finished part, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from place.config import PrepareConfig
+from place.data.images import (
+    GreyImage,
+    ImageInfo,
+    Rejected,
+    decode_image,
+    encode_grey_jpeg,
+    read_image_file,
+    shrink_image,
+)
+from place.data.manifest import MANIFEST, REJECTED, write_json, write_table
+from place.data.report import count_words, hash_text, split_sections, split_sentences
+from place.data.rows import Row
+from place.data.shards import PartWriter
+
+
+class Task(NamedTuple):
+    """What a worker gets: nothing in it is secret but image paths."""
+
+    number: int
+    rows: Iterable[Row]
+    parts_dir: str
+    config: PrepareConfig
+
+
+class PartResult(NamedTuple):
+    """What a finished part says of itself; sums are whole numbers, so that their order does not matter."""
+
+    number: int
+    rows: int
+    reasons: dict[str, int]
+    pixels: tuple[int, int, int]
+    """Number, sum and sum of squares of the stored training pixels."""
+    labels: dict[str, list[int]]
+    """Positive, negative, uncertain, unknown of each label, over the kept images."""
+
+
+class _Sample(NamedTuple):
+    stored: dict[str, Any]
+    record: dict[str, Any]
+    image_YX: GreyImage
+
+
+def run_task(task: Task) -> PartResult:
+    """Turn the rows of a task into a finished part folder; a part that is there already is left alone.
+
+    Source: ours.
+    """
+    done = part_folder(task.parts_dir, task.number)
+    if done.exists():
+        return read_result(done)
+    partial = done.with_name(f"{done.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    result = _write_part(task, partial)
+    write_json(partial / "part.json", result._asdict())
+    if not done.exists():
+        os.rename(partial, done)
+    return result
+
+
+def part_folder(parts_dir: str | Path, index: int) -> Path:
+    """Where a finished part is found."""
+    return Path(parts_dir) / f"{index:05}"
+
+
+def read_result(part: Path) -> PartResult:
+    """What a finished part wrote of itself."""
+    return PartResult(**json.loads((part / "part.json").read_text()))
+
+
+def _write_part(task: Task, folder: Path) -> PartResult:
+    kept: list[dict[str, Any]] = []
+    rejected: list[dict[str, Any]] = []
+    pixels = [0, 0, 0]
+    labels: dict[str, list[int]] = {}
+    with PartWriter(folder, task.config.shard_mib) as writer:
+        for row in task.rows:
+            try:
+                sample = _read_sample(row, task.config)
+            except Rejected as drop:
+                rejected.append(dict(row=row.number, sample_id=row.sample_id, reason=drop.reason, detail=drop.detail))
+                continue
+            writer.write(row.split, sample.stored)
+            kept.append(sample.record)
+            _count_labels(labels, row.labels)
+            if row.split == "train":
+                pixels = [total + more for total, more in zip(pixels, _sum_pixels(sample.image_YX))]
+    write_table(folder / "manifest.parquet", kept, MANIFEST)
+    write_table(folder / "rejected.parquet", rejected, REJECTED)
+    reasons = dict(Counter(item["reason"] for item in rejected))
+    return PartResult(task.number, len(kept) + len(rejected), reasons, (pixels[0], pixels[1], pixels[2]), labels)
+
+
+def _read_sample(row: Row, config: PrepareConfig) -> _Sample:
+    if row.reject:
+        raise Rejected(row.reject)
+    sentences = read_sentences(row.sections, config.min_words)
+    _check_view(row.view, config.views, known=bool(row.view))
+    data = row.image if isinstance(row.image, bytes) else read_image_file(row.image)
+    source_YX, info = decode_image(data)
+    view = row.view or info.view
+    _check_view(view, config.views, known=True)
+    image_YX = shrink_image(source_YX, config.size_px)
+    scale = image_YX.shape[0] / source_YX.shape[0], image_YX.shape[1] / source_YX.shape[1]
+    stored = {
+        "image": encode_grey_jpeg(image_YX, config.jpeg_quality),
+        "sentences": sentences,
+        "labels": row.labels,
+        "view": view,
+        "sample_id": row.sample_id,
+        "report_group": hash_text(" ".join(item["text"] for item in sentences)),
+        "boxes": [_scale_box(box, scale) for box in row.boxes],
+    }
+    record = _build_record(row, stored, info, source_YX.shape, image_YX.shape)
+    return _Sample(stored, {**record, "source_sha256": hashlib.sha256(data).hexdigest()}, image_YX)
+
+
+def _build_record(
+    row: Row, stored: dict[str, Any], info: ImageInfo, source: tuple[int, ...], shape: tuple[int, ...]
+) -> dict[str, Any]:
+    spacing = info.spacing_mm or (None, None)
+    return {
+        **{name: stored[name] for name in ("sample_id", "view", "report_group", "sentences")},
+        "row": row.number,
+        "patient": row.patient,
+        "study": row.study,
+        "split": row.split,
+        "laterality": info.laterality,
+        "modality": info.modality,
+        "photometric": info.photometric,
+        "height_px": shape[0],
+        "width_px": shape[1],
+        "source_height_px": source[0],
+        "source_width_px": source[1],
+        "spacing_y_mm": spacing[0] and spacing[0] * source[0] / shape[0],
+        "spacing_x_mm": spacing[1] and spacing[1] * source[1] / shape[1],
+        "num_words": sum(count_words(item["text"]) for item in stored["sentences"]),
+        "labels": json.dumps(stored["labels"], ensure_ascii=False),
+        "boxes": json.dumps(stored["boxes"]),
+    }
+
+
+def read_sentences(sections: Iterable[tuple[str, str]], min_words: int) -> list[dict[str, str]]:
+    """Sentences of a report with their section. Raises Rejected: `empty_report`, `short_report`. Source: ours."""
+    cut = [pair for name, text in sections for pair in (split_sections(text) if name == "text" else [(name, text)])]
+    sentences = [{"section": name, "text": sentence} for name, text in cut for sentence in split_sentences(text)]
+    words = sum(count_words(item["text"]) for item in sentences)
+    if not words:
+        raise Rejected("empty_report")
+    if words < min_words:
+        raise Rejected("short_report", f"{words} words, at least {min_words} wanted")
+    return sentences
+
+
+def _check_view(view: str, wanted: tuple[str, ...], known: bool) -> None:
+    if wanted and known and view not in {name.upper() for name in wanted}:
+        raise Rejected("view_excluded", view or "view unknown")
+
+
+def _scale_box(box: dict[str, Any], scale: tuple[float, float]) -> dict[str, Any]:
+    x0, y0, x1, y1 = box["box_xyxy"]
+    return {**box, "box_xyxy": [x0 * scale[1], y0 * scale[0], x1 * scale[1], y1 * scale[0]]}
+
+
+def _count_labels(counts: dict[str, list[int]], labels: dict[str, int | None]) -> None:
+    for name, value in labels.items():
+        counts.setdefault(name, [0, 0, 0, 0])[{1: 0, 0: 1, -1: 2, None: 3}[value]] += 1
+
+
+def _sum_pixels(image_YX: GreyImage) -> tuple[int, int, int]:
+    values = image_YX.astype(np.int64)
+    return values.size, int(values.sum()), int((values * values).sum())
