@@ -70,8 +70,10 @@ class DataConfig(Section):
     """Streaming's canonical nodes: fixes the sample order for every world size. Keep it over the life of a run."""
     shuffle_block_size: int = Field(1 << 18, ge=1)
     """Samples in a shuffling block of streaming's py1e order."""
+    cache_dir: str | None = None
+    """Node-local folder for unpacked shards; none takes the temporary folder. Emptied when the run ends."""
     cache_limit: str | None = None
-    """Largest local cache of remote shards, such as `200gb`; none for local data."""
+    """Largest cache of unpacked shards a node, such as `200gb`; none keeps all."""
 
 
 class VisionConfig(Section):

@@ -101,11 +101,18 @@ def _missing_xformers(device_type: str) -> str:
 
 
 def patch_timm_attention(encoder: nn.Module, backend: str) -> int:
-    """Route every attention of a timm ViT through `attend`. Returns how many were routed. Source: ours."""
+    """Route every attention of a timm ViT through `attend`. Returns how many were routed.
+
+    Raises:
+        ValueError: an attention with a gate or with dropout of its weights, which `attend` does not have.
+    Source: ours.
+    """
     from timm.layers.attention import Attention
 
     modules = [module for module in encoder.modules() if isinstance(module, Attention)]
     for module in modules:
+        if module.gate is not None or module.attn_drop.p:
+            raise ValueError("the image encoder's attention has a gate or dropout of weights; choose another architecture")
         module.forward = functools.partial(_timm_forward, module, backend)
     return len(modules)
 

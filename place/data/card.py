@@ -115,7 +115,7 @@ def format_card(card: dict[str, Any]) -> str:
         f"Source `{card['source']}`, prepared {card['created']}: {counts['input']:,} rows in, {counts['kept']:,} kept, "
         f"{counts['rejected']:,} rejected.",
         "## Splits\n\n" + _format_table(["split", "images", "studies", "patients", "unique reports"], rows),
-        f"Split {card['split_rule']}. No patient is in two splits." + "".join(f"\n- {note}" for note in card["notes"]),
+        f"Split {card['split_rule']}; no patient is in two splits." + "".join(f"\n\nNote: {note}." for note in card["notes"]),
         "## Rejected rows\n\n" + (_format_table(["reason", "rows"], dropped) if dropped else "None."),
         *(["`rejected.parquet` has the row number and the reason of each."] if dropped else []),
         *(

@@ -18,7 +18,9 @@ from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
 from place.data.images import GreyImage, ImageInfo, Rejected, check_pixel_count, scale_to_uint8
 
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
+_JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
 _NEEDS_EXTRA = {
+    _JPEG_EXTENDED: "12-bit JPEG",
     "1.2.840.10008.1.2.4.57": "lossless JPEG",
     "1.2.840.10008.1.2.4.70": "lossless JPEG",
     "1.2.840.10008.1.2.4.80": "JPEG-LS",
@@ -90,7 +92,7 @@ def _decode_pixels(dataset: Dataset) -> NDArray[Any]:
         return pixel_array(dataset)
     except Exception as error:  # noqa: BLE001 - decoders of compressed data raise anything
         text = str(error).lower()
-        if syntax in _NEEDS_EXTRA and ("missing dependencies" in text or "unable to decompress" in text):
+        if syntax in _NEEDS_EXTRA and ("missing dependencies" in text or "does not support" in text):
             hint = f"{_NEEDS_EXTRA[syntax]}: install place-cxr[dicom-gpl]"
             raise Rejected("unsupported_compression", hint) from None
         if any(word in text for word in ("truncated", "less than", "incomplete", "unexpected end", "not enough")):

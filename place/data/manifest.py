@@ -37,8 +37,8 @@ MANIFEST = pa.schema(
         pa.field("source_sha256", pa.string(), nullable=False),
     ]
 )
-"""Sizes and spacing are of the stored image, but for `source_*`; `row` counts the input's rows from 0; `labels` and `boxes`
-are JSON, as in the shards."""
+"""Sizes and spacing are of the stored image, but for `source_*`; `row` counts the input's rows from 0; `labels` and
+`boxes` are JSON, as in the shards."""
 
 REJECTED = pa.schema(
     [

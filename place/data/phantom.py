@@ -9,21 +9,15 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from place.data.phantom_anatomy import build_chest, draw_anatomy, draw_pose
+from place.data.phantom_bones import draw_ribs, draw_skeleton
 from place.data.phantom_canvas import Canvas
-from place.data.phantom_facts import FINDINGS, Fact, Devices, draw_facts
+from place.data.phantom_devices import draw_devices
+from place.data.phantom_facts import FINDINGS, Devices, Fact, draw_facts
 from place.data.phantom_facts import draw_devices as choose_devices
+from place.data.phantom_film import expose_film
 from place.data.phantom_findings import Layers, draw_finding
-from place.data.phantom_render import (
-    Scene,
-    build_scene,
-    draw_body,
-    draw_devices,
-    draw_ribs,
-    draw_skeleton,
-    draw_vessels,
-    expose_film,
-)
 from place.data.phantom_report import write_report
+from place.data.phantom_tissue import Scene, build_scene, draw_body, draw_vessels
 
 __all__ = ["FINDINGS", "VISIBLE_AT_DEMO", "PhantomStudy", "Region", "encode_dicom", "encode_jpeg", "generate_study"]
 

@@ -3,6 +3,7 @@
 Origin: midline, mid-lung. x runs to the image's right, which is the patient's left; y runs down.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -104,7 +105,7 @@ def draw_pose(rng: Generator) -> Pose:
         rotation=float(np.clip(rng.normal(0, 0.45 * spread), -1.3, 1.3)),
         tilt=float(np.clip(rng.normal(0, 3.0 * spread), -9, 9)),
         shift=(float(np.clip(rng.normal(0, 13), -32, 32)), float(np.clip(rng.normal(0, 14), -32, 32))),
-        field=float(rng.uniform(345, 470)),
+        field=float(rng.uniform(318, 425)),
         arms=float(rng.uniform(0, 1)),
     )
 
@@ -154,25 +155,44 @@ def build_lung(sign: float, width: float, top: float, dome: float, angle: float)
     lateral = compute_lateral(width, top, angle, y)
     lateral[-1] *= 0.99
     peak = 0.42 * width
-    x = np.linspace(lateral[-1], 6, 24)[1:]
+    x = np.linspace(lateral[-1], -1, 24)[1:]
     outer = np.clip((x - peak) / (lateral[-1] - peak), 0, 1) ** 2.3
     inner = np.clip((peak - x) / peak, 0, 1) ** 2
     low = dome + (angle - dome) * outer + 13 * inner
-    medial_x, medial_y = np.array([6, 10, 0.17 * width]), np.array([top + 60, top + 14, top + 3])
+    medial_x, medial_y = np.array([-1, 3, 0.16 * width]), np.array([top + 60, top + 14, top + 3])
     points = np.stack([np.concatenate([lateral, x, medial_x]), np.concatenate([y, low, medial_y])], 1)
     points[:, 0] *= sign
     return points.astype(np.float32)
 
 
 def smooth_curve(points: Points, closed: bool = False, steps: int = 6) -> Points:
-    """Catmull-Rom curve through points, `steps` samples a span."""
-    ring = np.pad(points, ((1, 2), (0, 0)), mode="wrap" if closed else "edge")
-    if not closed:
-        ring = ring[:-1]
-    t = np.linspace(0, 1, steps, endpoint=False)[None, :, None]
-    a, b, c, d = (ring[i : len(ring) - 3 + i, None] for i in range(4))
-    spans = 0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
-    return spans.reshape(-1, 2).astype(np.float32)
+    """Catmull-Rom curve through points (n, 2), `steps` samples a span; an open curve ends with its last point."""
+    points = np.asarray(points, np.float32)
+    if closed:
+        ring = np.concatenate([points[-1:], points, points[:2]])
+    else:
+        ring = np.concatenate([points[:1], points, points[-1:]])
+    spans = _basis(steps) @ np.stack([ring[i : len(ring) - 3 + i] for i in range(4)], 1)
+    curve = spans.reshape(-1, 2)
+    return curve if closed else np.concatenate([curve, points[-1:]])
+
+
+@cache
+def _basis(steps: int) -> Points:
+    t = np.linspace(0, 1, steps, endpoint=False, dtype=np.float32)
+    columns = [-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, t**3 - t**2]
+    return np.stack(columns, 1) / 2
+
+
+@cache
+def _circle(count: int) -> Points:
+    angle = np.linspace(0, 2 * np.pi, count, endpoint=False)
+    return np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
+
+
+def build_ellipse(x: float, y: float, radius_x: float, radius_y: float, count: int = 24) -> Points:
+    """Axis-aligned ellipse, in mm."""
+    return _circle(count) * np.float32([radius_x, radius_y]) + np.float32([x, y])
 
 
 def _build_silhouette(

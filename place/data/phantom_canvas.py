@@ -44,11 +44,12 @@ class Canvas:
         """Fill a polygon with a value 0..255 on a byte layer."""
         cv2.fillPoly(layer, [self._fixed(points)], value, cv2.LINE_AA, _SUBPIXEL)
 
-    def stroke(self, layer: NDArray[np.uint8], points: Points, width_mm: float, value: float = 255) -> None:
-        """Draw an open line on a byte layer; lines thinner than a pixel are fainter instead."""
+    def stroke(self, layer: NDArray[np.uint8], curves: Points, width_mm: float, value: float = 255) -> None:
+        """Draw one open curve (n, 2) or several (m, n, 2) on a byte layer; finer than a pixel is fainter instead."""
         width_px = width_mm / self.spacing_mm
         strength = value * min(1.0, max(width_px, 0.35))
-        cv2.polylines(layer, [self._fixed(points)], False, strength, max(1, round(width_px)), cv2.LINE_AA, _SUBPIXEL)
+        fixed = list(self._fixed(curves if curves.ndim == 3 else curves[None]))
+        cv2.polylines(layer, fixed, False, strength, max(1, round(width_px)), cv2.LINE_AA, _SUBPIXEL)
 
     def layer(self) -> NDArray[np.uint8]:
         """An empty byte layer."""

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import numpy as np
 from numpy.random import Generator
 
 from place.data.phantom_anatomy import Anatomy

@@ -2,15 +2,15 @@
 
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
 from place.data.phantom_anatomy import SIGN, Points, build_lung, compute_lateral, smooth_curve
+from place.data.phantom_bones import build_ribs
 from place.data.phantom_canvas import Field
 from place.data.phantom_facts import Fact
-from place.data.phantom_render import Scene, build_rib
+from place.data.phantom_tissue import Scene
 
 
 class Layers(NamedTuple):
@@ -64,7 +64,7 @@ def _draw_effusion(scene: Scene, layers: Layers, fact: Fact, rng: Generator) -> 
         across = np.clip(canvas.x_mm * np.float32(sign / width), 0, 1)
         level = chest.angle_y[i] - height * (0.42 + 0.58 * across**3.2)
         fluid = _ramp((canvas.y_mm - level) * np.float32(1 / 5)) * lung
-        layers.body[...] += fluid * (0.78 + 0.1 * min(height / 80, 1)) * (1 - 0.6 * scene.heart)
+        layers.body[...] += fluid * (0.78 + 0.1 * min(height / 80, 1)) * (1 - scene.heart)
         layers.vessels[...] *= 1 - fluid
         total += fluid
     return total
@@ -154,9 +154,13 @@ def _draw_band(scene: Scene, layers: Layers, fact: Fact, rng: Generator) -> Fiel
     half = fact.size_mm / 2
     ends = np.array([(x - half, y - half * slope), (x, y - 2), (x + half, y + half * slope)], np.float32)
     layer = canvas.layer()
-    canvas.stroke(layer, smooth_curve(ends), thick, 255)
+    middle = smooth_curve(ends)
+    taper = thick / 2 * np.sin(np.linspace(0.25, np.pi - 0.12, len(middle), dtype=np.float32))[:, None]
+    up = np.float32([0, 1]) * taper
+    canvas.paint(layer, np.concatenate([middle - up, (middle + up)[::-1]]), 255)
     sharp = canvas.lift(layer) * scene.lungs[i]
-    layers.over[...] += canvas.soften(sharp, 1.0) * np.float32(0.55)
+    layers.over[...] += canvas.soften(sharp, 1.3) * np.float32(0.5)
+    layers.body[...] += canvas.soften(sharp, 7) * np.float32(0.3)
     return sharp
 
 
@@ -181,7 +185,7 @@ def _draw_fracture(scene: Scene, layers: Layers, fact: Fact, rng: Generator) -> 
 
 def find_break(scene: Scene, fact: Fact) -> Points:
     """Where the rib is broken, in mm."""
-    line = smooth_curve(build_rib(scene.chest, scene.anatomy, SIGN[fact.side], fact.rib)[:16], steps=5)
+    line = smooth_curve(build_ribs(scene.chest, scene.anatomy, SIGN[fact.side])[fact.rib - 1, :16], steps=5)
     return line[int(fact.place * (len(line) - 1))]
 
 

@@ -43,7 +43,7 @@ POSITIVE: dict[str, tuple[str, ...]] = {
     "pneumothorax": (
         "There is a {adj} {side} pneumothorax.",
         "{Adj} {side} pneumothorax with an apical rim of {size} cm.",
-        "A visceral pleural line is seen on the {side}, {size} cm below the apex, consistent with a {adj} pneumothorax.",
+        "A visceral pleural line is seen on the {side}, {size} cm below the apex, in a {adj} pneumothorax.",
         "{Adj} {side}-sided pneumothorax, measuring {size} cm at the apex.",
         "A {adj} pneumothorax is present on the {side}.",
     ),
@@ -96,7 +96,9 @@ SHORT: dict[str, tuple[str, ...]] = {
     "cardiomegaly": ("{Adj} cardiomegaly.", "{Adj} enlargement of the heart.", "Cardiomegaly, {adj}."),
     "effusion": ("{Adj} {side} pleural effusion.", "{Side} pleural effusion, {adj}.", "{Side}-sided {adj} effusion."),
     "effusion both": ("{Adj} bilateral pleural effusions.", "Bilateral pleural effusions, {adj}."),
-    "pneumothorax": ("{Adj} {side} pneumothorax.", "{Side} pneumothorax, {adj}.", "{Side} apical pneumothorax of {size} cm."),
+    "pneumothorax": (
+        "{Adj} {side} pneumothorax.", "{Side} pneumothorax, {adj}.", "{Side} apical pneumothorax of {size} cm.",
+    ),
     "consolidation": (
         "{Side} {zone} zone consolidation.", "{Adj} {side} {zone} zone consolidation, suspicious for pneumonia.",
         "{Side} {zone} lung consolidation may represent pneumonia.",
@@ -177,7 +179,8 @@ def write_report(facts: tuple[Fact, ...], devices: Devices, pose: Pose, rng: Gen
     Source: ours.
     """
     body = [(fill_template(_pick(rng, POSITIVE[_key(fact)]), fact, rng), i) for i, fact in enumerate(facts)]
-    body += [(text, -1) for text in _write_negations(facts, rng) + _write_devices(devices, rng) + _write_pose(pose, rng)]
+    others = _write_negations(facts, rng) + _write_devices(devices, rng) + _write_pose(pose, rng)
+    body += [(text, -1) for text in others]
     order = rng.permutation(len(body))
     findings = [body[i] for i in order]
     if rng.random() < 0.4:

@@ -28,7 +28,8 @@ MapTasks = Callable[[Callable[[Task], PartResult], Iterable[Task], int], Iterato
 OnProgress = Callable[[int, int, int], None]
 """Takes the rows done, all rows and the rows rejected so far."""
 
-_OURS = {".parts", "manifest.parquet", "rejected.parquet", "card.json", "card.md", *SPLITS}
+_FILES = ("manifest.parquet", "rejected.parquet", "card.json", "card.md")
+_OURS = {".parts", *SPLITS, *_FILES, *(f"{name}.partial" for name in _FILES)}
 _FREE = ("output", "num_workers", "input", "image_root", "salt_file")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -147,9 +148,9 @@ def _run_parts(
 def _begin_parts(parts_dir: Path, request: dict[str, Any]) -> None:
     try:
         parts_dir.mkdir(exist_ok=True)
-        write_json(parts_dir / "request.json", request)
         for stale in parts_dir.glob("*.partial"):
-            shutil.rmtree(stale)
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        write_json(parts_dir / "request.json", request)
     except OSError as error:
         if error.errno in _FULL:
             raise
@@ -163,11 +164,11 @@ def _report(on_progress: OnProgress | None, results: list[PartResult], total: in
 
 
 def estimate_bytes(config: PrepareConfig, rows: int) -> int:
-    """Disk that so many rows take, rather too much than too little: 0.6 bytes a pixel of a 4:3 image, and the report.
+    """Disk that so many rows take, rather too much than too little: 0.4 bytes a pixel of a 4:3 image, and the report.
 
     Source: ours.
     """
-    return round(rows * (config.size_px**2 * 4 / 3 * 0.6 + 4096))
+    return round(rows * (config.size_px**2 * 4 / 3 * 0.4 + 4096))
 
 
 def _check_disk(config: PrepareConfig, rows: int) -> None:
@@ -186,14 +187,14 @@ def _gib(count: int) -> str:
 
 def _describe(error: OSError, output: Path) -> str:
     if error.errno in _FULL:
-        return f"disk full at {output} ({error.strerror}); finished parts are kept: free space and run the same command again"
-    return f"cannot write to {output}: {error.strerror or error}; put that right and run the same command again to continue"
+        return f"disk full at {output} ({error.strerror}): free some and run the same command again, finished parts stay"
+    return f"cannot write to {output} ({error.strerror or error}): put that right and run the same command again"
 
 
 def _merge_parts(
     config: PrepareConfig, table: Table, request: dict[str, Any], results: list[PartResult]
 ) -> dict[str, Any]:
-    """Join the finished parts. Every step can be repeated, and the card comes last: with it the data set is complete."""
+    """Join the finished parts. Every step can be repeated; the card comes last and says that the data set is complete."""
     output = Path(config.output)
     parts = [part_folder(output / ".parts", result.number) for result in results]
     concat_tables([part / "rejected.parquet" for part in parts], output / "rejected.parquet", REJECTED)

@@ -28,8 +28,8 @@ _SECTIONS = {
     "findings/impression": "findings",
 }
 _HEADING = re.compile(
-    r"(?:^|(?<=[.:\n!?]))[ \t]*((?i:findings?(?:(?: and |/)impression)?|impressions?|conclusion|indications?|comparisons?"
-    r"|techniques?|history|clinical (?:history|information)|examination|exam|procedure|recommendations?)"
+    r"(?:^|(?<=[.:\n!?]))[ \t]*((?i:findings?(?:(?: and |/)impression)?|impressions?|conclusion"
+    r"|indications?|comparisons?|techniques?|history|clinical (?:history|information)|examination|exam|procedure|recommendations?)"
     r"|(?<=\n)[A-Z][A-Z/ ]{2,40}[A-Z])[ \t]*:",
     re.MULTILINE,
 )

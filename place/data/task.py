@@ -95,7 +95,7 @@ def _write_part(task: Task, folder: Path) -> PartResult:
             try:
                 sample = _read_sample(row, task.config)
             except Rejected as drop:
-                rejected.append(dict(row=row.number, sample_id=row.sample_id, reason=drop.reason, detail=drop.detail))
+                rejected.append(dict(zip(REJECTED.names, (row.number, row.sample_id, drop.reason, drop.detail))))
                 continue
             writer.write(row.split, sample.stored)
             kept.append(sample.record)

@@ -1,1 +1,1 @@
-"""How a pretrained encoder is judged: zero-shot findings, retrieval, a pixel baseline and a picture of what it looks at."""
+"""How a pretrained encoder is judged: findings without training, retrieval, a pixel baseline, a picture."""

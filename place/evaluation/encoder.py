@@ -33,7 +33,7 @@ class Study(NamedTuple):
 
 
 class EncodedSplit(NamedTuple):
-    """Studies of a split in sample_id order, the patient of each, and features (fp32, on the CPU, letters of place.batch)."""
+    """Studies of a split in sample_id order, the patient of each, features (fp32, on the CPU, as in place.batch)."""
 
     studies: list[Study]
     unit_B: Array

@@ -29,12 +29,12 @@ MAX_LOOKED_AT = 2000
 
 
 class Pairing(NamedTuple):
-    """A sentence and its V-POR: text, cosine, attention over the patches (a square), and whether ground truth marks it."""
+    """A sentence and its V-POR: text, cosine, attention over the patches (a square), and the boxes it speaks of."""
 
     text: str
     cosine: float
     attention_YX: Array
-    is_marked: bool
+    boxes: list[dict[str, Any]]
 
 
 class Explained(NamedTuple):
@@ -52,12 +52,19 @@ def write_explanation(task: Task, path: Path) -> None:
     Source: inferred (GLoRIA and MGCA show word and prototype attention); pairing as in PCMA.
     """
     samples = choose_samples(islice(read_samples(task.data_dir, task.split), MAX_LOOKED_AT), NUM_STUDIES)
-    draw_figure([explain_sample(task, sample) for sample in samples], path, f"checkpoint at step {task.run.step}, split '{task.split}'")
+    draw_figure(
+        [explain_sample(task, sample) for sample in samples],
+        path,
+        f"checkpoint at step {task.run.step}, split '{task.split}'",
+    )
 
 
 def choose_samples(samples: Iterable[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """Take studies that bring findings not yet shown, then those with the most sentences; no model output decides."""
-    ranked = sorted(samples, key=lambda sample: (-min(len(_list_positive(sample)), 3), -len(sample["sentences"]), sample["sample_id"]))
+    ranked = sorted(
+        samples,
+        key=lambda sample: (-min(len(_list_positive(sample)), 3), -len(sample["sentences"]), sample["sample_id"]),
+    )
     chosen: list[dict[str, Any]] = []
     shown: set[str] = set()
     for sample in ranked:
@@ -75,14 +82,13 @@ def explain_sample(task: Task, sample: dict[str, Any]) -> Explained:
     cosine_SK = (report.sentences_BSE[0][report.mask_BS[0]] @ image.observations_BKE[0].T).numpy()
     side = int(round(image.attention_BKN.shape[-1] ** 0.5))
     attention_KYX = image.attention_BKN[0].reshape(-1, side, side).numpy()
-    marked = {sample["sentences"][box["sentence"]]["text"] for box in sample["boxes"] if box["sentence"] is not None}
+    image_YX, boxes = crop_square(read_image(sample["image"]), sample["boxes"])
     read = _list_read(task, texts)
     pairings = [
-        Pairing(read[s], float(cosine_SK[s, k]), attention_KYX[k], read[s] in marked)
+        Pairing(read[s], float(cosine_SK[s, k]), attention_KYX[k], _find_boxes(sample, boxes, read[s]))
         for s, k in zip(*linear_sum_assignment(1 - cosine_SK), strict=True)
     ]
-    pairings.sort(key=lambda pairing: (not pairing.is_marked, -pairing.cosine))
-    image_YX, boxes = crop_square(read_image(sample["image"]), sample["boxes"])
+    pairings.sort(key=lambda pairing: (not pairing.boxes, -pairing.cosine))
     return Explained(image_YX, boxes, _list_positive(sample), pairings[:NUM_PAIRS])
 
 
@@ -90,7 +96,10 @@ def crop_square(image_YX: Array, boxes: list[dict[str, Any]]) -> tuple[Array, li
     """The part of a stored image that the model sees, and its boxes moved along."""
     side = min(image_YX.shape)
     top, left = (image_YX.shape[0] - side) // 2, (image_YX.shape[1] - side) // 2
-    moved = [box | {"box_xyxy": [v - o for v, o in zip(box["box_xyxy"], (left, top, left, top), strict=True)]} for box in boxes]
+    moved = [
+        box | {"box_xyxy": [v - o for v, o in zip(box["box_xyxy"], (left, top, left, top), strict=True)]}
+        for box in boxes
+    ]
     return image_YX[top : top + side, left : left + side], moved
 
 
@@ -99,7 +108,7 @@ def draw_figure(studies: list[Explained], path: Path, subtitle: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.4, 0.7 + 3.05 * len(studies)), dpi=110, facecolor="white")
+    figure = Figure(figsize=(10.4, 0.7 + 3.0 * len(studies)), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(studies), 1 + NUM_PAIRS, squeeze=False)
     for row, study in zip(axes, studies, strict=True):
@@ -107,7 +116,7 @@ def draw_figure(studies: list[Explained], path: Path, subtitle: str) -> None:
     height = figure.get_figheight()
     figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.68 / height, bottom=0.45 / height, wspace=0.04, hspace=0.34)
     figure.text(0.01, 1 - 0.25 / height, "Where the paired observation looks", fontsize=13, weight="bold", va="center")
-    note = f"{subtitle}; colour: attention of the observation (V-POR) paired with the sentence; cyan: ground truth"
+    note = f"{subtitle}; colour: attention of the observation (V-POR) paired with the sentence; cyan: the truth"
     figure.text(0.01, 1 - 0.48 / height, note, fontsize=8, color="0.35", va="center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -124,12 +133,12 @@ def _draw_study(row: Iterable[Axes], study: Explained) -> None:
         axis.imshow(study.image_YX, cmap="gray", vmin=0, vmax=255)
         heat_YX = smooth_attention(pairing.attention_YX, study.image_YX.shape[0])
         axis.imshow(heat_YX, cmap="inferno", vmin=0, vmax=1, alpha=0.75 * heat_YX**0.7)
-        _draw_boxes(axis, study.boxes, named=False)
+        _draw_boxes(axis, pairing.boxes, named=False)
         _write_below(axis, f"{pairing.text}  (cos {pairing.cosine:.2f})")
 
 
 def smooth_attention(attention_YX: Array, size_px: int) -> Array:
-    """Attention as a smooth map in 0..1 over the image: above what an even spread gives each patch, over the maximum."""
+    """Attention as a smooth map in 0..1 over the image: what exceeds an even spread, over its maximum."""
     above_YX = np.maximum(attention_YX - 1 / attention_YX.size, 0).astype(np.float32)
     smooth_YX = np.maximum(cv2.resize(above_YX, (size_px, size_px), interpolation=cv2.INTER_CUBIC), 0)
     return smooth_YX / max(float(smooth_YX.max()), 1e-12)
@@ -149,6 +158,11 @@ def _write_below(axis: Axes, text: str, weight: str = "normal") -> None:
     lines = textwrap.wrap(text, TEXT_COLUMNS)
     shown = "\n".join(lines[:3]) + (" ..." if len(lines) > 3 else "")
     axis.text(0.0, -0.03, shown, transform=axis.transAxes, fontsize=7.5, va="top", ha="left", weight=weight)
+
+
+def _find_boxes(sample: dict[str, Any], boxes: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    places = [index for index, sentence in enumerate(sample["sentences"]) if sentence["text"] == text]
+    return [box for box in boxes if box["sentence"] in places]
 
 
 def _list_positive(sample: dict[str, Any]) -> list[str]:

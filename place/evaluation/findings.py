@@ -24,7 +24,9 @@ class Findings(NamedTuple):
     left_out: dict[str, str]
 
 
-def choose_findings(labels: Sequence[dict[str, int | None]], known: Sequence[str], wanted: Sequence[str] = ()) -> Findings:
+def choose_findings(
+    labels: Sequence[dict[str, int | None]], known: Sequence[str], wanted: Sequence[str] = ()
+) -> Findings:
     """Take the findings that have positives and negatives among the studies; uncertain (-1) and null are no label.
 
     Args:
@@ -51,7 +53,9 @@ def choose_findings(labels: Sequence[dict[str, int | None]], known: Sequence[str
         if not (positives and negatives)
     }
     if len(left_out) == len(names):
-        raise UsageError("no label of the data set has both positive and negative studies in this split; use another split")
+        raise UsageError(
+            "no label of the data set has both positive and negative studies in this split; use another split"
+        )
     keep_F = np.array([name not in left_out for name in names])
     return Findings([name for name in names if name not in left_out], target_BF[:, keep_F], left_out)
 
@@ -63,7 +67,9 @@ def build_targets(labels: Sequence[dict[str, int | None]], names: Sequence[str])
     return np.where(target_BF == -1, np.nan, target_BF)
 
 
-def judge_findings(score_BF: Array, findings: Findings, unit_B: Array, bootstrap: int, seed: int = 0) -> dict[str, Metric]:
+def judge_findings(
+    score_BF: Array, findings: Findings, unit_B: Array, bootstrap: int, seed: int = 0
+) -> dict[str, Metric]:
     """AUROC and average precision per finding and their means, each with its bootstrap interval.
 
     Args:
@@ -92,7 +98,11 @@ def judge_findings(score_BF: Array, findings: Findings, unit_B: Array, bootstrap
 def describe_findings(findings: Findings) -> dict[str, Any]:
     """Counts of each judged finding, and the findings left out with the reason, for the protocol."""
     counts = {
-        name: {"positive": int((column == 1).sum()), "negative": int((column == 0).sum()), "no_label": int(np.isnan(column).sum())}
+        name: {
+            "positive": int((column == 1).sum()),
+            "negative": int((column == 0).sum()),
+            "no_label": int(np.isnan(column).sum()),
+        }
         for name, column in zip(findings.names, findings.target_BF.T, strict=True)
     }
     return {"findings": counts, "left_out": findings.left_out}
@@ -100,4 +110,6 @@ def describe_findings(findings: Findings) -> dict[str, Any]:
 
 def _mean(pairs: list[tuple[float, Array]]) -> Metric:
     """A resample without a class of some finding has no mean over the same findings: its NaN drops it."""
-    return summarize(float(np.mean([value for value, _ in pairs])), np.mean([resampled for _, resampled in pairs], axis=0))
+    return summarize(
+        float(np.mean([value for value, _ in pairs])), np.mean([resampled for _, resampled in pairs], axis=0)
+    )

@@ -112,7 +112,7 @@ def compute_average_precisions(score_B: Array, target_B: Array, weight_RB: Array
 
 
 def _over_ties(compute: Callable[[Array, Array], Array], score_B: Array, target_B: Array, weight_RB: Array) -> Array:
-    """Weight of positives and negatives at each distinct score T, rising, handed over a memory-sized piece at a time."""
+    """Weight of positives and negatives at each distinct score T, rising, handed over in pieces that fit memory."""
     order_B = np.argsort(score_B, kind="stable")
     starts_T = np.flatnonzero(np.diff(score_B[order_B], prepend=-np.inf))
     target_B = target_B[order_B].astype(np.float64)

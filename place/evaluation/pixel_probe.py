@@ -67,7 +67,9 @@ def build_features(train_BP: Array, others: list[Array]) -> list[Array]:
     Source: ours.
     """
     mean_P, std_P = train_BP.mean(axis=0), train_BP.std(axis=0)
-    rows = [(pixel_BP - mean_P) / np.maximum(std_P, 1e-3) / np.sqrt(train_BP.shape[1]) for pixel_BP in (train_BP, *others)]
+    rows = [
+        (pixel_BP - mean_P) / np.maximum(std_P, 1e-3) / np.sqrt(train_BP.shape[1]) for pixel_BP in (train_BP, *others)
+    ]
     gram = rows[0] @ rows[0].T
     # The ridge keeps equal images from making the matrix singular; it is 1e-4 of an image's own inner product.
     factor = cholesky(gram.astype(np.float64) + 1e-4 * np.eye(len(gram)), lower=True)
@@ -101,7 +103,7 @@ def predict(feature_BD: Array, weight_DF: Array) -> Array:
 
 
 def choose_penalties(scores: list[Array], target_BF: Array) -> list[int]:
-    """Index of the penalty with the highest AUROC of each finding; the middle one where validation has one class only."""
+    """Index of the penalty with the highest AUROC of each finding; the middle one where validation has one class."""
     chosen = []
     for finding, target_B in enumerate(target_BF.T):
         known_B = ~np.isnan(target_B)
@@ -121,8 +123,12 @@ def _fit(feature_BD: Array, target_BF: Array, penalty: float, start_DF: Array) -
         weight_DF = flat.reshape(start_DF.shape)
         logit_BF = predict(feature_BD, weight_DF)
         error_BF = share_BF * (expit(logit_BF) - target_BF)
-        loss = (share_BF * (np.logaddexp(0, logit_BF) - target_BF * logit_BF)).sum() + penalty / 2 * (weight_DF[:-1] ** 2).sum()
-        gradient_DF = np.concatenate([feature_BD.T @ error_BF.astype(feature_BD.dtype), error_BF.sum(axis=0, keepdims=True)])
+        loss = (share_BF * (np.logaddexp(0, logit_BF) - target_BF * logit_BF)).sum() + penalty / 2 * (
+            weight_DF[:-1] ** 2
+        ).sum()
+        gradient_DF = np.concatenate(
+            [feature_BD.T @ error_BF.astype(feature_BD.dtype), error_BF.sum(axis=0, keepdims=True)]
+        )
         gradient_DF[:-1] += penalty * weight_DF[:-1]
         return float(loss), gradient_DF.ravel().astype(np.float64)
 
@@ -134,7 +140,9 @@ def _read_pixels(task: Task, split: str, limit: int | None = None) -> Pixels:
     """Read at most `limit` images of a split, the first by sample_id, which is a hash."""
     units = read_units(task.data_dir, split)
     if not units:
-        raise UsageError(f"pixel_probe: the data set has no split '{split}'; prepare it with train, val and test patients")
+        raise UsageError(
+            f"pixel_probe: the data set has no split '{split}'; prepare it with train, val and test patients"
+        )
     wanted, data = set(sorted(units)[:limit]), task.run.config.data
     side_px = min(data.image_size_px, MAX_SIDE_PX)
     rows, labels, ids = [], [], []
@@ -151,7 +159,8 @@ def _read_pixels(task: Task, split: str, limit: int | None = None) -> Pixels:
 def _describe(task: Task, findings: Findings, chosen_F: list[int], num_train: int) -> dict[str, Any]:
     side_px = min(task.run.config.data.image_size_px, MAX_SIDE_PX)
     return {
-        "score": f"L2 logistic regression on {side_px} x {side_px} standardised pixels, exact in the dual (Cholesky of the Gram matrix, L-BFGS)",
+        "score": f"L2 logistic regression on {side_px} x {side_px} standardised pixels",
+        "solver": "exact in the dual: L-BFGS on the Cholesky factor of the Gram matrix",
         "trained_on": f"{num_train} images of '{task.run.config.data.train_split}'",
         "penalty": {name: PENALTIES[index] for name, index in zip(findings.names, chosen_F, strict=True)},
         "penalty_rule": f"of {PENALTIES} on the mean log loss, by AUROC on '{task.run.config.data.val_split}'",

@@ -38,7 +38,11 @@ BUILT_IN: dict[str, tuple[list[str], list[str]]] = {
         ["There is no pneumothorax.", "No pneumothorax.", "No pneumothorax is seen."],
     ),
     "consolidation": (
-        ["There is a consolidation in the left lung.", "There is a consolidation in the right lung.", "Focal consolidation is present."],
+        [
+            "There is a consolidation in the left lung.",
+            "There is a consolidation in the right lung.",
+            "Focal consolidation is present.",
+        ],
         ["There is no consolidation.", "No focal consolidation.", "The lungs are clear."],
     ),
     "nodule": (
@@ -46,23 +50,39 @@ BUILT_IN: dict[str, tuple[list[str], list[str]]] = {
         ["There is no pulmonary nodule.", "No nodule.", "No suspicious nodule is seen."],
     ),
     "edema": (
-        ["There is pulmonary edema.", "Findings are consistent with pulmonary edema.", "Interstitial edema is present."],
+        [
+            "There is pulmonary edema.",
+            "Findings are consistent with pulmonary edema.",
+            "Interstitial edema is present.",
+        ],
         ["There is no pulmonary edema.", "No pulmonary edema.", "The pulmonary vasculature is normal."],
     ),
     "atelectasis": (
-        ["There is atelectasis at the left base.", "There is atelectasis at the right base.", "Bibasilar atelectasis is present."],
-        ["There is no atelectasis.", "No atelectasis.", "The lungs are well expanded."],
+        [
+            "There is atelectasis at the left base.",
+            "There is atelectasis at the right base.",
+            "Bibasilar atelectasis is present.",
+        ],
+        ["There is no atelectasis.", "No atelectasis.", "No evidence of atelectasis."],
     ),
     "fracture": (
         ["There is a left rib fracture.", "There is a right rib fracture.", "A displaced rib fracture is seen."],
         ["There is no rib fracture.", "No acute fracture.", "The bones are intact."],
     ),
     "pneumonia": (
-        ["There is pneumonia.", "Findings are consistent with pneumonia.", "Airspace opacity concerning for pneumonia."],
+        [
+            "There is pneumonia.",
+            "Findings are consistent with pneumonia.",
+            "Airspace opacity concerning for pneumonia.",
+        ],
         ["There is no pneumonia.", "No evidence of pneumonia.", "The lungs are clear."],
     ),
     "lung opacity": (
-        ["There is an opacity in the left lung.", "There is an opacity in the right lung.", "Airspace opacity is present."],
+        [
+            "There is an opacity in the left lung.",
+            "There is an opacity in the right lung.",
+            "Airspace opacity is present.",
+        ],
         ["There is no airspace opacity.", "No focal opacity.", "The lungs are clear."],
     ),
     "enlarged cardiomediastinum": (
@@ -95,7 +115,11 @@ BUILT_IN: dict[str, tuple[list[str], list[str]]] = {
     ),
     "no finding": (
         ["No acute cardiopulmonary abnormality.", "Normal chest radiograph.", "The lungs are clear."],
-        ["There is an acute cardiopulmonary abnormality.", "Abnormal chest radiograph.", "There is an opacity in the lungs."],
+        [
+            "There is an acute cardiopulmonary abnormality.",
+            "Abnormal chest radiograph.",
+            "There is an opacity in the lungs.",
+        ],
     ),
 }
 
@@ -114,14 +138,14 @@ SYNONYMS = {
 
 
 def build_prompts(findings: Sequence[str], path: str | Path | None = None) -> dict[str, FindingPrompts]:
-    """Find prompts for each finding: from the file, else built in (eight phantom, CheXpert and NIH names), else templates.
+    """Find prompts for each finding: from the file, else built in (phantom, CheXpert and NIH names), else templates.
 
     Args:
         findings: names as the data set has them; case, `_` and `-` do not matter.
         path: YAML of `finding: {positive: [...], negative: [...]}`.
     Raises:
         UsageError: a file that cannot be read or is not of that shape.
-    Source: inferred (CheXzero, positive and negative prompt pairs; GLoRIA, several prompts a finding); the sentences are ours.
+    Source: inferred (CheXzero, prompt pairs; GLoRIA, several prompts a finding); the sentences are ours.
     """
     from_file = _read_prompts(Path(path)) if path else {}
     return {name: from_file.get(_plain(name)) or _build_default(_plain(name)) for name in findings}
@@ -151,7 +175,9 @@ def _check_entry(path: Path, name: Any, entry: Any) -> FindingPrompts:
     sides = ("positive", "negative")
     complete = isinstance(entry, dict) and set(entry) == set(sides)
     if not complete or not all(_is_sentences(entry[side]) for side in sides):
-        raise UsageError(f"evaluation.prompts {path}: '{name}' needs `positive` and `negative`, each a list of sentences")
+        raise UsageError(
+            f"evaluation.prompts {path}: '{name}' needs `positive` and `negative`, each a list of sentences"
+        )
     return FindingPrompts(list(entry["positive"]), list(entry["negative"]), "file")
 
 

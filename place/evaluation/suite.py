@@ -1,4 +1,4 @@
-"""`place evaluate`: the tasks that were asked for, over one encoding of a split, as JSON files, a picture and tables."""
+"""`place evaluate`: the tasks that were asked for, over one encoding of a split, as JSON, picture and tables."""
 
 from __future__ import annotations
 
@@ -71,9 +71,14 @@ def choose_tasks(tasks: Sequence[str], has_labels: bool) -> list[str]:
     for name in tasks:
         if name not in (*TASKS, "all"):
             near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.4)
-            raise UsageError(f"unknown task '{name}'; " + (f"did you mean '{near[0]}'?" if near else f"take {', '.join(TASKS)} or all"))
+            raise UsageError(
+                f"unknown task '{name}'; "
+                + (f"did you mean '{near[0]}'?" if near else f"take {', '.join(TASKS)} or all")
+            )
         if name in NEED_LABELS and not has_labels:
-            raise UsageError(f"task '{name}' needs labels and the data set has none; prepare it with label columns or take retrieval")
+            raise UsageError(
+                f"task '{name}' needs labels and the data set has none; prepare it with label columns or take retrieval"
+            )
     permitted = [name for name in TASKS if has_labels or name not in NEED_LABELS]
     return permitted if "all" in tasks else list(dict.fromkeys(tasks))
 

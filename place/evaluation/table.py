@@ -36,11 +36,21 @@ def _build_findings(result: TaskResult) -> Table:
     others = [mode for mode in MODES if f"{mode}.mean_auroc" in result.metrics]
     table = _build_table(title, ("finding", "positive", "negative", "no label", "AUROC", "95 %", "AP", *others))
     rows = [("mean", "mean_auroc", "mean_average_precision", None)]
-    rows += [(name, f"auroc.{name}", f"average_precision.{name}", counts) for name, counts in result.protocol["findings"].items()]
+    rows += [
+        (name, f"auroc.{name}", f"average_precision.{name}", counts)
+        for name, counts in result.protocol["findings"].items()
+    ]
     for name, auroc, precision, counts in rows:
         numbers = [str(counts[key]) for key in ("positive", "negative", "no_label")] if counts else [""] * 3
         metric, other = result.metrics[auroc], [f"{result.metrics[f'{mode}.{auroc}'].value:.3f}" for mode in others]
-        cells = [name, *numbers, f"{metric.value:.3f}", _show_interval(metric), f"{result.metrics[precision].value:.3f}", *other]
+        cells = [
+            name,
+            *numbers,
+            f"{metric.value:.3f}",
+            _show_interval(metric),
+            f"{result.metrics[precision].value:.3f}",
+            *other,
+        ]
         table.add_row(*cells, style="" if counts else "bold", end_section=not counts)
     return table
 
@@ -67,7 +77,9 @@ def _build_table(title: str, columns: Iterable[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
     for name in columns:
         is_text = name in ("finding", "direction", "measure")
-        table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text, style="dim" if name in MODES else None)
+        table.add_column(
+            name, justify="left" if is_text else "right", no_wrap=not is_text, style="dim" if name in MODES else None
+        )
     return table
 
 

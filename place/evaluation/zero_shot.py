@@ -40,7 +40,9 @@ def run_zero_shot(task: Task) -> TaskResult:
     }
     metrics = judged.pop(headline)
     metrics |= {f"{mode}.{name}": metric for mode, other in judged.items() for name, metric in other.items()}
-    return TaskResult("zero_shot", metrics, _describe(headline, prompts) | describe_findings(findings), len(split.studies))
+    return TaskResult(
+        "zero_shot", metrics, _describe(headline, prompts) | describe_findings(findings), len(split.studies)
+    )
 
 
 def score_findings(
@@ -86,4 +88,3 @@ def _describe(headline: str, prompts: dict[str, FindingPrompts]) -> dict[str, An
         "prompts": {name: prompt._asdict() for name, prompt in prompts.items()},
         "prompts_from_template": [name for name, prompt in prompts.items() if prompt.origin == "template"],
     }
-

@@ -1,0 +1,75 @@
+"""One worker of a launched run: threads, engine, and one clear line when it gives up."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from place.cluster.deepspeed_engine import DeepSpeedEngine
+from place.config import Config, RunError, UsageError
+from place.distributed import World, broadcast_text, is_distributed, read_world
+from place.training.checkpoint import write_text
+from place.training.engine import TorchEngine
+from place.training.pretrain import new_launch, run_worker
+
+ENGINES = {"deepspeed": DeepSpeedEngine, "torch": TorchEngine}
+
+
+def run_guarded(config: Config, launch: str) -> None:
+    """Run a worker and write outcome.json.
+
+    What a user did wrong would fail again after a restart: it is written down, and a worker group of the same launch that
+    finds it ends at once instead of trying again.
+    """
+    path = Path(config.run.dir) / "outcome.json"
+    if _has_failed(path, launch):
+        return
+    torch.set_num_threads(config.cluster.cpus_per_worker)
+    try:
+        outcome = {"outcome": run_worker(config, launch, ENGINES[config.engine.kind])}
+    except (UsageError, RunError) as error:
+        kind = "UsageError" if isinstance(error, UsageError) else "RunError"
+        write_text(path, json.dumps({"launch": launch, "outcome": "failed", "kind": kind, "message": str(error)}))
+        # The other ranks may wait for this one in a collective: leave hard, so that Ray restarts the group.
+        time.sleep(0.5)
+        raise
+    if read_world().is_first:
+        write_text(path, json.dumps({"launch": launch, "pid": os.getpid(), **outcome}))
+
+
+def _has_failed(path: Path, launch: str) -> bool:
+    if not path.is_file():
+        return False
+    record = json.loads(path.read_text())
+    return record["launch"] == launch and record["outcome"] == "failed"
+
+
+def join_torchrun(config: Config) -> World:
+    """Join the process group that torchrun's environment describes. Raises UsageError outside torchrun."""
+    if "RANK" not in os.environ:
+        raise UsageError("cluster.launcher=torchrun: no RANK in the environment; start with torchrun -m place pretrain ...")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=config.cluster.timeout_s))
+    return read_world()
+
+
+def run_alone(config: Config) -> str:
+    """Run this process's worker without Ray; a process alone gets a group of one where DeepSpeed wants one."""
+    launch = broadcast_text(new_launch()) or ""
+    torch.set_num_threads(config.cluster.cpus_per_worker)
+    with tempfile.TemporaryDirectory() as folder:
+        alone = config.engine.kind == "deepspeed" and not is_distributed()
+        if alone:
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
+        try:
+            return run_worker(config, launch, ENGINES[config.engine.kind])
+        finally:
+            if alone:
+                dist.destroy_process_group()

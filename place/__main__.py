@@ -1,0 +1,7 @@
+"""`python -m place`."""
+
+import sys
+
+from place.cli import main
+
+sys.exit(main())

@@ -1,0 +1,213 @@
+"""The command line: one verb, one function. Only what a verb needs is imported, when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from place import __version__
+from place.config import Config, PrepareConfig, RunError, UsageError, build_config
+
+DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 85
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. Returns the exit code: 0 done, 1 failed, 2 wrong use, 85 stopped early with a checkpoint."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return VERBS[arguments.verb](arguments)
+    except UsageError as error:
+        print(f"place {arguments.verb}: {error}", file=sys.stderr)
+        return USAGE
+    except RunError as error:
+        print(f"place {arguments.verb}: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"place {arguments.verb}: interrupted", file=sys.stderr)
+        return FAILED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    parser = argparse.ArgumentParser(prog="place", description="Pretraining from chest radiographs and radiology reports.")
+    parser.add_argument("--version", action="version", version=f"place {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_prepare(verbs.add_parser("prepare", help="images and reports to verified shards"))
+    _add_pretrain(verbs.add_parser("pretrain", help="train a model on prepared data"))
+    _add_evaluate(verbs.add_parser("evaluate", help="judge a trained model"))
+    _add_runs(verbs.add_parser("runs", help="stop a run at its next step"))
+    return parser
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    fields = PrepareConfig.model_fields
+    parser.add_argument("--source", required=True, choices=("phantom", "csv"), help=fields["source"].description)
+    parser.add_argument("--output", required=True, help=fields["output"].description)
+    parser.add_argument("--input", help=fields["input"].description)
+    parser.add_argument("--image-root", help=fields["image_root"].description)
+    parser.add_argument("--column", nargs="+", action="extend", default=[], metavar="FIELD=NAME", help=fields["columns"].description)
+    parser.add_argument("--labels", nargs="+", default=[], metavar="NAME", help=fields["label_columns"].description)
+    parser.add_argument("--views", nargs="+", default=[], metavar="VIEW", help=fields["views"].description)
+    parser.add_argument("--split", nargs=3, type=float, default=[0.8, 0.1, 0.1], metavar="SHARE", help=fields["split"].description)
+    parser.add_argument("--phantom-format", choices=("jpeg", "dicom"), default="jpeg", help=fields["phantom_format"].description)
+    for name, kind in (("count", int), ("seed", int), ("size-px", int), ("jpeg-quality", int), ("min-words", int),
+                       ("num-workers", int), ("rows-per-task", int), ("shard-mib", int), ("salt-file", str)):  # fmt: skip
+        field = fields[name.replace("-", "_")]
+        parser.add_argument(f"--{name}", type=kind, default=field.default, help=f"{field.description} Default {field.default}.")
+
+
+def _add_pretrain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="YAML file; see configs/")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of a config, for editors, and exit")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", required=True, help="run folder of a `place pretrain`")
+    parser.add_argument("--data", required=True, help="folder written by `place prepare`")
+    parser.add_argument("--tasks", default="all", help="comma list of zero_shot, retrieval, pixel_probe; or all")
+    parser.add_argument("--split", default="test", help="split that is judged")
+    parser.add_argument("--checkpoint", default="best", help="best, latest or a folder name such as step_00000100")
+    parser.add_argument("overrides", nargs="*", metavar="evaluation.key=value", help="laid over the run's config")
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("stop",))
+    parser.add_argument("run", help="run folder")
+
+
+def prepare(arguments: argparse.Namespace) -> int:
+    """`place prepare`."""
+    from place.data.prepare import run_prepare
+    from place.screen import PrepareProgress
+
+    config = build_prepare_config(arguments)
+    with PrepareProgress() as progress:
+        card = run_prepare(config, on_progress=progress.update)
+    progress.print_card(card, config.output)
+    return DONE
+
+
+def build_prepare_config(arguments: argparse.Namespace) -> PrepareConfig:
+    """What `place prepare` was told, checked."""
+    from pydantic import ValidationError
+
+    given = {key: value for key, value in vars(arguments).items() if key not in ("verb", "column", "labels")}
+    columns = {}
+    for item in arguments.column:
+        field, equals, name = item.partition("=")
+        if not equals:
+            raise UsageError(f"--column {item}: write it as FIELD=NAME, such as image=filename")
+        columns[field] = name
+    try:
+        return PrepareConfig.model_validate({**given, "columns": columns, "label_columns": tuple(arguments.labels)})
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise UsageError(f"--{'.'.join(map(str, fault['loc'])).replace('_', '-')}: {fault['msg'].lower()}") from None
+
+
+def pretrain(arguments: argparse.Namespace) -> int:
+    """`place pretrain`."""
+    if arguments.schema:
+        print(json.dumps(Config.model_json_schema(), indent=1))
+        return DONE
+    config = build_config(arguments.config, arguments.overrides)
+    return LAUNCHERS[config.cluster.launcher](config)
+
+
+def _pretrain_by_ray(config: Config) -> int:
+    from place.cluster.launch import launch
+    from place.training.pretrain import new_launch, prepare_run
+
+    return _watch(config, prepare_run(config, config.cluster.num_workers), lambda: launch(config, new_launch()))
+
+
+def _pretrain_here(config: Config) -> int:
+    from place.cluster.worker import run_alone
+    from place.training.pretrain import prepare_run
+
+    return _watch(config, prepare_run(config, 1), lambda: run_alone(config))
+
+
+def _pretrain_by_torchrun(config: Config) -> int:
+    from place.cluster.worker import join_torchrun, run_alone
+    from place.distributed import barrier
+    from place.training.pretrain import prepare_run
+
+    world = join_torchrun(config)
+    if not world.is_first:
+        barrier()
+        return STOPPED if run_alone(config) == "stopped" else DONE
+    plan = prepare_run(config, world.world)
+    barrier()
+    return _watch(config, plan, lambda: run_alone(config))
+
+
+LAUNCHERS: dict[str, Callable[[Config], int]] = {
+    "ray": _pretrain_by_ray,
+    "local": _pretrain_here,
+    "torchrun": _pretrain_by_torchrun,
+}
+
+
+def _watch(config: Config, plan: Any, run: Callable[[], str]) -> int:
+    """Run with the progress on the screen; a signal asks the run to stop at its next step."""
+    from place.screen import RunScreen
+    from place.training.loop import STOP_FILE
+
+    run_dir = Path(config.run.dir)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, lambda *_: (run_dir / STOP_FILE).touch())
+    with RunScreen(config, plan) as screen:
+        outcome = run()
+    screen.print_end(outcome)
+    return STOPPED if outcome == "stopped" else DONE
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """`place evaluate`."""
+    from rich.console import Console
+
+    from place.evaluation.suite import print_results, run_evaluation
+
+    run = Path(arguments.run)
+    source = run / "config.yaml"
+    if not source.is_file():
+        raise UsageError(f"{run} is no run folder (no config.yaml); give the run.dir of a `place pretrain`")
+    evaluation = build_config(source, arguments.overrides).evaluation
+    results = run_evaluation(
+        run, Path(arguments.data), arguments.tasks.split(","), arguments.split, arguments.checkpoint, evaluation
+    )
+    print_results(results, Console())
+    return DONE
+
+
+def runs(arguments: argparse.Namespace) -> int:
+    """`place runs stop RUN`: ask a run to save a checkpoint at its next step and end with 85."""
+    run = Path(arguments.run)
+    if not (run / "config.yaml").is_file():
+        raise UsageError(f"{run} is no run folder (no config.yaml)")
+    (run / "stop").touch()
+    print(f"{run}: asked to stop at the next step")
+    return DONE
+
+
+VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "prepare": prepare,
+    "pretrain": pretrain,
+    "evaluate": evaluate,
+    "runs": runs,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

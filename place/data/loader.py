@@ -1,0 +1,91 @@
+"""Batches for one training process, from any step of any epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import cv2
+import torch
+from torch.utils.data import DataLoader
+
+from place.batch import Batch
+from place.config import DataConfig, RunError
+from place.data.streaming import Pair, ReportPairs, find_split_faults
+from place.data.tokens import ReportTokenizer
+
+
+class PairLoader:
+    """This rank's share of each global batch of a split. Final."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        split: str,
+        tokenizer: ReportTokenizer,
+        *,
+        seed: int,
+        local_batch: int,
+        num_patches: int,
+        train: bool,
+        cache: Path,
+    ):
+        self.data, self.split = data, split
+        self.dataset = ReportPairs(data, split, tokenizer, seed, local_batch, train, cache)
+        self.loader = DataLoader(
+            self.dataset,
+            batch_size=local_batch,
+            num_workers=data.num_workers,
+            collate_fn=_Collate(tokenizer, num_patches),
+            drop_last=True,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=data.num_workers > 0,
+            worker_init_fn=_start_worker if data.num_workers else None,
+        )
+
+    def read_epoch(self, epoch: int, first_step: int, last_step: int, world: int) -> Iterator[Batch]:
+        """Batches [first_step, last_step) of an epoch.
+
+        Raises:
+            RunError: a shard is damaged or missing; the line names it.
+        """
+        global_batch = world * (self.loader.batch_size or 1)
+        self.dataset.start_at(epoch, first_step * global_batch)
+        try:
+            yield from islice(self.loader, last_step - first_step)
+        except (RuntimeError, ValueError) as error:
+            faults = find_split_faults(self.data.path, self.split)
+            if not faults:
+                raise
+            raise RunError(f"{faults[0]}; prepare the data set again or copy the shard anew") from error
+
+    @property
+    def shm_prefix(self) -> str:
+        """Start of the names of the shared memory that streaming holds for this loader."""
+        return f"{self.dataset._shm_prefix_int:06d}_"
+
+
+class _Collate:
+    """Pairs to a Batch; every patch of a square image is valid."""
+
+    def __init__(self, tokenizer: ReportTokenizer, num_patches: int):
+        self.tokenizer, self.num_patches = tokenizer, num_patches
+
+    def __call__(self, pairs: list[Pair]) -> Batch:
+        ids_BT, attention_BT, owner_BT, hash_BS = self.tokenizer.collate([pair.report for pair in pairs])
+        return Batch(
+            torch.stack([pair.image_CYX for pair in pairs]),
+            ids_BT,
+            attention_BT,
+            owner_BT,
+            hash_BS,
+            torch.tensor([pair.report_group for pair in pairs]),
+            torch.tensor([pair.sample_id for pair in pairs]),
+            torch.ones(len(pairs), self.num_patches, dtype=torch.bool),
+        )
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)

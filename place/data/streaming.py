@@ -1,0 +1,168 @@
+"""A prepared MDS split as a stream of model inputs, in an order that neither ranks nor loader workers change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from place.compat import patch_torchvision
+from place.config import DataConfig, RunError, UsageError
+from place.data.tokens import ReportTokenizer, TokenizedReport
+from place.data.transforms import eval_transform, read_image, train_transform
+
+patch_torchvision()
+from streaming import StreamingDataset  # noqa: E402
+from streaming.base.compression import decompress  # noqa: E402
+from streaming.base.format import reader_from_json  # noqa: E402
+from streaming.base.hashing import get_hash  # noqa: E402
+
+HASH = "xxh64"
+
+
+class Pair(NamedTuple):
+    """One image-report pair as the collator takes it: image fp32 (1,Y,X) and the tokenised report."""
+
+    image_CYX: Any
+    report: TokenizedReport
+    report_group: int
+    sample_id: int
+
+
+class ReportPairs(StreamingDataset):
+    """A prepared split, decoded, augmented and tokenised in the loader's workers.
+
+    Source: mosaicml-streaming for order, shards and hashes.
+    """
+
+    def __init__(
+        self, data: DataConfig, split: str, tokenizer: ReportTokenizer, seed: int, batch_size: int, train: bool, cache: Path
+    ):
+        self.data, self.tokenizer, self.seed, self.train = data, tokenizer, seed, train
+        self.mean, self.std = read_intensity(data.path)
+        self.epoch = 0
+        super().__init__(
+            # The prepared folder is read as if it were far away: each shard is checked when it comes into the cache, and
+            # nothing is ever written beside the data.
+            remote=str(Path(data.path) / split),
+            local=str(cache / split),
+            batch_size=batch_size,
+            shuffle=train,
+            shuffle_algo="py1e",
+            shuffle_seed=seed,
+            shuffle_block_size=data.shuffle_block_size,
+            num_canonical_nodes=data.num_canonical_nodes,
+            predownload=8 * batch_size,
+            cache_limit=data.cache_limit,
+            validate_hash=HASH,
+        )
+
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> Any:
+        # The one place where streaming tells a loader worker which epoch it works on; augmentation depends on it.
+        self.epoch = epoch
+        return super()._get_work(epoch, sample_in_epoch)
+
+    def __getitem__(self, at: int | slice | list[int] | np.ndarray) -> Any:
+        sample = super().__getitem__(at)
+        return self._build_pair(sample) if isinstance(sample, dict) else sample
+
+    def start_at(self, epoch: int, sample_in_epoch: int) -> None:
+        """Make the next iteration begin there; call it on every rank."""
+        self.load_state_dict(
+            {
+                "epoch": epoch,
+                "sample_in_epoch": sample_in_epoch,
+                "num_canonical_nodes": self.data.num_canonical_nodes,
+                "shuffle_seed": self.seed,
+                "initial_physical_nodes": self._parallel_rank_world.num_nodes,
+            }
+        )
+
+    def _build_pair(self, sample: dict[str, Any]) -> Pair:
+        image_YX, size = read_image(sample["image"]), self.data.image_size_px
+        rng = np.random.default_rng([self.seed, self.epoch, sample["sample_id"]])
+        if self.train:
+            image_CYX = train_transform(image_YX, size, self.mean, self.std, self.data.augment, rng)
+        else:
+            image_CYX = eval_transform(image_YX, size, self.mean, self.std)
+        sentences = select_sentences(sample["sentences"], self.data.sections)
+        if self.train and self.data.shuffle_sentences:
+            rng.shuffle(sentences)
+        return Pair(image_CYX, self.tokenizer.encode(sentences), sample["report_group"], sample["sample_id"])
+
+
+def select_sentences(sentences: list[dict[str, str]], sections: str) -> list[str]:
+    """Texts of the wanted sections; a report without them keeps all of its sentences."""
+    wanted = [item["text"] for item in sentences if sections in ("all", item["section"])]
+    return wanted or [item["text"] for item in sentences]
+
+
+def read_card(data_dir: str | Path) -> dict[str, Any]:
+    """The data card of a prepared data set. Raises UsageError where there is none."""
+    path = Path(data_dir) / "card.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{data_dir} is no prepared data set (no card.json); run `place prepare --output {data_dir}`") from None
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path} is damaged ({error}); run `place prepare` again into a new folder") from None
+
+
+def read_intensity(data_dir: str | Path) -> tuple[float, float]:
+    """Mean and standard deviation of training pixels, as shares of full scale."""
+    image = read_card(data_dir)["image"]
+    return image["mean"], image["std"]
+
+
+def count_samples(data_dir: str | Path, split: str) -> int:
+    """Image-report pairs in a split. Raises UsageError where the split is missing or empty."""
+    shards = _read_index(data_dir, split)["shards"]
+    return sum(shard["samples"] for shard in shards)
+
+
+def read_samples(data_dir: str | Path, split: str) -> Iterator[dict[str, Any]]:
+    """The stored columns of each pair, in order, every shard's hash checked. Raises RunError for a damaged shard."""
+    folder = Path(data_dir) / split
+    for info in _read_index(data_dir, split)["shards"]:
+        fault = find_shard_fault(folder, info)
+        if fault:
+            raise RunError(f"{fault}; run `place prepare` again into a new folder, or copy the shard anew")
+        shard = reader_from_json(str(folder), None, info)
+        shard.validate(allow_unsafe_types=False)
+        packed = (folder / (info["zip_data"] or info["raw_data"])["basename"]).read_bytes()
+        raw = decompress(info["compression"], packed) if info["zip_data"] else packed
+        offsets = np.frombuffer(raw, np.uint32, count=info["samples"] + 1, offset=4)
+        yield from (shard.decode_sample(raw[begin:end]) for begin, end in zip(offsets, offsets[1:]))
+
+
+def find_shard_fault(folder: Path, info: dict[str, Any]) -> str:
+    """What is wrong with a shard's stored file: missing, or not the bytes that its index names; empty when it is whole."""
+    stored = info["zip_data"] or info["raw_data"]
+    path = folder / stored["basename"]
+    if not path.is_file():
+        return f"shard {path} is missing"
+    if get_hash(HASH, path.read_bytes()) != stored["hashes"][HASH]:
+        return f"shard {path} is damaged (its {HASH} differs from index.json)"
+    return ""
+
+
+def find_split_faults(data_dir: str | Path, split: str) -> list[str]:
+    """The faults of all shards of a split."""
+    folder = Path(data_dir) / split
+    return [fault for info in _read_index(data_dir, split)["shards"] if (fault := find_shard_fault(folder, info))]
+
+
+def _read_index(data_dir: str | Path, split: str) -> dict[str, Any]:
+    path = Path(data_dir) / split / "index.json"
+    if not path.is_file():
+        read_card(data_dir)
+        raise UsageError(f"{data_dir} has no samples in split '{split}'; splits there are {sorted(list_splits(data_dir))}")
+    return json.loads(path.read_text())
+
+
+def list_splits(data_dir: str | Path) -> list[str]:
+    """Names of the splits that have samples."""
+    return [path.parent.name for path in Path(data_dir).glob("*/index.json")]

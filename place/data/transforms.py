@@ -1,0 +1,61 @@
+"""From a stored image to what the model sees; training randomness is a function of (seed, epoch, sample id) alone."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from place.config import AugmentConfig, RunError
+
+Grey = NDArray[np.uint8]
+
+
+def read_image(encoded: bytes) -> Grey:
+    """Decode a stored JPEG or PNG to grey, uint8 (Y,X). Raises RunError where it does not decode."""
+    image_YX = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_GRAYSCALE)
+    if image_YX is None:
+        raise RunError("a stored image does not decode; run `place prepare` again into a new folder")
+    return image_YX
+
+
+def eval_transform(image_YX: Grey, size_px: int, mean: float, std: float) -> Tensor:
+    """Centre square, resized and standardised: fp32 (1,size,size). Source: ours."""
+    side = min(image_YX.shape)
+    top, left = (image_YX.shape[0] - side) // 2, (image_YX.shape[1] - side) // 2
+    square = image_YX[top : top + side, left : left + side]
+    method = cv2.INTER_AREA if side > size_px else cv2.INTER_LINEAR
+    resized = cv2.resize(square, (size_px, size_px), interpolation=method)
+    return _standardise(resized.astype(np.float32) / 255, mean, std)
+
+
+def train_transform(
+    image_YX: Grey, size_px: int, mean: float, std: float, augment: AugmentConfig, rng: np.random.Generator
+) -> Tensor:
+    """Random crop, rotation and intensity; never a flip, since reports say left and right. fp32 (1,size,size). Source: ours."""
+    crop_px = min(image_YX.shape) * np.sqrt(rng.uniform(augment.crop_scale_min, 1))
+    angle = rng.uniform(-augment.rotation_deg, augment.rotation_deg)
+    centre_x, centre_y = (crop_px / 2 + rng.uniform(0, 1) * (side - crop_px) for side in image_YX.shape[::-1])
+    image_YX, shrink = _shrink_before_warp(image_YX, crop_px / size_px)
+    zoom = size_px / (crop_px * shrink)
+    matrix = cv2.getRotationMatrix2D((centre_x * shrink, centre_y * shrink), angle, zoom)
+    matrix[:, 2] += size_px / 2 - np.array([centre_x, centre_y]) * shrink
+    warped = cv2.warpAffine(image_YX, matrix, (size_px, size_px), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    values = warped.astype(np.float32) / 255
+    contrast, brightness = 1 + rng.uniform(-1, 1, 2) * augment.intensity
+    values = (values - values.mean()) * contrast + values.mean() * brightness
+    return _standardise(values, mean, std)
+
+
+def _shrink_before_warp(image_YX: Grey, ratio: float) -> tuple[Grey, float]:
+    """Area-average first where bilinear sampling would alias."""
+    if ratio < 1.5:
+        return image_YX, 1.0
+    shrink = 1 / ratio
+    return cv2.resize(image_YX, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA), shrink
+
+
+def _standardise(values: NDArray[np.float32], mean: float, std: float) -> Tensor:
+    return torch.from_numpy(((values - mean) / std).astype(np.float32))[None]

@@ -1,0 +1,42 @@
+"""Correlation exploration (CCE): how patches vary together, predicted under the report, against how their pixels do."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from place.config import CorrelationLossConfig
+from place.distributed import read_world, sum_over_ranks
+from place.kernels.patch_correlation import patch_corr_loss
+
+
+def correlation_loss(
+    z_BNE: Tensor,
+    target_BND: Tensor,
+    valid_BN: Tensor,
+    focus_BN: Tensor,
+    config: CorrelationLossConfig,
+    grey_level: float,
+) -> Tensor:
+    """Distance of the two patch correlations, mean per image, divided by the count of images with pairs on all ranks.
+
+    The mean over ranks is the loss of the global batch.
+
+    Args:
+        z_BNE: report-conditioned patch features, fp32.
+        target_BND: pixel patches or stop-gradient features.
+        valid_BN, focus_BN: bool; pairs count between valid patches, of which at least one is in focus.
+        grey_level: one of 255 grey levels in the unit of target pixels; flatter patches do not count.
+    Source: quoted (PLACE abstract: identify correlations among image patches); the form is ours.
+    """
+    total, count = patch_corr_loss(
+        z_BNE,
+        target_BND,
+        valid_BN=valid_BN,
+        focus_BN=focus_BN,
+        normalize=config.normalize,
+        loss=config.distance,
+        beta=config.beta,
+        eps_y=grey_level if config.target == "pixels" else 1e-6,
+        reduction="image",
+    )
+    return total * read_world().world / sum_over_ranks(count).clamp(min=1)

@@ -1,0 +1,58 @@
+"""The objective: weighted sum of the three terms, computed in fp32 outside autocast."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from place.batch import Batch, Losses, Outputs
+from place.config import LossConfig
+from place.losses.correlation import correlation_loss
+from place.losses.instance import instance_loss
+from place.losses.pathology import pathology_loss
+
+
+def compute_losses(outputs: Outputs, batch: Batch, config: LossConfig, grey_level: float) -> Losses:
+    """The objective of the global batch, as this rank's share: its mean over ranks is what is optimised and logged.
+
+    Args:
+        outputs: of the model for `batch`.
+        grey_level: one grey level of 255 in standardised units.
+    Returns:
+        `Losses`; a term of weight 0 is not computed and reads 0.
+    Source: ours.
+    """
+    with torch.autocast(outputs.image_BE.device.type, enabled=False):
+        zero = outputs.image_BE.new_zeros(())
+        instance = _instance(outputs, batch, config) if config.instance.weight else zero
+        pathology = _pathology(outputs, batch, config) if config.pathology.weight else zero
+        correlation = _correlation(outputs, batch, config, grey_level) if config.correlation.weight else zero
+        total = (
+            config.instance.weight * instance
+            + config.pathology.weight * pathology
+            + config.correlation.weight * correlation
+        )
+    return Losses(total, instance, pathology, correlation)
+
+
+def _instance(outputs: Outputs, batch: Batch, config: LossConfig) -> Tensor:
+    scale, multi_positive = outputs.logit_scales[0], config.instance.multi_positive
+    return instance_loss(outputs.image_BE, outputs.text_BE, scale, batch.report_group_B, multi_positive)
+
+
+def _pathology(outputs: Outputs, batch: Batch, config: LossConfig) -> Tensor:
+    return pathology_loss(
+        outputs.observations_BKE,
+        outputs.sentences_BSE,
+        outputs.mask_BS,
+        batch.sentence_hash_BS,
+        outputs.logit_scales[1],
+        config.pathology.pairing,
+        config.pathology.negatives,
+    )
+
+
+def _correlation(outputs: Outputs, batch: Batch, config: LossConfig, grey_level: float) -> Tensor:
+    return correlation_loss(
+        outputs.z_BNE, outputs.target_BND, batch.valid_patch_BN, outputs.focus_BN, config.correlation, grey_level
+    )

@@ -1,0 +1,1 @@
+"""The PLACE model: encoders, observation extractor, correlation head, projections."""

@@ -1,0 +1,126 @@
+"""The PLACE model: from a batch of image-report pairs to everything the three losses compare."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from place.batch import Batch, Outputs
+from place.config import Config
+from place.kernels.attention import choose_backend
+from place.model.correlation import CorrelationHead
+from place.model.observations import ObservationExtractor
+from place.model.projection import Projection, mean_by_sentence
+from place.model.text import ReportEncoder, build_report_encoder
+from place.model.vision import ImageEncoder, build_image_encoder, patchify
+
+
+class ImageFeatures(NamedTuple):
+    """`image_BE` and V-PORs `observations_BKE`, unit length; `attention_BKN` rows sum to 1."""
+
+    image_BE: Tensor
+    observations_BKE: Tensor
+    attention_BKN: Tensor
+
+
+class TextFeatures(NamedTuple):
+    """`text_BE` and T-PORs `sentences_BSE`, unit length; `mask_BS` bool, true on real sentences."""
+
+    text_BE: Tensor
+    sentences_BSE: Tensor
+    mask_BS: Tensor
+
+
+class PlaceModel(nn.Module):
+    """Encoders, observation extractor, correlation head, projections and temperatures."""
+
+    def __init__(self, config: Config, vision: ImageEncoder, text: ReportEncoder, attention: str):
+        super().__init__()
+        model = config.model
+        self.vision, self.text = vision, text
+        self.mask_ratio = model.correlation.mask_ratio
+        self.max_sentences = config.data.max_sentences
+        self.max_logit_scale = config.loss.max_logit_scale
+        self.target = config.loss.correlation.target
+        self.recompute = config.engine.activation_checkpointing
+        self.observe = ObservationExtractor(model.observations, vision.width, attention)
+        self.correlate = CorrelationHead(model.correlation, vision.width, text.width, attention)
+        self.project_image = Projection(vision.width, model.joint_width)
+        self.project_text = Projection(text.width, model.joint_width)
+        self.project_observation = Projection(vision.width, model.joint_width)
+        self.project_sentence = Projection(text.width, model.joint_width)
+        # Shape (1,): DeepSpeed 0.19.8 cannot broadcast parameters without a dimension.
+        self.log_scale_instance = nn.Parameter(torch.tensor([-math.log(config.loss.instance.temperature)]))
+        self.log_scale_pathology = nn.Parameter(torch.tensor([-math.log(config.loss.pathology.temperature)]))
+
+    def forward(self, batch: Batch) -> Outputs:
+        """See `place.batch.Outputs`."""
+        hidden_BN = self._draw_hidden(batch) if self.training and self.mask_ratio else None
+        cls_BD, patches_BND = self._encode(self.vision, batch.image_BCYX, hidden_BN)
+        tokens_BTD = self._encode(self.text, batch.token_ids_BT, batch.attention_BT)
+        observations_BKD, attention_BKN = self.observe(patches_BND)
+        means_BSD, mask_BS = mean_by_sentence(tokens_BTD, batch.sentence_of_token_BT, self.max_sentences)
+        z_BNE = self.correlate(patches_BND, tokens_BTD, batch.attention_BT)
+        pixels = self.target == "pixels"
+        target_BND = patchify(batch.image_BCYX, self.vision.patch_px) if pixels else patches_BND.detach().float()
+        return Outputs(
+            self.project_image(cls_BD),
+            self.project_text(tokens_BTD[:, 0]),
+            self.project_observation(observations_BKD),
+            self.project_sentence(means_BSD),
+            mask_BS,
+            z_BNE,
+            target_BND,
+            torch.ones_like(batch.valid_patch_BN) if hidden_BN is None else hidden_BN,
+            attention_BKN,
+            self._logit_scales(),
+        )
+
+    def encode_image(self, image_BCYX: Tensor) -> ImageFeatures:
+        """Features of images alone, (B,1,Y,X) standardised."""
+        cls_BD, patches_BND = self.vision(image_BCYX)
+        observations_BKD, attention_BKN = self.observe(patches_BND)
+        return ImageFeatures(self.project_image(cls_BD), self.project_observation(observations_BKD), attention_BKN)
+
+    def encode_text(self, token_ids_BT: Tensor, attention_BT: Tensor, sentence_of_token_BT: Tensor) -> TextFeatures:
+        """Features of reports alone."""
+        tokens_BTD = self.text(token_ids_BT, attention_BT)
+        means_BSD, mask_BS = mean_by_sentence(tokens_BTD, sentence_of_token_BT, self.max_sentences)
+        return TextFeatures(self.project_text(tokens_BTD[:, 0]), self.project_sentence(means_BSD), mask_BS)
+
+    def _encode(self, encoder: nn.Module, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.recompute and self.training:
+            return checkpoint(encoder, *inputs, use_reentrant=False)
+        return encoder(*inputs)
+
+    def _draw_hidden(self, batch: Batch) -> Tensor:
+        """Hide an equal number of patches of each image, drawn anew at each step."""
+        noise_BN = torch.rand(batch.valid_patch_BN.shape, device=batch.image_BCYX.device)
+        count = round(self.mask_ratio * noise_BN.shape[1])
+        return noise_BN.argsort(1).argsort(1) < count
+
+    def _logit_scales(self) -> Tensor:
+        scales = torch.cat([self.log_scale_instance, self.log_scale_pathology]).float().exp()
+        # The cap is outside the gradient: a scale that has reached it can still come down.
+        return scales - (scales - self.max_logit_scale).clamp(min=0).detach()
+
+
+def build_model(config: Config, vocab_size: int, device: torch.device, definition: Path | None = None) -> tuple[PlaceModel, str]:
+    """Build the model on CPU for use on a device.
+
+    Args:
+        vocab_size: of the tokenizer.
+        definition: folder `RUN/model` with the report encoder's config.json: builds the architecture without weights.
+    Returns:
+        The model, and a line that says which attention was chosen and why.
+    Source: ours.
+    """
+    attention, reason = choose_backend(config.model.attention, device)
+    vision = build_image_encoder(config.model.vision, config.data.image_size_px, attention, with_weights=definition is None)
+    text = build_report_encoder(config.model.text, vocab_size, attention, definition)
+    return PlaceModel(config, vision, text, attention), f"attention: {attention} ({reason})"

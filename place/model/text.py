@@ -1,0 +1,72 @@
+"""Report encoder: any Hugging Face encoder, or a small BERT from scratch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from place.config import TextConfig, UsageError
+
+
+class ReportEncoder(nn.Module):
+    """A Hugging Face encoder that gives a state for each report token."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+        self.width: int = encoder.config.hidden_size
+
+    def forward(self, token_ids_BT: Tensor, attention_BT: Tensor) -> Tensor:
+        """Token states (B,T,D); the first one stands for the report."""
+        return self.encoder(input_ids=token_ids_BT, attention_mask=attention_BT.long()).last_hidden_state
+
+
+def build_report_encoder(
+    config: TextConfig, vocab_size: int, attention: str, definition: Path | None = None
+) -> ReportEncoder:
+    """Build the report encoder.
+
+    Args:
+        vocab_size: of the tokenizer; must fit the encoder.
+        attention: attention backend; transformers knows `eager` and `sdpa`, the latter also stands in for xformers.
+        definition: folder with a config.json of which the architecture alone is built, because a checkpoint is loaded next.
+    Raises:
+        UsageError: the source holds no encoder, or the tokenizer does not fit it.
+    Source: ours.
+    """
+    attention = "eager" if attention == "eager" else "sdpa"
+    encoder = _build_encoder(config, vocab_size, attention, definition)
+    if vocab_size > encoder.config.vocab_size:
+        raise UsageError(
+            f"model.text.source={config.source}: the tokenizer has {vocab_size} entries, the encoder "
+            f"{encoder.config.vocab_size}; take both from one folder"
+        )
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None  # its weights would never get a gradient
+    return ReportEncoder(encoder)
+
+
+def _build_encoder(config: TextConfig, vocab_size: int, attention: str, definition: Path | None) -> nn.Module:
+    from transformers import AutoConfig, AutoModel, BertConfig
+
+    if definition is not None:
+        return AutoModel.from_config(AutoConfig.from_pretrained(definition), attn_implementation=attention)
+    if config.source == "scratch":
+        small = BertConfig(
+            vocab_size=vocab_size,
+            hidden_size=config.width,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.num_heads,
+            intermediate_size=4 * config.width,
+            hidden_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=config.dropout,
+        )
+        return AutoModel.from_config(small, attn_implementation=attention)
+    try:
+        return AutoModel.from_pretrained(config.source, attn_implementation=attention)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"model.text.source={config.source}: {str(error).strip().splitlines()[0]}; "
+            "give a local folder with config.json, model.safetensors and a tokenizer, or scratch"
+        ) from None

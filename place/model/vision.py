@@ -1,0 +1,128 @@
+"""Image encoder: a timm vision transformer over one grey channel."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from place.compat import patch_torchvision
+from place.config import UsageError, VisionConfig
+from place.kernels.attention import patch_timm_attention
+
+
+class VisionTokens(NamedTuple):
+    """`cls_BD` image summary and `patches_BND` localised tokens, row by row."""
+
+    cls_BD: Tensor
+    patches_BND: Tensor
+
+
+class ImageEncoder(nn.Module):
+    """A timm ViT that gives its class token and its patch tokens, and can hide patches."""
+
+    def __init__(self, vit: nn.Module, patch_px: int):
+        super().__init__()
+        self.vit = vit
+        # Called as a module, not as a method, so that ZeRO-3's hooks see its class token and position embeddings used.
+        vit.forward = vit.forward_features
+        self.patch_px = patch_px
+        self.width: int = vit.embed_dim
+
+    def forward(self, image_BCYX: Tensor, hidden_BN: Tensor | None = None) -> VisionTokens:
+        """Encode (B,1,Y,X); patches where `hidden_BN` is true are shown as the mean grey, which is 0."""
+        if hidden_BN is not None:
+            image_BCYX = image_BCYX * ~_to_pixels(hidden_BN, image_BCYX, self.patch_px)
+        tokens = self.vit(image_BCYX)
+        return VisionTokens(tokens[:, 0], tokens[:, self.vit.num_prefix_tokens :])
+
+
+def _to_pixels(patch_BN: Tensor, image_BCYX: Tensor, patch_px: int) -> Tensor:
+    """A value a patch as a value a pixel, (B,1,Y,X)."""
+    rows, columns = image_BCYX.shape[-2] // patch_px, image_BCYX.shape[-1] // patch_px
+    grid = patch_BN.view(-1, 1, rows, columns)
+    return grid.repeat_interleave(patch_px, -2).repeat_interleave(patch_px, -1)
+
+
+def patchify(image_BCYX: Tensor, patch_px: int) -> Tensor:
+    """Pixels of each patch, (B,N,patch_px squared), row by row."""
+    return nn.functional.unfold(image_BCYX, patch_px, stride=patch_px).transpose(1, 2)
+
+
+def build_image_encoder(config: VisionConfig, image_size_px: int, attention: str, with_weights: bool = True) -> ImageEncoder:
+    """Build the image encoder from `timm:NAME`, a local folder or from scratch.
+
+    Args:
+        attention: backend that every attention is routed through.
+        with_weights: false builds the architecture alone, because a checkpoint is loaded next.
+    Raises:
+        UsageError: no weights where they were asked for, an unknown architecture, or a patch that does not divide the image.
+    Source: ours.
+    """
+    patch_torchvision()
+    vit = _build_vit(config, image_size_px, with_weights)
+    patch_px = int(vit.patch_embed.feat_ratio(as_scalar=True))
+    if image_size_px % patch_px:
+        raise UsageError(f"data.image_size_px={image_size_px} is not divisible by the encoder's patch of {patch_px} px")
+    patch_timm_attention(vit, attention)
+    return ImageEncoder(vit, patch_px)
+
+
+def _build_vit(config: VisionConfig, image_size_px: int, with_weights: bool) -> nn.Module:
+    import timm
+
+    size = {"in_chans": 1, "num_classes": 0, "img_size": image_size_px, **config.overrides}
+    if config.stem == "conv" and config.source != "scratch":
+        raise UsageError("model.vision.stem=conv needs model.vision.source=scratch: pretrained weights have no such stem")
+    try:
+        if config.source == "scratch":
+            return _build_from_scratch(config, size)
+        if Path(config.source).is_dir():
+            return timm.create_model(f"local-dir:{config.source}", pretrained=with_weights, dynamic_img_size=True, **size)
+        if config.source.startswith("timm:"):
+            name = config.source.removeprefix("timm:")
+            return timm.create_model(name, pretrained=with_weights, dynamic_img_size=True, **size)
+    except (OSError, RuntimeError, KeyError, TypeError) as error:
+        raise UsageError(f"model.vision.source={config.source}: {_one_line(error)}") from None
+    raise UsageError(
+        f"model.vision.source={config.source} is neither a folder, nor timm:NAME, nor scratch; "
+        "give a folder with config.json and model.safetensors"
+    )
+
+
+def _build_from_scratch(config: VisionConfig, size: dict[str, int | float]) -> nn.Module:
+    import timm
+    from timm.layers import HybridEmbed
+
+    if config.stem == "patch":
+        return timm.create_model(config.architecture, dynamic_img_size=True, **size)
+    patch_px, width = int(size.get("patch_size", 16)), int(size.get("embed_dim", 768))
+    embed = functools.partial(HybridEmbed, backbone=ConvStem(patch_px, width), proj=False)
+    return timm.create_model(config.architecture, embed_layer=embed, dynamic_img_size=True, **{**size, "patch_size": 1})
+
+
+class ConvStem(nn.Sequential):
+    """Strided 3x3 convolutions that turn (B,1,Y,X) into (B,D,Y/patch,X/patch): small models learn faster so.
+
+    Source: inferred (Xiao et al. 2021, 'Early convolutions help transformers see better').
+    """
+
+    def __init__(self, patch_px: int, width: int):
+        steps = int(math.log2(patch_px))
+        if 2**steps != patch_px:
+            raise UsageError(f"model.vision.overrides.patch_size={patch_px}: the conv stem needs a power of two")
+        layers: list[nn.Module] = []
+        channels = 1
+        for step in range(steps):
+            out = max(8, width >> (steps - 1 - step))
+            layers += [nn.Conv2d(channels, out, 3, 2, 1, bias=False), nn.GroupNorm(max(1, out // 16), out), nn.GELU()]
+            channels = out
+        super().__init__(*layers, nn.Conv2d(channels, width, 1))
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300]

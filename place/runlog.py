@@ -1,0 +1,70 @@
+"""The run folder's logs: metrics.jsonl, samples.jsonl, TensorBoard, attempts; and reading them while the run goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from place.config import RunError
+
+
+class RunLog:
+    """Writer of a run's logs; used on rank 0 alone. Final."""
+
+    def __init__(self, run_dir: Path, attempt: int, tensorboard: bool, first_step: int):
+        self.attempt = attempt
+        self._metrics = (run_dir / "metrics.jsonl").open("a", buffering=1)
+        self._samples = (run_dir / "samples.jsonl").open("a", buffering=1)
+        self._events = _open_events(run_dir / "events", first_step) if tensorboard else None
+
+    def write_metrics(self, step: int, values: dict[str, Any]) -> None:
+        """One object of a logged step."""
+        record = {"step": step, "attempt": self.attempt, "time": round(time.time(), 3), **values}
+        self._metrics.write(json.dumps(record) + "\n")
+        if self._events is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._events.add_scalar(name, value, step)
+
+    def write_samples(self, step: int, epoch: int, sample_ids: list[int]) -> None:
+        """The sample ids of an optimiser step, over all ranks."""
+        record = {"step": step, "epoch": epoch, "attempt": self.attempt, "ids": sample_ids}
+        self._samples.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._metrics.close()
+        self._samples.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _open_events(folder: Path, first_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=first_step)
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file, leaving out a last line that a killed writer left unfinished. Raises RunError for other damage."""
+    if not path.is_file():
+        return
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            if number < len(lines) and not lines[number].startswith("{"):
+                raise RunError(f"{path} line {number} is damaged ({error}); restore the file") from None
+
+
+def read_surviving(path: Path) -> list[dict[str, Any]]:
+    """The surviving lineage of a log: for each step the record of the last attempt that did it, in order of steps."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for record in read_jsonl(path):
+        if "step" in record and "val_total" not in record:
+            by_step[record["step"]] = record
+    return [by_step[step] for step in sorted(by_step)]

@@ -1,0 +1,168 @@
+"""What a person sees while preparing or training: a bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from place.config import Config
+from place.runlog import read_jsonl, read_surviving
+
+PLAIN_INTERVAL_S = 5.0
+
+
+def build_console() -> Console:
+    """A console that keeps to 100 columns where it does not write to a terminal."""
+    return Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+
+
+class PrepareProgress:
+    """Progress of `place prepare` as a context. Final."""
+
+    def __init__(self) -> None:
+        self.console = build_console()
+        self.bar = _build_bar(self.console, "{task.fields[note]}")
+        self.task = self.bar.add_task("prepare", total=None, note="")
+        self.began, self.printed = time.perf_counter(), 0.0
+
+    def __enter__(self) -> PrepareProgress:
+        if self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self.bar.stop()
+
+    def update(self, done: int, total: int, rejected: int) -> None:
+        """Rows done of all, and how many were rejected."""
+        rate = done / max(1e-9, time.perf_counter() - self.began)
+        note = f"{rate:,.0f} rows/s, {rejected:,} rejected"
+        self.bar.update(self.task, completed=done, total=total, note=note)
+        if not self.console.is_terminal and (time.perf_counter() - self.printed > PLAIN_INTERVAL_S or done == total):
+            self.printed = time.perf_counter()
+            self.console.print(f"prepare  {done:,}/{total:,} rows  {note}")
+
+    def print_card(self, card: dict[str, Any], output: str) -> None:
+        """The counts of the data card."""
+        counts = card["counts"]
+        self.console.print(f"{output}: {counts['kept']:,} of {counts['input']:,} rows kept, {counts['rejected']:,} rejected")
+        for reason, number in card["drop_reasons"].items():
+            self.console.print(f"  rejected  {reason}: {number:,}")
+        table = Table("split", "images", "studies", "patients", "unique reports", box=None, header_style="bold")
+        for split, row in ((name, value) for name, value in counts.items() if isinstance(value, dict)):
+            table.add_row(split, *(f"{row[key]:,}" for key in ("images", "studies", "patients", "unique_reports")))
+        self.console.print(table)
+
+
+class RunScreen:
+    """Follows metrics.jsonl of a run from a thread of its own and shows it. Final."""
+
+    def __init__(self, config: Config, plan: Any):
+        self.config, self.plan, self.run_dir = config, plan, Path(config.run.dir)
+        self.console = build_console()
+        self.bar = _build_bar(self.console, "{task.fields[note]}")
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> RunScreen:
+        self._print_plan()
+        self.seen = {name: sum(1 for _ in read_jsonl(self.run_dir / name)) for name in ("metrics.jsonl", "attempts.jsonl")}
+        if self.console.is_terminal:
+            self.bar.start()
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
+        if self.console.is_terminal:
+            self.bar.stop()
+
+    def print_end(self, outcome: str) -> None:
+        """How the run ended and where its files are."""
+        first, last = read_epoch_means(self.run_dir)
+        if outcome == "stopped":
+            self.console.print(f"stopped at step {last['step']}, checkpoint saved; the same command goes on from there")
+            return
+        self.console.print(
+            f"total train loss {first['total']:.3f} (epoch {first['epoch'] + 1}) -> {last['total']:.3f} (epoch {last['epoch'] + 1})"
+        )
+        self.console.print(f"run folder: {self.run_dir}")
+
+    def _print_plan(self) -> None:
+        plan, engine, cluster = self.plan, self.config.engine, self.config.cluster
+        stage = f" ZeRO-{engine.zero_stage}" if engine.kind == "deepspeed" else ""
+        self.console.print(
+            f"{plan.world} workers by {cluster.launcher}, {engine.kind}{stage}, {engine.precision}; "
+            f"{plan.num_samples:,} pairs, {plan.total_steps:,} steps of {plan.global_batch}, {plan.epochs} epochs, "
+            f"peak learning rate {plan.peak_lr:.2e}"
+        )
+        for part, source in (("image encoder", self.config.model.vision.source), ("report encoder", self.config.model.text.source)):
+            note = "trained from random weights" if source == "scratch" else f"starts from {source}"
+            extra = "; its tokenizer is trained on the training reports" if source == "scratch" and part[0] == "r" else ""
+            self.console.print(f"{part}: {note}{extra}")
+        if plan.dropped_per_epoch:
+            self.console.print(f"{plan.dropped_per_epoch} pairs do not fill a batch and are left out of each epoch, others each time")
+        if not plan.val_steps:
+            self.console.print("no validation split that fills a batch: no best checkpoint is chosen, the latest counts")
+
+    def _follow(self) -> None:
+        task = self.bar.add_task("pretrain", total=self.plan.total_steps, note="workers are starting")
+        printed = 0.0
+        while True:
+            ended = self.ended.wait(0.5)
+            for record in self._read_new("attempts.jsonl"):
+                for note in record.get("notes", []):
+                    self.console.print(note)
+                if record.get("attempt") and "launch" in record:
+                    self.console.print(f"workers started again (attempt {record['attempt']})")
+            for record in self._read_new("metrics.jsonl"):
+                line = _format_metrics(record)
+                self.bar.update(task, completed=record["step"], note=line)
+                is_val, is_last = "val_total" in record, record["step"] == self.plan.total_steps
+                if not self.console.is_terminal and (is_val or is_last or time.perf_counter() - printed > PLAIN_INTERVAL_S):
+                    printed = time.perf_counter()
+                    self.console.print(f"step {record['step']:>6}/{self.plan.total_steps}  epoch {record['epoch'] + 1:>3}  {line}")
+                elif is_val:
+                    self.console.print(f"epoch {record['epoch'] + 1:>3}  {line}")
+            if ended:
+                return
+
+    def _read_new(self, name: str) -> Iterator[dict[str, Any]]:
+        for number, record in enumerate(read_jsonl(self.run_dir / name)):
+            if number >= self.seen[name]:
+                self.seen[name] = number + 1
+                yield record
+
+
+def read_epoch_means(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Mean logged training losses of the first and of the last epoch, over the surviving lineage."""
+    records = read_surviving(run_dir / "metrics.jsonl")
+    ends = []
+    for epoch in (records[0]["epoch"], records[-1]["epoch"]):
+        rows = [record for record in records if record["epoch"] == epoch]
+        ends.append({"epoch": epoch, "step": rows[-1]["step"], "total": sum(row["total"] for row in rows) / len(rows)})
+    return ends[0], ends[1]
+
+
+def _format_metrics(record: dict[str, Any]) -> str:
+    if "val_total" in record:
+        return "validation loss {val_total:.3f} = ITA {val_instance:.3f}, PCMA {val_pathology:.3f}, CCE {val_correlation:.4f}".format(**record)
+    return (
+        "loss {total:.3f} = ITA {instance:.3f}, PCMA {pathology:.3f}, CCE {correlation:.4f}; "
+        "{samples_per_s:.0f} pairs/s, waits {data_wait_share:.0%}"
+    ).format(**record)
+
+
+def _build_bar(console: Console, note: str) -> Progress:
+    columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn(note))
+    return Progress(*columns, console=console)

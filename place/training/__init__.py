@@ -1,0 +1,1 @@
+"""Training: plan, schedule, engine, GradCache, checkpoints and the loop."""

@@ -1,0 +1,194 @@
+"""The training loop: fetch, forward, objective, backward, step, log, evaluate, save, in that order."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from place.batch import Batch, Losses
+from place.config import Config, RunError
+from place.data.loader import PairLoader
+from place.distributed import gather, is_distributed, mean_over_ranks, read_world
+from place.runlog import RunLog
+from place.training.checkpoint import write_checkpoint
+from place.training.engine import Engine
+from place.training.gradcache import Objective, backward_contrast
+from place.training.plan import RunPlan
+
+STOP_FILE = "stop"
+
+
+class Progress(dict[str, Any]):
+    """Where a run stands: `step` (optimiser steps done), `best_val` (least validation loss, or None); saved as JSON."""
+
+
+def train(
+    config: Config,
+    plan: RunPlan,
+    engine: Engine,
+    loader: PairLoader,
+    val_loader: PairLoader | None,
+    objective: Objective,
+    log: RunLog | None,
+    progress: Progress,
+) -> str:
+    """Train to the end of the plan or until asked to stop.
+
+    Args:
+        log: on rank 0, None elsewhere.
+        progress: where to begin; kept up to date.
+    Returns:
+        `done` or `stopped`.
+    Raises:
+        RunError: the loss is not finite (names the last good checkpoint), or a shard is damaged.
+    """
+    run_dir, world = Path(config.run.dir), read_world()
+    meter = Meter(log, plan, engine.device)
+    while progress["step"] < plan.total_steps:
+        epoch, first_step = divmod(progress["step"], plan.steps_per_epoch)
+        last_step = min(plan.steps_per_epoch, plan.total_steps - epoch * plan.steps_per_epoch)
+        for batch in meter.time_waits(loader.read_epoch(epoch, first_step, last_step, world.world)):
+            seed_step(config.run.seed, progress["step"], world.rank)
+            losses, scales = backward_contrast(engine, batch.to(engine.device), config.train.accumulation, objective)
+            lr = plan.compute_lr(progress["step"], config.optim.min_lr_ratio)
+            grad_norm = engine.step(lr)
+            progress["step"] += 1
+            step = progress["step"]
+            meter.count(step, epoch, batch)
+            ends_epoch = step % plan.steps_per_epoch == 0 or step == plan.total_steps
+            is_due = step % config.train.checkpoint_every_steps == 0
+            stopping = _agree((run_dir / STOP_FILE).exists(), engine.device)
+            if step % config.run.log_every_steps == 0 or is_due or stopping or ends_epoch:
+                meter.write(step, epoch, losses, scales, lr, grad_norm)
+                _check_finite(losses, grad_norm, step, run_dir)
+            if stopping or (is_due and not ends_epoch):
+                _save(run_dir, engine, config, plan, progress, is_best=False)
+            if stopping:
+                return "stopped"
+        is_best, is_last = False, progress["step"] == plan.total_steps
+        if val_loader is not None and ((epoch + 1) % config.train.evaluate_every_epochs == 0 or is_last):
+            value = evaluate_loss(plan, engine, val_loader, objective, epoch, log, progress["step"])
+            is_best = progress["best_val"] is None or value < progress["best_val"]
+            progress["best_val"] = value if is_best else progress["best_val"]
+        if is_best or is_last or progress["step"] % config.train.checkpoint_every_steps == 0:
+            _save(run_dir, engine, config, plan, progress, is_best)
+        meter.restart()
+    return "done"
+
+
+def evaluate_loss(
+    plan: RunPlan,
+    engine: Engine,
+    loader: PairLoader,
+    objective: Objective,
+    epoch: int,
+    log: RunLog | None,
+    step: int,
+) -> float:
+    """Mean losses over the validation split, logged; returns the total."""
+    totals: list[Tensor] = []
+    with torch.no_grad():
+        for batch in loader.read_epoch(epoch, 0, plan.val_steps, plan.world):
+            batch = batch.to(engine.device)
+            totals.append(torch.stack(objective(engine.forward(batch, train=False), batch)))
+    means = mean_over_ranks(torch.stack(totals).mean(0)).tolist()
+    if log is not None:
+        log.write_metrics(step, {"epoch": epoch, **{f"val_{name}": v for name, v in zip(Losses._fields, means)}})
+    return means[0]
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Dropout and masks of a step depend on (seed, step, rank) alone, so that a resumed run draws the same ones."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+
+
+class Meter:
+    """Times, counts and writes what a step was like. Final; a host-device sync only where a line is written."""
+
+    def __init__(self, log: RunLog | None, plan: RunPlan, device: torch.device):
+        self.log, self.plan, self.device = log, plan, device
+        self.samples: list[tuple[int, int, Tensor]] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval."""
+        self.began, self.waited_s, self.steps = time.perf_counter(), 0.0, 0
+
+    def time_waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; counts the time that the loop waited for them."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited_s += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def count(self, step: int, epoch: int, batch: Batch) -> None:
+        """Note a finished step and which samples it saw."""
+        self.steps += 1
+        self.samples.append((step, epoch, gather(batch.sample_id_B.to(self.device))))
+
+    def write(self, step: int, epoch: int, losses: Losses, scales: Tensor, lr: float, grad_norm: Tensor) -> None:
+        """Write a line of metrics.jsonl and the samples since the last one."""
+        means = mean_over_ranks(torch.stack(losses).detach()).tolist()
+        elapsed_s = time.perf_counter() - self.began
+        if self.log is not None:
+            for seen_step, seen_epoch, ids_G in self.samples:
+                self.log.write_samples(seen_step, seen_epoch, ids_G.tolist())
+            temperatures = (1 / scales).tolist()
+            values = {
+                "epoch": epoch,
+                **dict(zip(Losses._fields, means)),
+                "temperature_instance": temperatures[0],
+                "temperature_pathology": temperatures[1],
+                "grad_norm": float(grad_norm),
+                "lr": lr,
+                "samples_per_s": round(self.steps * self.plan.global_batch / elapsed_s, 2),
+                "data_wait_share": round(self.waited_s / elapsed_s, 4),
+                "memory_mib": _read_memory_mib(self.device),
+            }
+            self.log.write_metrics(step, values)
+        self.samples.clear()
+        self.restart()
+
+
+def _read_memory_mib(device: torch.device) -> int:
+    """Peak device memory, or the resident memory of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    return psutil.Process(os.getpid()).memory_info().rss >> 20
+
+
+def _agree(flag: bool, device: torch.device) -> bool:
+    """True on all ranks if it is on any."""
+    if not is_distributed():
+        return flag
+    votes = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(votes)
+    return bool(votes.item())
+
+
+def _check_finite(losses: Losses, grad_norm: Tensor, step: int, run_dir: Path) -> None:
+    values = mean_over_ranks(torch.stack([losses.total.detach(), grad_norm.to(losses.total)]))
+    if not bool(values.isfinite().all()):
+        latest = run_dir / "checkpoints" / "latest"
+        good = latest.read_text().strip() if latest.is_file() else "none"
+        raise RunError(
+            f"loss {values[0].item()}, gradient norm {values[1].item()} at step {step}: not finite; last good checkpoint: "
+            f"{good}; lower optim.lr or check the data, then start again with run.resume=auto"
+        )
+
+
+def _save(run_dir: Path, engine: Engine, config: Config, plan: RunPlan, progress: Progress, is_best: bool) -> None:
+    state = {**progress, "world": plan.world, "global_batch": plan.global_batch, "seed": config.run.seed}
+    write_checkpoint(run_dir, engine, state, config.train.keep_checkpoints, is_best)

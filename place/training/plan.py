@@ -1,0 +1,77 @@
+"""What follows from the configuration, the data and the world: derived once, printed and saved."""
+
+from __future__ import annotations
+
+import math
+
+from pydantic import BaseModel
+
+from place.config import Config, UsageError
+
+
+class RunPlan(BaseModel, frozen=True):
+    """Numbers that nobody sets: batches in pairs, lengths in optimiser steps."""
+
+    world: int
+    num_samples: int
+    global_batch: int
+    local_batch: int
+    micro_batch: int
+    steps_per_epoch: int
+    dropped_per_epoch: int
+    epochs: int
+    total_steps: int
+    warmup_steps: int
+    peak_lr: float
+    num_val_samples: int
+    val_local_batch: int
+    val_steps: int
+
+    def compute_lr(self, step: int, min_ratio: float) -> float:
+        """Learning rate of optimiser step `step` (from 0): linear warm-up, then cosine to `min_ratio` of the peak."""
+        if step < self.warmup_steps:
+            return self.peak_lr * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return self.peak_lr * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def build_plan(config: Config, world: int, num_samples: int, num_val_samples: int) -> RunPlan:
+    """Derive batches, steps and the learning rate.
+
+    Raises:
+        UsageError: the global batch does not divide over workers and accumulation, or is larger than the data set.
+    Source: ours; square-root scaling is inferred (Krizhevsky 2014, Malladi et al. 2022 for Adam).
+    """
+    train, optim = config.train, config.optim
+    if train.global_batch % (world * train.accumulation):
+        raise UsageError(
+            f"train.global_batch={train.global_batch} is not divisible by {world} workers x "
+            f"train.accumulation={train.accumulation}; choose a multiple of {world * train.accumulation}"
+        )
+    steps_per_epoch = num_samples // train.global_batch
+    if not steps_per_epoch:
+        raise UsageError(
+            f"train.global_batch={train.global_batch} is larger than the {num_samples} samples of split "
+            f"'{config.data.train_split}'; choose a smaller one"
+        )
+    total = steps_per_epoch * train.epochs
+    total = min(total, train.max_steps or total)
+    ratio = train.global_batch / optim.base_batch
+    scaled = {"none": 1.0, "sqrt": ratio**0.5, "linear": ratio}[optim.lr_scaling]
+    val_local = min(train.global_batch, num_val_samples) // world
+    return RunPlan(
+        world=world,
+        num_samples=num_samples,
+        global_batch=train.global_batch,
+        local_batch=train.global_batch // world,
+        micro_batch=train.global_batch // world // train.accumulation,
+        steps_per_epoch=steps_per_epoch,
+        dropped_per_epoch=num_samples - steps_per_epoch * train.global_batch,
+        epochs=math.ceil(total / steps_per_epoch),
+        total_steps=total,
+        warmup_steps=max(1, round(total * optim.warmup_ratio)),
+        peak_lr=optim.lr * scaled,
+        num_val_samples=num_val_samples,
+        val_local_batch=val_local,
+        val_steps=min(config.train.max_val_batches, num_val_samples // (val_local * world)) if val_local else 0,
+    )

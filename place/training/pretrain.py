@@ -1,0 +1,232 @@
+"""A pretraining run: what is checked before it starts, and what each worker builds."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import cv2
+import torch
+
+from place.batch import Batch, Losses, Outputs
+from place.config import Config, RunError, UsageError, dump_config
+from place.data.loader import PairLoader
+from place.data.streaming import count_samples, list_splits, read_card, read_samples, select_sentences
+from place.data.tokens import ReportTokenizer, train_tokenizer
+from place.distributed import barrier, broadcast_text, read_world
+from place.losses.objective import compute_losses
+from place.model.place import PlaceModel, build_model
+from place.runlog import RunLog, read_jsonl
+from place.training.checkpoint import find_checkpoint, read_state, write_definition, write_text
+from place.training.engine import Engine, TorchEngine
+from place.training.loop import STOP_FILE, Progress, train
+from place.training.plan import RunPlan, build_plan
+
+BuildEngine = Callable[[PlaceModel, Config, torch.device], Engine]
+VERSIONS = ("torch", "deepspeed", "transformers", "timm", "ray", "mosaicml-streaming", "xformers", "numpy")
+
+
+def prepare_run(config: Config, world: int) -> RunPlan:
+    """Check everything that can be checked before workers start, and write config.yaml and run.json.
+
+    Raises:
+        UsageError: data, plan or run folder do not permit the run.
+    """
+    run_dir = Path(config.run.dir)
+    plan = build_run_plan(config, world)
+    if config.run.resume == "never" and any((run_dir / "checkpoints").glob("step_????????")):
+        raise UsageError(f"{run_dir} already holds a run and run.resume=never; choose another run.dir or run.resume=auto")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_text(run_dir / "config.yaml", dump_config(config))
+    except OSError as error:
+        raise UsageError(f"run.dir={run_dir} cannot be written: {error.strerror}; choose another folder") from None
+    _check_disk(run_dir)
+    card = read_card(config.data.path)
+    record = {
+        "commit": read_commit(),
+        "versions": {name: _read_version(name) for name in VERSIONS},
+        "python": platform.python_version(),
+        "world": world,
+        "data_fingerprint": card["fingerprint"],
+        "mean": card["image"]["mean"],
+        "std": card["image"]["std"],
+        "plan": plan.model_dump(),
+    }
+    write_text(run_dir / "run.json", json.dumps(record, indent=1))
+    for leftover in (STOP_FILE, "failure.json"):
+        (run_dir / leftover).unlink(missing_ok=True)
+    return plan
+
+
+def build_run_plan(config: Config, world: int) -> RunPlan:
+    """The plan of a run on `world` workers."""
+    data = config.data
+    num_val = count_samples(data.path, data.val_split) if data.val_split in list_splits(data.path) else 0
+    return build_plan(config, world, count_samples(data.path, data.train_split), num_val)
+
+
+def run_worker(config: Config, launch: str, build_engine: BuildEngine | None = None) -> str:
+    """What every training process does, from building the model to the last checkpoint.
+
+    Args:
+        launch: names this start of the run; a second worker group of the same launch resumes whatever `run.resume` says.
+        build_engine: None takes the plain torch engine.
+    Returns:
+        `done` or `stopped`.
+    Raises:
+        RunError, UsageError: see `train`, `find_checkpoint` and the builders.
+    """
+    run_dir, world = Path(config.run.dir), read_world()
+    device = choose_device()
+    torch.manual_seed(config.run.seed)
+    cv2.setNumThreads(1)
+    attempt = int(broadcast_text(str(_open_attempt(run_dir, launch)) if world.is_first else None) or 0)
+    tokenizer = _read_or_train_tokenizer(config)
+    model, attention = build_model(config, tokenizer.vocab_size, device)
+    if world.is_first:
+        write_definition(run_dir, config, model, tokenizer)
+    num_patches = (config.data.image_size_px // model.vision.patch_px) ** 2
+    engine = (build_engine or TorchEngine)(model, config, device)
+    plan = build_run_plan(config, world.world)
+    progress, notes = _resume(config, engine, plan)
+    log = RunLog(run_dir, attempt, config.run.tensorboard, progress["step"]) if world.is_first else None
+    if world.is_first:
+        _write_attempt(run_dir, {"attempt": attempt, "from_step": progress["step"], "notes": [attention, *notes]})
+    cache = _make_cache(config, launch, attempt)
+    build_loader = functools.partial(PairLoader, config.data, tokenizer=tokenizer, seed=config.run.seed, num_patches=num_patches, cache=cache)
+    try:
+        loader = build_loader(config.data.train_split, local_batch=plan.local_batch, train=True)
+        val_loader = None
+        if plan.val_steps:
+            val_loader = build_loader(config.data.val_split, local_batch=plan.val_local_batch, train=False)
+        _note_shared_memory(run_dir, [item.shm_prefix for item in (loader, val_loader) if item])
+        objective = functools.partial(_objective, config, 1 / (255 * loader.dataset.std))
+        return train(config, plan, engine, loader, val_loader, objective, log, progress)
+    finally:
+        if log is not None:
+            log.close()
+        if world.local_rank == 0:
+            shutil.rmtree(cache, ignore_errors=True)
+
+
+def choose_device() -> torch.device:
+    """This process's GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", read_world().local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def read_commit() -> str:
+    """The commit of the checkout that runs, `unknown` outside one; `-dirty` marks uncommitted changes."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(git, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def unlink_shared_memory(run_dir: Path) -> int:
+    """Remove the shared memory that killed workers of this run left on this host. Returns how many segments."""
+    removed = 0
+    for record in read_jsonl(run_dir / f"shm.{socket.gethostname()}.jsonl"):
+        for prefix in record["prefixes"]:
+            for path in [*Path("/dev/shm").glob(f"{prefix}*"), *Path(tempfile.gettempdir()).glob(f"{prefix}*_filelock")]:
+                path.unlink(missing_ok=True)
+                removed += 1
+    (run_dir / f"shm.{socket.gethostname()}.jsonl").unlink(missing_ok=True)
+    return removed
+
+
+def _objective(config: Config, grey_level: float, outputs: Outputs, batch: Batch) -> Losses:
+    return compute_losses(outputs, batch, config.loss, grey_level)
+
+
+def _resume(config: Config, engine: Engine, plan: RunPlan) -> tuple[Progress, list[str]]:
+    progress = Progress(step=0, best_val=None)
+    folder, notes = find_checkpoint(Path(config.run.dir))
+    if folder is None:
+        return progress, notes
+    state = read_state(folder)
+    same = {"world": plan.world, "global_batch": plan.global_batch, "seed": config.run.seed}
+    for key, value in same.items():
+        if state[key] != value:
+            raise UsageError(
+                f"checkpoint {folder} was written with {key}={state[key]}, this run has {value}; "
+                "resume with the same value or choose another run.dir"
+            )
+    engine.load(folder)
+    progress.update({key: state[key] for key in progress})
+    return progress, [*notes, f"resumed from {folder.name}"]
+
+
+def _read_or_train_tokenizer(config: Config) -> ReportTokenizer:
+    data, folder = config.data, Path(config.run.dir) / "tokenizer"
+    if config.model.text.source != "scratch":
+        return ReportTokenizer.load(config.model.text.source, data.max_tokens, data.max_sentences)
+    if read_world().is_first and not (folder / "tokenizer.json").is_file():
+        samples = read_samples(data.path, data.train_split)
+        sentences = (text for sample in samples for text in select_sentences(sample["sentences"], data.sections))
+        train_tokenizer(sentences, config.model.text.vocab_size, data.max_tokens, data.max_sentences).save(folder)
+    barrier()
+    return ReportTokenizer.load(folder, data.max_tokens, data.max_sentences)
+
+
+def _open_attempt(run_dir: Path, launch: str) -> int:
+    """Number of this worker group, from 0 over the life of the run."""
+    started = sum("launch" in record for record in read_jsonl(run_dir / "attempts.jsonl"))
+    _write_attempt(run_dir, {"attempt": started, "launch": launch, "time": round(time.time(), 3)})
+    return started
+
+
+def _write_attempt(run_dir: Path, record: dict[str, Any]) -> None:
+    with (run_dir / "attempts.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _make_cache(config: Config, launch: str, attempt: int) -> Path:
+    """A fresh folder for unpacked shards, the same for all workers of a node."""
+    base = Path(config.data.cache_dir or tempfile.gettempdir()) / f"place-{launch}"
+    if read_world().local_rank == 0:
+        shutil.rmtree(base, ignore_errors=True)
+        (base / str(attempt)).mkdir(parents=True)
+    barrier()
+    return base / str(attempt)
+
+
+def _note_shared_memory(run_dir: Path, prefixes: list[str]) -> None:
+    if read_world().local_rank == 0:
+        with (run_dir / f"shm.{socket.gethostname()}.jsonl").open("a") as file:
+            file.write(json.dumps({"prefixes": prefixes}) + "\n")
+
+
+def _check_disk(run_dir: Path, need_mib: int = 512) -> None:
+    free_mib = shutil.disk_usage(run_dir).free >> 20
+    if free_mib < need_mib:
+        raise RunError(f"run.dir={run_dir}: {free_mib} MiB free, a run needs at least {need_mib} MiB; free some or move it")
+
+
+def _read_version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def new_launch() -> str:
+    """A name for one start of a run."""
+    return f"{os.getpid()}-{time.time_ns():x}"

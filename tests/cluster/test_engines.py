@@ -1,0 +1,83 @@
+"""Engines and world sizes: the same curve and the same gradients as one process on the joined batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from spawn import run_ranks
+from tiny import VOCAB, build_batch, build_tiny_config
+
+from place.batch import Batch
+from place.cluster.worker import ENGINES
+from place.config import Config
+from place.distributed import mean_over_ranks, read_world
+from place.losses.objective import compute_losses
+from place.model.place import build_model
+from place.training.gradcache import backward_contrast
+
+pytestmark = pytest.mark.multiprocess
+STEPS = 4
+GREY = 1 / 255
+
+
+def take_rank(batch: Batch) -> Batch:
+    """This rank's rows of a global batch."""
+    world = read_world()
+    return batch.chunks(world.world)[world.rank]
+
+
+def run_curve(config: Config) -> dict[str, Any]:
+    """A few steps: total losses, gradient norms and the weights after the last step."""
+    torch.manual_seed(0)
+    device = torch.device("cpu")
+    model, _ = build_model(config, VOCAB, device)
+    engine = ENGINES[config.engine.kind](model, config, device)
+    losses, norms = [], []
+    for step in range(STEPS):
+        batch = take_rank(build_batch(config.train.global_batch, step, config))
+        terms, _ = backward_contrast(
+            engine, batch, config.train.accumulation, lambda o, b: compute_losses(o, b, config.loss, GREY)
+        )
+        losses.append(mean_over_ranks(torch.stack(terms).detach()))
+        norms.append(engine.step(1e-3).item())
+    return {"losses": torch.stack(losses), "norms": torch.tensor(norms), "weights": engine.read_weights()}
+
+
+def build_case(kind: str, stage: int, accumulation: int) -> Config:
+    return build_tiny_config(engine={"kind": kind, "zero_stage": stage}, train={"accumulation": accumulation, "global_batch": 8})
+
+
+CASES = [("torch", 0, 1), ("torch", 0, 2), *(("deepspeed", stage, accumulation) for stage in range(4) for accumulation in (1, 2, 4))]
+
+
+def run_cases() -> dict[str, Any]:
+    return {"-".join(map(str, case)): run_curve(build_case(*case)) for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def single() -> dict[str, Any]:
+    """One process of plain torch on the joined batch."""
+    return run_curve(build_case("torch", 0, 1))
+
+
+@pytest.fixture(scope="module")
+def double() -> dict[str, Any]:
+    """Every case on two ranks; rank 0's view."""
+    return run_ranks(run_cases, 2)[0]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_two_workers_follow_the_curve_of_one_process(case: tuple, single: dict, double: dict) -> None:
+    curve = double["-".join(map(str, case))]
+    torch.testing.assert_close(curve["losses"], single["losses"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(curve["norms"], single["norms"], rtol=1e-4, atol=0)
+    assert curve["losses"][-1, 0] < curve["losses"][0, 0] or not torch.equal(curve["losses"][0], curve["losses"][1])
+
+
+def test_zero_three_gives_the_full_weights(double: dict) -> None:
+    three, zero = (double[f"deepspeed-{stage}-1"]["weights"] for stage in (3, 0))
+    assert three.keys() == zero.keys()
+    for name, weight in zero.items():
+        torch.testing.assert_close(three[name], weight, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,26 @@
+"""What all tests share: one thread a process, no network, no pytest options."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parent))
+
+REAL_DATA = Path(os.environ.get("PLACE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder with real radiographs and reports; skips where there is none."""
+    if not REAL_DATA.is_dir():
+        pytest.skip("no real data: set PLACE_REAL_DATA to a folder that has it")
+    return REAL_DATA
