@@ -211,7 +211,7 @@ def _describe(headline: str, gallery: Gallery, label_BF: Array | None) -> dict[s
         "num_reports": num_reports,
         "num_images": num_images,
         "interval": "95 % percentile bootstrap over the patients of the queries; the gallery stays",
-        "precision": "P@K: share of the first K reports, its own left out, with the image's finding; mean over findings",
+        "precision": "P@K: share of the first K reports, its own left out, with its finding; mean over findings",
         "ties": "pessimistic: an entry with an equal score is ahead",
         "chance": chance,
     }

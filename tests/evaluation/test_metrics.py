@@ -42,13 +42,15 @@ def test_pieces_of_the_resamples_give_what_the_whole_gives(monkeypatch, scores):
 def test_a_resample_without_positives_is_undefined_and_left_out():
     weight = np.array([[0, 1, 1], [1, 1, 1]], np.uint8)
     figures = compute_aurocs(np.array([0.9, 0.1, 0.2]), np.array([1, 0, 0]), weight)
-    assert np.isnan(figures[0]) and figures[1] == 1
+    assert np.isnan(figures[0])
+    assert figures[1] == 1
     assert summarize(1.0, figures) == (1.0, 1.0, 1.0)
 
 
 def test_rows_of_a_patient_come_and_go_together():
     weight = draw_weights(np.array(["a", "b", "a", "b", "c"]), 50)
-    assert (weight[:, 0] == weight[:, 2]).all() and (weight[:, 1] == weight[:, 3]).all()
+    assert (weight[:, 0] == weight[:, 2]).all()
+    assert (weight[:, 1] == weight[:, 3]).all()
     assert (weight[:, [0, 1, 4]].sum(axis=1) == 3).all()
 
 

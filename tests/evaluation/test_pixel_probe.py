@@ -43,7 +43,9 @@ def test_studies_without_a_label_do_not_count(images):
     unknown = target.copy()
     unknown[60:, 0] = np.nan
     alone = fit_path(features[:60], target[:60, :1], (0.1,))[0]
-    np.testing.assert_allclose(predict(features, fit_path(features, unknown, (0.1,))[0])[:, 0], predict(features, alone)[:, 0], atol=2e-2)
+    np.testing.assert_allclose(
+        predict(features, fit_path(features, unknown, (0.1,))[0])[:, 0], predict(features, alone)[:, 0], atol=2e-2
+    )
 
 
 def test_the_penalty_is_chosen_by_validation_auroc():

@@ -17,19 +17,22 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_phantom_chexpert_and_nih_findings_have_prompts_of_their_own(name):
     prompts = build_prompts([name])[name]
-    assert prompts.origin == "built in" and not set(prompts.positive) & set(prompts.negative)
+    assert prompts.origin == "built in"
+    assert not set(prompts.positive) & set(prompts.negative)
 
 
 def test_an_unknown_finding_gets_templates_and_says_so():
     prompts = build_prompts(["Aortic_Ectasia"])["Aortic_Ectasia"]
-    assert prompts.origin == "template" and "There is no aortic ectasia." in prompts.negative
+    assert prompts.origin == "template"
+    assert "There is no aortic ectasia." in prompts.negative
 
 
 def test_a_file_comes_first(tmp_path):
     path = tmp_path / "prompts.yaml"
     path.write_text("Edema: {positive: [Wet lungs.], negative: [Dry lungs.]}")
     prompts = build_prompts(["edema", "nodule"], path)
-    assert prompts["edema"] == (["Wet lungs."], ["Dry lungs."], "file") and prompts["nodule"].origin == "built in"
+    assert prompts["edema"] == (["Wet lungs."], ["Dry lungs."], "file")
+    assert prompts["nodule"].origin == "built in"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ def judge(score, groups, **options):
 def test_perfect_features_find_everything_first():
     metrics = judge(np.eye(20), range(20), bootstrap=20)
     for way in ("image_to_text", "text_to_image"):
-        assert metrics[f"{way}.r_at_1"] == (1, 1, 1) and metrics[f"{way}.median_rank"].value == 1
+        assert metrics[f"{way}.r_at_1"] == (1, 1, 1)
+        assert metrics[f"{way}.median_rank"].value == 1
 
 
 def test_random_scores_are_at_chance():
@@ -36,7 +37,8 @@ def test_random_scores_are_at_chance():
 
 def test_identical_reports_are_one_entry_and_any_of_their_images_is_right():
     gallery = build_gallery([7, 3, 7, 5], None)
-    assert gallery.report_G.tolist() == [1, 3, 0] and gallery.answer_Q.tolist() == [2, 0, 2, 1]
+    assert gallery.report_G.tolist() == [1, 3, 0]
+    assert gallery.answer_Q.tolist() == [2, 0, 2, 1]
     score = np.array([[0.1, 0.2, 0.9], [0.9, 0.1, 0.2], [0.3, 0.2, 0.1], [0.1, 0.9, 0.2]])
     metrics = judge_retrieval(score, gallery, np.arange(4))
     assert metrics["image_to_text.r_at_1"].value == 0.75
@@ -50,7 +52,8 @@ def test_gallery_takes_the_first_reports_by_hash_whatever_the_order():
 
 def test_ties_are_lost():
     metrics = judge(np.zeros((20, 20)), range(20))
-    assert metrics["image_to_text.r_at_10"].value == 0 and metrics["image_to_text.median_rank"].value == 20
+    assert metrics["image_to_text.r_at_10"].value == 0
+    assert metrics["image_to_text.median_rank"].value == 20
 
 
 def test_features_that_are_not_numbers_rank_last():

@@ -1,0 +1,108 @@
+"""The whole evaluation of a real tiny run: files, picture, table, and each way to ask wrongly."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+
+import cv2
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from place.config import EvaluationConfig, RunError, UsageError
+from place.evaluation.suite import TASKS, choose_tasks, print_results, run_evaluation
+
+
+@pytest.fixture(scope="module")
+def results(run_dir, data_dir):
+    return run_evaluation(run_dir, data_dir, ["all"])
+
+
+def test_all_tasks_write_their_contract(results, run_dir):
+    assert list(results) == list(TASKS)
+    for name, result in results.items():
+        tree = json.loads((run_dir / "evaluation" / f"{name}.json").read_text())
+        assert {"task", "metrics", "protocol", "data_fingerprint", "commit", "num_samples"} <= set(tree)
+        assert tree["task"] == name
+        assert tree["commit"] == "c0ffee"
+        assert tree["data_fingerprint"] == "f" * 64
+        assert tree["metrics"].keys() == result.metrics.keys()
+        assert all(set(metric) == {"value", "low", "high"} for metric in tree["metrics"].values())
+
+
+def test_uncertain_labels_and_findings_without_both_classes_are_told(results):
+    protocol = results["zero_shot"].protocol
+    assert protocol["findings"]["effusion"]["no_label"] == 5
+    assert "nodule" in protocol["left_out"]
+
+
+def test_the_pixel_probe_learns_what_pixels_tell(results):
+    metrics = results["pixel_probe"].metrics
+    assert metrics["auroc.effusion"].value > 0.9
+    assert metrics["auroc.edema"].value > 0.9
+
+
+def test_probe_and_zero_shot_judge_the_same_studies(results):
+    assert results["pixel_probe"].protocol["findings"] == results["zero_shot"].protocol["findings"]
+
+
+def test_the_picture_is_drawn(results, run_dir):
+    image = cv2.imread(str(run_dir / "evaluation" / "explain.png"))
+    assert image.shape[0] > 1000
+    assert image.std() > 10
+
+
+def test_the_tables_fit_100_columns(results):
+    stream = io.StringIO()
+    print_results(results, Console(file=stream, width=100))
+    text = stream.getvalue()
+    assert "…" not in text
+    assert "image to text" in text
+    assert "left out nodule" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_same_evaluation_gives_the_same_figures(results, run_dir, data_dir, tmp_path):
+    again = run_evaluation(run_dir, data_dir, ["retrieval"], output=tmp_path)
+    assert again["retrieval"].metrics == results["retrieval"].metrics
+
+
+def test_the_gallery_is_cut_to_size_and_findings_are_chosen(run_dir, data_dir, tmp_path):
+    options = EvaluationConfig(gallery_size=10, bootstrap=0, findings=["edema"], batch_size=7)
+    results = run_evaluation(run_dir, data_dir, ["retrieval", "zero_shot"], "val", "latest", options, tmp_path)
+    assert results["retrieval"].protocol["num_reports"] == 10
+    assert list(results["zero_shot"].protocol["findings"]) == ["edema"]
+    assert all(metric.low is None for result in results.values() for metric in result.metrics.values())
+    print_results(results, Console(file=io.StringIO(), width=100))
+
+
+def test_a_data_set_without_labels_permits_retrieval_alone(run_dir, unlabelled_dir, tmp_path):
+    assert list(run_evaluation(run_dir, unlabelled_dir, ["all"], output=tmp_path)) == ["retrieval"]
+    with pytest.raises(UsageError, match="'zero_shot' needs labels"):
+        run_evaluation(run_dir, unlabelled_dir, ["zero_shot"], output=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(["retrival"], "did you mean 'retrieval'"), (["xyz"], "take zero_shot, retrieval"), ([], "no task was named")],
+)
+def test_wrong_task_names_say_what_there_is(names, message):
+    with pytest.raises(UsageError, match=message):
+        choose_tasks(names, has_labels=True)
+
+
+def test_a_probe_without_a_training_split_says_so(run_dir, data_dir, tmp_path):
+    copy = shutil.copytree(data_dir, tmp_path / "copy")
+    pq.write_table(
+        pq.read_table(copy / "manifest.parquet", filters=[("split", "==", "test")]), copy / "manifest.parquet"
+    )
+    with pytest.raises(UsageError, match="no split 'train'"):
+        run_evaluation(run_dir, copy, ["pixel_probe"], output=tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named(run_dir, data_dir, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="give a folder that can be written"):
+        run_evaluation(run_dir, data_dir, ["retrieval"], output=tmp_path / "file" / "below")
