@@ -54,6 +54,8 @@ def count_splits(manifest: Path) -> dict[str, dict[str, int]]:
         for split, *values in zip(batch["split"], batch["study"], batch["patient"], batch["report_group"]):
             for unit, value in zip(_UNITS[1:], values):
                 unique[split][unit].add(value)
+    patients = [unique[split]["patients"] for split in SPLITS]
+    assert sum(map(len, patients)) == len(set().union(*patients)), "a patient is in two splits"
     return {
         split: {"images": images[split], **{unit: len(found) for unit, found in unique[split].items()}}
         for split in SPLITS
@@ -79,7 +81,9 @@ def compute_fingerprint(shard_hashes: Iterable[str], manifest: Path) -> str:
     Source: ours.
     """
     digest = hashlib.sha256("\n".join(sorted(shard_hashes)).encode())
-    digest.update(manifest.read_bytes())
+    with manifest.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -115,7 +119,8 @@ def format_card(card: dict[str, Any]) -> str:
         f"Source `{card['source']}`, prepared {card['created']}: {counts['input']:,} rows in, {counts['kept']:,} kept, "
         f"{counts['rejected']:,} rejected.",
         "## Splits\n\n" + _format_table(["split", "images", "studies", "patients", "unique reports"], rows),
-        f"Split {card['split_rule']}; no patient is in two splits." + "".join(f"\n\nNote: {note}." for note in card["notes"]),
+        f"Split {card['split_rule']}; no patient is in two splits."
+        + "".join(f"\n\nNote: {note}." for note in card["notes"]),
         "## Rejected rows\n\n" + (_format_table(["reason", "rows"], dropped) if dropped else "None."),
         *(["`rejected.parquet` has the row number and the reason of each."] if dropped else []),
         *(
@@ -126,7 +131,8 @@ def format_card(card: dict[str, Any]) -> str:
         "## Images\n\n"
         + f"Grey JPEG, quality {image['quality']}, short side at most {image['size_px']} px. Training pixels: "
         f"mean {image['mean']:.4f}, standard deviation {image['std']:.4f} (of 1).",
-        "## Identity\n\nPatients, studies and images carry keyed hashes; no identifier, name or path is stored.",
+        "## Identity\n\nPatients, studies and images carry keyed hashes in place of their ids, names and paths. "
+        "Reports are stored as they came: what names they hold is still in them.",
         f"Fingerprint `{card['fingerprint']}`",
         "Made with " + ", ".join(f"{name} {number}" for name, number in card["versions"].items()) + ".",
     ]

@@ -93,18 +93,21 @@ def _fill_identities(frame: pd.DataFrame) -> list[str]:
     rows = pd.Series([f"row {number}" for number in range(len(frame))], index=frame.index)
     frame["identity"] = paths.where(paths != "", rows)
     frame["duplicate"] = frame["identity"].duplicated()
-    notes = []
-    for field, fallback in (("patient", "identity"), ("study", "identity")):
-        given = frame[field] if field in frame else pd.Series("", index=frame.index)
-        missing = int((given == "").sum())
-        if field not in frame:
-            notes.append(f"no {field} column: each image is its own {field}")
-        elif missing:
-            notes.append(f"{missing} rows without a {field}: each is its own {field}")
-        frame[field] = given.where(given != "", "image " + frame[fallback])
+    notes = _fill_field(frame, "study", "image " + frame["identity"], "each image is a study of its own")
+    alone = "each study is a patient of its own, so one person may be in two splits"
+    notes += _fill_field(frame, "patient", "study " + frame["study"], alone)
     # Studies are often numbered within a patient.
     frame["study"] = frame["patient"] + "/" + frame["study"]
     return notes
+
+
+def _fill_field(frame: pd.DataFrame, field: str, fallback: pd.Series, meaning: str) -> list[str]:
+    if field not in frame:
+        frame[field] = fallback
+        return [f"no {field} column: {meaning}"]
+    missing = frame[field] == ""
+    frame[field] = frame[field].where(~missing, fallback)
+    return [f"{int(missing.sum())} rows without a {field}: {meaning}"] if missing.any() else []
 
 
 def _assign_splits(frame: pd.DataFrame, config: PrepareConfig) -> tuple[pd.Series, str]:
@@ -122,7 +125,7 @@ def _assign_splits(frame: pd.DataFrame, config: PrepareConfig) -> tuple[pd.Serie
     given = official[official != ""]
     by_patient = dict(zip(frame["patient"][given.index], given))
     _check_one_split(frame, given)
-    rule = "official column" + (f"; patients without a split {hashed}" if (official == "").any() else "")
+    rule = "as the split column says" + (f", patients without a split {hashed}" if (official == "").any() else "")
     return frame["patient"].map(lambda patient: by_patient.get(patient) or by_hash[patient]), rule
 
 

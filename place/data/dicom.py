@@ -112,7 +112,7 @@ def _render(dataset: Dataset, stored: NDArray[Any]) -> GreyImage:
         inside = shown[~padding]
         shown = np.where(padding, inside.max() if inverted else inside.min(), shown)  # black once shown
     grey = shown.astype(np.uint8) if _is_eight_bit(shown) else scale_to_uint8(shown)
-    return 255 - grey if inverted else grey
+    return np.invert(grey) if inverted else grey
 
 
 def _padding_mask(dataset: Dataset, stored: NDArray[Any]) -> NDArray[np.bool_]:

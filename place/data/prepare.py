@@ -187,14 +187,16 @@ def _gib(count: int) -> str:
 
 def _describe(error: OSError, output: Path) -> str:
     if error.errno in _FULL:
-        return f"disk full at {output} ({error.strerror}): free some and run the same command again, finished parts stay"
+        return (
+            f"disk full at {output} ({error.strerror}): free some and run the same command again, finished parts stay"
+        )
     return f"cannot write to {output} ({error.strerror or error}): put that right and run the same command again"
 
 
 def _merge_parts(
     config: PrepareConfig, table: Table, request: dict[str, Any], results: list[PartResult]
 ) -> dict[str, Any]:
-    """Join the finished parts. Every step can be repeated; the card comes last and says that the data set is complete."""
+    """Join the finished parts. Every step can be repeated; the card comes last: with it, all is there."""
     output = Path(config.output)
     parts = [part_folder(output / ".parts", result.number) for result in results]
     concat_tables([part / "rejected.parquet" for part in parts], output / "rejected.parquet", REJECTED)

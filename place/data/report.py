@@ -29,7 +29,8 @@ _SECTIONS = {
 }
 _HEADING = re.compile(
     r"(?:^|(?<=[.:\n!?]))[ \t]*((?i:findings?(?:(?: and |/)impression)?|impressions?|conclusion"
-    r"|indications?|comparisons?|techniques?|history|clinical (?:history|information)|examination|exam|procedure|recommendations?)"
+    r"|indications?|comparisons?|techniques?|history|clinical (?:history|information)"
+    r"|examination|exam|procedure|recommendations?)"
     r"|(?<=\n)[A-Z][A-Z/ ]{2,40}[A-Z])[ \t]*:",
     re.MULTILINE,
 )
