@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from place.compat import patch_torchvision
+
+patch_torchvision()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,0 +1,163 @@
+"""Each term against a plain computation, and on two ranks against one process on the joined batch."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+import torch
+from spawn import run_ranks
+from tiny import VOCAB, build_batch, build_tiny_config
+
+from place.batch import Outputs
+from place.distributed import mean_over_ranks, read_world
+from place.losses import pathology
+from place.losses.instance import instance_loss
+from place.losses.objective import compute_losses
+from place.losses.pathology import PAIRINGS, assign, pathology_loss
+from place.model.place import build_model
+
+SCALE = torch.tensor(5.0)
+TERMS = ("instance", "pathology", "correlation")
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.nn.functional.normalize(values, dim=-1)
+
+
+def test_identical_reports_share_the_target_uniformly() -> None:
+    image, text = unit(4, 6), unit(4, 6, seed=1)
+    groups = torch.tensor([7, 3, 7, 9])
+    expected = []
+    for a, b in ((image, text), (text, image)):
+        log_p = (SCALE * a @ b.T).log_softmax(1)
+        expected += [-(log_p[0, 0] + log_p[0, 2]) / 2, -log_p[1, 1], -(log_p[2, 0] + log_p[2, 2]) / 2, -log_p[3, 3]]
+    torch.testing.assert_close(instance_loss(image, text, SCALE, groups), torch.stack(expected).mean())
+
+
+def test_without_multi_positive_a_pair_is_its_only_positive() -> None:
+    image, text = unit(4, 6), unit(4, 6, seed=1)
+    logits = SCALE * image @ text.T
+    target = torch.arange(4)
+    expected = (torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)) / 2
+    torch.testing.assert_close(instance_loss(image, text, SCALE, torch.ones(4, dtype=torch.long), False), expected)
+
+
+def test_assignment_is_optimal_and_one_to_one() -> None:
+    cosine = torch.rand(20, 3, 5, generator=torch.Generator().manual_seed(0))
+    pairing = assign(cosine, torch.ones(20, 3, dtype=torch.bool))
+    for study in range(20):
+        chosen = pairing[study].tolist()
+        best = max(sum(cosine[study, s, k].item() for s, k in enumerate(p)) for p in permutations(range(5), 3))
+        assert len(set(chosen)) == 3
+        assert sum(cosine[study, s, k].item() for s, k in enumerate(chosen)) == pytest.approx(best)
+
+
+def test_padding_and_surplus_sentences_stay_unpaired() -> None:
+    cosine = torch.rand(1, 4, 2)
+    pairing = assign(cosine, torch.tensor([[True, True, True, False]]))[0]
+    assert (pairing >= 0).sum() == 2
+    assert pairing[3] == -1
+
+
+def plain_pathology(visual, textual, study, hashes, scale, negatives: str) -> torch.Tensor:
+    """The contrast over a list of pairs, anchor by anchor."""
+    total = torch.zeros((), dtype=visual.dtype)
+    for anchor, other in ((visual, textual), (textual, visual)):
+        for i in range(len(anchor)):
+            keep = [
+                j for j in range(len(other))
+                if j == i or (hashes[i] != hashes[j] and (negatives != "study" or study[i] == study[j]))
+            ]
+            logits = scale * other[keep] @ anchor[i]
+            total = total - logits.log_softmax(0)[keep.index(i)]
+    return total / 2 / len(visual)
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("negatives", ["study", "rank", "global"])
+def test_pathology_equals_a_loop_over_pairs(pairing: str, negatives: str) -> None:
+    observations, sentences = unit(3, 5, 6), unit(3, 4, 6, seed=1)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]).bool()
+    hashes = torch.tensor([[11, 12, 13, 0], [12, 0, 0, 0], [14, 15, 0, 0]])
+    matched, kept = PAIRINGS[pairing](observations, sentences, mask, SCALE)
+    study = torch.arange(3)[:, None].expand(3, 4)
+    expected = plain_pathology(matched[kept], sentences[kept], study[kept], hashes[kept], SCALE, negatives)
+    ours = pathology_loss(observations, sentences, mask, hashes, SCALE, pairing, negatives)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_equal_sentences_are_never_negatives() -> None:
+    observations, sentences = unit(2, 3, 6), unit(2, 1, 6, seed=1)
+    loss = pathology_loss(observations, sentences, torch.ones(2, 1).bool(), torch.tensor([[5], [5]]), SCALE)
+    assert loss.item() == pytest.approx(0, abs=1e-9)
+
+
+def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = (unit(6, 8, 6).requires_grad_(), unit(6, 4, 6, seed=1), torch.ones(6, 4).bool(), torch.arange(24).view(6, 4), SCALE)
+    whole = pathology_loss(*arguments)
+    monkeypatch.setattr(pathology, "TILE_COLUMNS", 3)
+    monkeypatch.setattr(pathology, "TILE_ROWS", 5)
+    tiled = pathology_loss(*arguments)
+    torch.testing.assert_close(tiled, whole)
+    torch.testing.assert_close(*(torch.autograd.grad(value, arguments[0])[0] for value in (tiled, whole)))
+
+
+def test_a_batch_without_sentences_costs_nothing_and_has_a_gradient() -> None:
+    observations = unit(2, 3, 6).requires_grad_()
+    loss = pathology_loss(observations, unit(2, 4, 6), torch.zeros(2, 4).bool(), torch.zeros(2, 4).long(), SCALE)
+    loss.backward()
+    assert loss.item() == 0
+    assert observations.grad is not None
+
+
+def test_the_total_is_the_weighted_sum_and_a_term_of_weight_zero_is_left_out() -> None:
+    weights = {"instance": {"weight": 2.0}, "pathology": {"weight": 0.0}, "correlation": {"weight": 0.5}}
+    config = build_tiny_config(loss=weights)
+    torch.manual_seed(0)
+    model, _ = build_model(config, VOCAB, torch.device("cpu"))
+    losses = compute_losses(model(build_batch(4)), build_batch(4), config.loss, 1 / 255)
+    assert losses.pathology.item() == 0
+    torch.testing.assert_close(losses.total, 2 * losses.instance + 0.5 * losses.correlation)
+
+
+def run_term(name: str) -> dict[str, torch.Tensor]:
+    """Loss of one term and its gradients by the model's parameters, averaged over ranks."""
+    others = {term: {"weight": 0.0} for term in TERMS if term != name}
+    config = build_tiny_config(loss=others)
+    torch.manual_seed(0)
+    model, _ = build_model(config, VOCAB, torch.device("cpu"))
+    world, batch = read_world(), build_batch(8)
+    batch.valid_patch_BN[:5, 3:] = False  # images of the two ranks have different numbers of pairs
+    batch.valid_patch_BN[0] = False
+    mine = batch.chunks(world.world)[world.rank]
+    outputs: Outputs = model(mine)
+    loss = compute_losses(outputs, mine, config.loss, 1 / 255).total
+    loss.backward()
+    gradients = {n: mean_over_ranks(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": mean_over_ranks(loss.detach()), **gradients}
+
+
+def run_terms() -> dict[str, dict[str, torch.Tensor]]:
+    return {name: run_term(name) for name in TERMS}
+
+
+@pytest.fixture(scope="module")
+def single() -> dict:
+    return run_terms()
+
+
+@pytest.fixture(scope="module")
+def double() -> list[dict]:
+    return run_ranks(run_terms, 2)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("term", TERMS)
+def test_two_ranks_have_the_gradients_of_one_process(term: str, single: dict, double: list[dict]) -> None:
+    assert single[term]["loss"].item() > 0
+    for rank in double:
+        assert rank[term].keys() == single[term].keys()
+        for name, value in single[term].items():
+            torch.testing.assert_close(rank[term][name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max() + 1e-3), msg=name)
