@@ -48,6 +48,7 @@ class Pose(NamedTuple):
     shift: tuple[float, float]
     field: float
     arms: float
+    aeration: tuple[float, float]
 
 
 class Chest(NamedTuple):
@@ -70,20 +71,21 @@ class Chest(NamedTuple):
 def draw_anatomy(rng: Generator) -> Anatomy:
     """A random patient."""
     is_female = bool(rng.random() < 0.5)
+    size = float(rng.uniform(0.8, 1.08))
     return Anatomy(
         is_female=is_female,
-        half_width=float(np.clip(rng.normal(126 if is_female else 138, 9), 105, 158)),
-        lung_height=float(np.clip(rng.normal(226 if is_female else 244, 14), 190, 280)),
+        half_width=size * float(np.clip(rng.normal(126 if is_female else 136, 9), 104, 158)),
+        lung_height=size * float(np.clip(rng.normal(228 if is_female else 240, 16), 185, 285)),
         habitus=float(rng.beta(1.6, 1.8)),
-        ctr=float(rng.uniform(0.39, 0.475)),
+        ctr=float(rng.uniform(0.38, 0.485)),
         axis=float(rng.uniform(-1, 1)),
         aorta=float(rng.uniform(0, 1)),
-        hilum=float(rng.uniform(0.7, 1.35)),
+        hilum=float(rng.uniform(0.6, 1.6)),
         breast=float(rng.uniform(0.15, 1.0)) if is_female else float(rng.uniform(0, 0.2)),
         scoliosis=float(rng.normal(0, 4)),
-        rib_gap=float(rng.uniform(20.5, 25)),
-        rib_drop=float(rng.uniform(26, 58)),
-        rib_density=float(rng.uniform(0.6, 1.3)),
+        rib_gap=size * float(rng.uniform(20.5, 25.5)),
+        rib_drop=size * float(rng.uniform(26, 58)),
+        rib_density=float(rng.uniform(0.6, 1.4)),
         clavicle_tilt=float(rng.uniform(-6, 16)),
         has_pacemaker=bool(rng.random() < 0.1),
         has_sternotomy=bool(rng.random() < 0.1),
@@ -103,11 +105,19 @@ def draw_pose(rng: Generator) -> Pose:
         inspiration=inspiration,
         raised=(raised[0], raised[1]),
         rotation=float(np.clip(rng.normal(0, 0.45 * spread), -1.3, 1.3)),
-        tilt=float(np.clip(rng.normal(0, 3.0 * spread), -9, 9)),
-        shift=(float(np.clip(rng.normal(0, 13), -32, 32)), float(np.clip(rng.normal(0, 14), -32, 32))),
-        field=float(rng.uniform(318, 425)),
+        tilt=float(np.clip(rng.normal(0, 4.5 * spread), -13, 13)),
+        shift=(float(rng.uniform(-38, 38)), float(rng.uniform(-38, 34))),
+        field=float(rng.uniform(300, 440)),
         arms=float(rng.uniform(0, 1)),
+        aeration=_draw_aeration(rng),
     )
+
+
+def _draw_aeration(rng: Generator) -> tuple[float, float]:
+    """How much air the (right, left) lung holds, around 1: emphysema is darker, a poor breath or a skin fold paler."""
+    common = rng.uniform(0.62, 1.1)
+    tilt = rng.normal(0, 0.05)
+    return float(common + tilt), float(common - tilt)
 
 
 def build_chest(anatomy: Anatomy, pose: Pose, ctr: float, lifted: tuple[float, float], pushed: float) -> Chest:

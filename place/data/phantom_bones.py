@@ -40,7 +40,7 @@ def draw_ribs(scene: Scene, breaks: dict[tuple[str, int], tuple[float, float]]) 
                 _paint_bones(canvas, back, piece[None], 9.5, 120)
         _paint_bones(canvas, front, ribs[:7, 15:], 11.5, 85)
     density = np.float32(0.3 * anatomy.rib_density)
-    return (canvas.lift(back, 0.5) + canvas.lift(front, 0.8)) * (density * (0.5 + 0.5 * scene.aerated))
+    return (canvas.lift(back, 0.5) + canvas.lift(front, 0.8)) * (density * (0.4 + 0.6 * scene.aerated))
 
 
 def _cut(line: Points, place: float, step: float) -> tuple[Points, Points]:

@@ -28,6 +28,8 @@ class Canvas:
         x, y = step[None, :] - pose.shift[0], step[:, None] - pose.shift[1]
         self.x_mm: Field = x * cos + y * sin
         self.y_mm: Field = y * cos - x * sin
+        count = max(8, size_px // 4)
+        self.coarse_mm: tuple[Field, Field] = (self._shrink(self.x_mm, count), self._shrink(self.y_mm, count))
 
     def to_px(self, points: Points) -> Points:
         """Pixel coordinates (n, 2) of millimetre points; the centre of the first pixel is (0, 0)."""
@@ -73,14 +75,22 @@ class Canvas:
 
     def blob(self, centre: tuple[float, float], radius_x: float, radius_y: float) -> Field:
         """Gaussian of height 1 with the given standard deviations in mm."""
-        x = (self.x_mm - centre[0]) * np.float32(1 / radius_x)
-        y = (self.y_mm - centre[1]) * np.float32(1 / radius_y)
-        return cv2.exp((x * x + y * y) * np.float32(-0.5))
+        x = (self.coarse_mm[0] - np.float32(centre[0])) * np.float32(1 / radius_x)
+        y = (self.coarse_mm[1] - np.float32(centre[1])) * np.float32(1 / radius_y)
+        return self.spread(np.exp((x * x + y * y) * np.float32(-0.5)))
+
+    def spread(self, coarse: Field) -> Field:
+        """Enlarge a smooth field drawn on `coarse_mm` to the image."""
+        return cv2.resize(coarse, (self.size_px, self.size_px), interpolation=cv2.INTER_CUBIC)
 
     def clouds(self, rng: Generator, cells: int) -> Field:
         """Smooth standard normal noise with about `cells` bumps across the image."""
         grid = rng.standard_normal((cells + 2, cells + 2), np.float32)
         return cv2.resize(grid, (self.size_px, self.size_px), interpolation=cv2.INTER_CUBIC)
+
+    @staticmethod
+    def _shrink(field: Field, count: int) -> Field:
+        return cv2.resize(field, (count, count), interpolation=cv2.INTER_AREA)
 
     def _fixed(self, points: Points) -> NDArray[np.int32]:
         return np.round(self.to_px(points) * (1 << _SUBPIXEL)).astype(np.int32)

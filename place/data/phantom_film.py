@@ -12,14 +12,18 @@ from place.data.phantom_tissue import Scene
 def expose_film(scene: Scene, field: Field, rng: Generator) -> NDArray[np.uint8]:
     """Attenuation to grey levels: scatter, tone curve, shading, noise, collimation."""
     canvas, pose = scene.canvas, scene.pose
-    scatter = rng.uniform(0.1, 0.3)
-    field = field * np.float32(1 - scatter) + canvas.soften(field, 28) * np.float32(scatter)
-    field += canvas.clouds(rng, 2) * np.float32(rng.uniform(0, 0.09))
-    low, high = np.quantile(field[::6, ::6], (0.06, 0.985)) + rng.normal(0, 0.06, 2)
-    grey = np.clip((field - low) * np.float32(1 / max(high - low, 0.4)), -0.3, 1.3)
-    steep = rng.uniform(2.6, 4.6)
-    grey = 1 / (1 + cv2.exp((grey - np.float32(rng.uniform(0.38, 0.58))) * np.float32(-steep)))
-    floor, ceiling = rng.uniform(0.0, 0.14), rng.uniform(0.84, 1.0)
+    # scatter adds the surroundings, the dynamic-range compression of digital readers takes them off
+    wide = rng.uniform(-0.6, 0.3)
+    field = field + canvas.soften(field, rng.uniform(24, 42)) * np.float32(wide)
+    x, y = canvas.coarse_mm
+    lean = rng.normal(0, 0.09, 2) / 150
+    field += canvas.spread(x * np.float32(lean[0]) + y * np.float32(lean[1]))
+    field += canvas.clouds(rng, 2) * np.float32(rng.uniform(0, 0.12))
+    low, high = np.quantile(field[::6, ::6], (0.06, 0.985)) + rng.normal(0, 0.1, 2)
+    grey = np.clip((field - np.float32(low)) * np.float32(1 / max(high - low, 0.4)), -0.3, 1.3)
+    steep = rng.uniform(2.2, 5.0)
+    grey = 1 / (1 + cv2.exp((grey - np.float32(rng.uniform(0.3, 0.66))) * np.float32(-steep)))
+    floor, ceiling = rng.uniform(0.0, 0.2), rng.uniform(0.75, 1.0)
     grey = (grey - np.float32(0.12)) * np.float32((ceiling - floor) / 0.76) + np.float32(floor)
     amount = rng.uniform(0.005, 0.013) * (1.25 if pose.view == "AP" else 1.0) * 1.6 / max(canvas.spacing_mm, 1.6)
     grain = rng.standard_normal(grey.shape, np.float32)

@@ -127,16 +127,16 @@ def _draw_edema(scene: Scene, layers: Layers, fact: Fact, rng: Generator) -> Fie
     lines = canvas.layer()
     for i, sign in enumerate((-1, 1)):
         hub = (sign * (40 + 0.1 * chest.half_width) + chest.offset, chest.carina[1] + 38)
-        haze += canvas.blob(hub, 30 + 9 * grade, 40 + 12 * grade)
+        haze += canvas.blob(hub, 30 + 9 * grade, 40 + 12 * grade) * np.float32(rng.uniform(0.75, 1.1))
         for y in np.linspace(chest.angle_y[i] - 58, chest.angle_y[i] - 18, 7) + rng.normal(0, 2, 7):
             wall = float(compute_lateral(chest.half_width, chest.apex_y[i], chest.angle_y[i], np.float32([y]))[0])
             ends = np.array([(sign * (wall - 2), y), (sign * (wall - rng.uniform(10, 17)), y + 1.5)], np.float32)
             canvas.stroke(lines, ends, 1.1, 230)
     lung = scene.aerated
     cells = int(canvas.spacing_mm * canvas.size_px / 11)
-    mottled = 1 + 0.2 * canvas.clouds(rng, cells) + 0.14 * canvas.clouds(rng, 2 * cells)
+    mottled = 1 + 0.36 * canvas.clouds(rng, cells) + 0.3 * canvas.clouds(rng, 2 * cells)
     cloud = np.clip(haze, 0, 1) * lung
-    layers.body[...] += (cloud * np.float32(0.42 * grade) + lung * np.float32(0.06 * grade)) * mottled
+    layers.body[...] += (cloud * np.float32(0.34 * grade) + lung * np.float32(0.05 * grade)) * mottled
     layers.over[...] += canvas.lift(lines, 0.4) * lung * np.float32(0.22 * grade)
     return (cloud > 0.3).astype(np.float32)
 

@@ -35,16 +35,17 @@ def draw_body(scene: Scene, rng: Generator) -> Field:
     half, top = chest.half_width, chest.apex_y[0]
     fat = 10 + 26 * anatomy.habitus
     body = canvas.fill(_build_torso(half, top, fat, pose.arms), 2.0)
-    across = np.clip(np.abs(canvas.x_mm) * np.float32(1 / (half + fat + 30)), 0, 1)
+    x, y = canvas.coarse_mm
+    across = np.clip(np.abs(x) * np.float32(1 / (half + fat + 30)), 0, 1)
+    below = np.clip((y - top) * np.float32(1 / anatomy.lung_height), -0.2, 1.5)
     thick = 1.15 + 0.5 * anatomy.habitus - (0.45 + 0.1 * anatomy.habitus) * across**2
-    below = np.clip((canvas.y_mm - top) * np.float32(1 / anatomy.lung_height), -0.2, 1.5)
-    field = body * (thick + 0.25 * below)
-    lungs = np.minimum(scene.lungs[0] + scene.lungs[1], 1)
-    depth = 0.62 + 0.38 * canvas.soften(lungs, 22)
-    field -= lungs * depth * (0.9 + 0.12 * below)
+    field = body * canvas.spread(thick + 0.25 * below)
+    air = scene.lungs[0] * np.float32(pose.aeration[0]) + scene.lungs[1] * np.float32(pose.aeration[1])
+    field -= np.minimum(air, max(pose.aeration)) * (0.72 + 0.38 * canvas.soften(np.minimum(air, 1), 22))
     lobe = canvas.soften(scene.heart, 9)
-    middle = np.clip(1 - np.abs(canvas.x_mm) * np.float32(1 / 34), 0, 1)
-    field += scene.heart * (0.42 + 0.3 * lobe + 0.1 * middle) * (0.3 + 0.7 * lungs)
+    middle = canvas.spread(0.42 + np.clip(0.1 - np.abs(x) * np.float32(0.1 / 34), 0, 1))
+    lungs = np.minimum(scene.lungs[0] + scene.lungs[1], 1)
+    field += scene.heart * (middle + 0.3 * lobe) * (0.3 + 0.7 * lungs)
     field += _draw_breasts(scene)
     field -= _draw_airway(scene)
     field -= _draw_stomach(scene, rng)
@@ -70,7 +71,7 @@ def _draw_breasts(scene: Scene) -> Field:
     y = max(chest.dome_y) - 34 + 30 * size
     for sign in (-1, 1):
         total += canvas.fill(build_ellipse(sign * chest.half_width * 0.58, y, radius_x, radius_y), 3)
-    fade = np.clip((canvas.y_mm - (y - radius_y)) * np.float32(0.5 / radius_y), 0, 1)
+    fade = canvas.spread(np.clip((canvas.coarse_mm[1] - (y - radius_y)) * np.float32(0.5 / radius_y), 0, 1))
     through = 0.35 + 0.65 * (scene.lungs[0] + scene.lungs[1])  # over the abdomen they hardly show
     return total * fade * through * np.float32(0.12 + 0.26 * size)
 
