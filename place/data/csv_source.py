@@ -31,8 +31,8 @@ _MAX_VIEWS = 64
 def open_csv(config: PrepareConfig) -> Table:
     """A table with a column mapping, one row an image.
 
-    An image is known by its path: the second row of the same one is rejected as `duplicate_id`. A row without a study is
-    a study of its own, and one without a patient has its study for a patient.
+    An image is known by its path: the second row of the same one is rejected as `duplicate_id`. A row without a study
+    is a study of its own, and one without a patient has its study for a patient.
     Raises:
         UsageError: unknown column or field, no such image root.
         RunError: unreadable table, a patient in two official splits.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-import pyarrow.parquet as pq
+import pyarrow as pa
+from pyarrow import csv
+from pyarrow import parquet as pq
 
 from place.config import RunError, UsageError
 
@@ -68,11 +71,17 @@ def read_table(path: Path, columns: dict[str, str], label_columns: Iterable[str]
         for column in wanted.values():
             _check_column(column, present)
         frame = _read_cells(path, sorted(set(wanted.values())))
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
-        raise RunError(f"table {path.name}: cannot be read ({str(error).splitlines()[0]})") from None
+    except (pa.ArrowException, OSError) as error:
+        raise RunError(f"table {path.name}: cannot be read ({_describe_fault(error)})") from None
     if frame.empty:
         raise RunError(f"table {path.name}: has a header but no rows")
     return pd.DataFrame({field: frame[column] for field, column in wanted.items()})
+
+
+def _describe_fault(error: Exception) -> str:
+    """The first words of an error, without the cells that pyarrow quotes in it."""
+    lines = str(error).splitlines() or ["no reason given"]
+    return re.split(r"(?<=got \d)|(?<=got \d\d)", lines[0])[0]
 
 
 def check_fields(columns: dict[str, str]) -> None:
@@ -107,23 +116,20 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 def _read_header(path: Path) -> list[str]:
     if path.suffix == ".parquet":
         return list(pq.read_schema(path).names)
-    return list(pd.read_csv(path, sep=_separator(path), nrows=0, dtype=str, encoding="utf-8-sig").columns)
+    return list(csv.open_csv(path, parse_options=_parse_options(path)).schema.names)
 
 
 def _read_cells(path: Path, columns: list[str]) -> pd.DataFrame:
     if path.suffix == ".parquet":
         frame = pq.read_table(path, columns=columns).to_pandas(integer_object_nulls=True)
         return frame.map(_to_text).reset_index(drop=True)
-    frame = pd.read_csv(
-        path,
-        sep=_separator(path),
-        usecols=columns,
-        dtype=str,
-        keep_default_na=False,
-        na_filter=False,
-        encoding="utf-8-sig",
-    )
-    return frame.map(str.strip)
+    # pyarrow refuses a line with too many or too few fields, where pandas would cut or fill it without a word.
+    convert = csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()), include_columns=columns)
+    return csv.read_csv(path, parse_options=_parse_options(path), convert_options=convert).to_pandas().map(str.strip)
+
+
+def _parse_options(path: Path) -> csv.ParseOptions:
+    return csv.ParseOptions(delimiter="\t" if ".tsv" in path.suffixes else ",", newlines_in_values=True)
 
 
 def _to_text(cell: object) -> str:
@@ -132,10 +138,6 @@ def _to_text(cell: object) -> str:
     if isinstance(cell, float) and cell.is_integer():
         return str(int(cell))  # a whole number that a gap in its column made a float
     return str(cell).strip()
-
-
-def _separator(path: Path) -> str:
-    return "\t" if ".tsv" in path.suffixes else ","
 
 
 def build_labels(frame: pd.DataFrame, label_columns: Iterable[str]) -> list[Label]:

@@ -1,0 +1,502 @@
+"""`place prepare` end to end: what is kept, what is rejected and why, and that a kill changes nothing."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from small_sets import draw_image, edit_table, encode, write_csv_source
+
+from place.config import PrepareConfig, RunError, UsageError
+from place.data import prepare
+from place.data.pool import map_in_processes
+from place.data.prepare import run_prepare
+from place.data.streaming import find_split_faults, list_splits, read_samples
+
+RUN = """
+import os, signal, sys
+from place.config import PrepareConfig
+from place.data import manifest, prepare, shards
+if __name__ == "__main__":
+    config = PrepareConfig.model_validate_json(sys.argv[1])
+    kill_at, renames = int(sys.argv[2]), 0
+    replace = os.replace
+    def counted(source, target):
+        global renames
+        renames += 1
+        if renames == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+    os.replace = counted
+    prepare.run_prepare(config, on_progress=lambda *counts: print(*counts, flush=True))
+"""
+
+
+def read_rows(config: PrepareConfig, name: str) -> list[dict]:
+    return pq.read_table(Path(config.output) / name).to_pylist()
+
+
+def read_reasons(config: PrepareConfig) -> dict[int, str]:
+    return {row["row"]: row["reason"] for row in read_rows(config, "rejected.parquet")}
+
+
+def read_bytes(folder: str | Path, stamp: bool = False) -> dict[str, bytes]:
+    """All files of a data set; the cards without the time they were made at."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    if not stamp:
+        created = json.loads(files["card.json"])["created"].encode()
+        files = {name: data.replace(created, b"") for name, data in files.items()}
+    return files
+
+
+def start_prepare(config: PrepareConfig, kill_at: int = 0, **options) -> subprocess.Popen:
+    script = Path(config.output).parent / "run.py"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(RUN)
+    command = [sys.executable, str(script), config.model_dump_json(), str(kill_at)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
+    )
+
+
+def test_every_row_is_kept_or_rejected_with_its_reason(tmp_path):
+    config = write_csv_source(tmp_path, count=14, views=("ap", "PA"))
+    images = tmp_path / "images"
+    (images / "secret-file-1.jpg").unlink()
+    whole = encode(draw_image(2, 200, 200))
+    (images / "secret-file-2.jpg").write_bytes(whole[: len(whole) // 2])
+    (images / "secret-file-3.jpg").write_bytes(b"this is no image")
+    edit_table(config, 4, note="")
+    edit_table(config, 5, note="Clear.")
+    edit_table(config, 6, file="secret-file-0.jpg")
+    edit_table(config, 7, pos="LATERAL")
+    edit_table(config, 8, file="")
+    (images / "secret-file-9.jpg").write_bytes(encode(np.full((50, 50), 9, np.uint8)))
+    edit_table(config, 10, pos="")
+    card = run_prepare(config)
+    assert read_reasons(config) == {
+        1: "missing_image",
+        2: "truncated_image",
+        3: "unreadable_image",
+        4: "empty_report",
+        5: "short_report",
+        6: "duplicate_id",
+        7: "view_excluded",
+        8: "missing_image",
+        9: "blank_image",
+        10: "view_excluded",
+    }
+    assert [row["row"] for row in read_rows(config, "manifest.parquet")] == [0, 11, 12, 13]
+    assert (card["counts"]["input"], card["counts"]["kept"], card["counts"]["rejected"]) == (14, 4, 10)
+    assert card["drop_reasons"]["missing_image"] == 2
+
+
+def test_shards_hold_the_contract_and_the_manifest_lists_them_in_order(tmp_path):
+    config = write_csv_source(tmp_path, count=24)
+    card = run_prepare(config)
+    manifest = read_rows(config, "manifest.parquet")
+    assert sorted(list_splits(config.output)) == sorted({row["split"] for row in manifest})
+    for split in list_splits(config.output):
+        samples = list(read_samples(config.output, split))
+        assert find_split_faults(config.output, split) == []
+        assert [sample["sample_id"] for sample in samples] == [
+            row["sample_id"] for row in manifest if row["split"] == split
+        ]
+        assert {name for sample in samples for name in sample} == {
+            "image",
+            "sentences",
+            "labels",
+            "view",
+            "sample_id",
+            "report_group",
+            "boxes",
+        }
+        assert card["counts"][split]["images"] == len(samples)
+    sample = next(read_samples(config.output, "train"))
+    assert Image.open(io.BytesIO(sample["image"])).size == (48, 60)
+    assert [item["section"] for item in sample["sentences"]] == ["findings", "findings", "impression"]
+    assert sample["sentences"][1]["text"] == "A 2.5 cm nodule is seen."
+    patients = {
+        split: {row["patient"] for row in manifest if row["split"] == split} for split in ("train", "val", "test")
+    }
+    assert (
+        not patients["train"] & patients["val"]
+        | patients["train"] & patients["test"]
+        | patients["val"] & patients["test"]
+    )
+
+
+def test_findings_and_impression_columns_are_its_sections(tmp_path):
+    config = write_csv_source(
+        tmp_path, columns={"image": "file", "findings": "note", "impression": "exam"}, min_words=1
+    )
+    run_prepare(config)
+    assert {item["section"] for item in next(read_samples(config.output, "train"))["sentences"]} == {
+        "findings",
+        "impression",
+    }
+
+
+def test_mean_and_deviation_are_those_of_the_stored_training_pixels(tmp_path):
+    config = write_csv_source(tmp_path, jpeg_quality=100)
+    card = run_prepare(config)
+    stored = [np.asarray(Image.open(io.BytesIO(sample["image"]))) for sample in read_samples(config.output, "train")]
+    pixels = np.concatenate([image.ravel() for image in stored]) / 255
+    assert (card["image"]["mean"], card["image"]["std"]) == pytest.approx((pixels.mean(), pixels.std()), abs=2e-3)
+
+
+def test_no_identifier_reaches_any_file(tmp_path):
+    config = write_csv_source(tmp_path, count=12)
+    edit_table(config, 1, file="secret-missing.jpg")
+    edit_table(config, 2, file="secret-file-0.jpg")
+    run_prepare(config)
+    seen = list(read_bytes(config.output, stamp=True).values())
+    for split in list_splits(config.output):
+        seen += [repr(sample).encode() for sample in read_samples(config.output, split)]
+    seen += [json.dumps(read_rows(config, name)).encode() for name in ("manifest.parquet", "rejected.parquet")]
+    for word in ("secret", "SECRET", str(tmp_path), "table.csv"):
+        assert not any(word.encode() in data for data in seen), word
+
+
+@pytest.mark.parametrize("source", ["csv", "phantom"])
+def test_bytes_do_not_depend_on_workers_or_on_the_order_of_tasks(tmp_path, source):
+    def backwards(function, tasks, num_workers):
+        yield from (function(task) for task in reversed(list(tasks)))
+
+    config = write_csv_source(tmp_path, count=20)
+    if source == "phantom":
+        config = PrepareConfig(
+            source="phantom", output=config.output, count=20, size_px=64, rows_per_task=4, num_workers=1
+        )
+    two, reverse = (
+        config.model_copy(update={"output": str(tmp_path / name), "num_workers": 2}) for name in ("two", "reverse")
+    )
+    run_prepare(config)
+    run_prepare(two)
+    run_prepare(reverse, map_tasks=backwards)
+    assert read_bytes(config.output) == read_bytes(two.output) == read_bytes(reverse.output)
+    assert len(list(Path(config.output).rglob("*.mds.zstd"))) > 3
+
+
+def test_a_second_run_does_nothing_and_says_so(tmp_path):
+    config = write_csv_source(tmp_path)
+    first = run_prepare(config)
+    before = read_bytes(config.output, stamp=True)
+    second = run_prepare(config.model_copy(update={"num_workers": 2}), map_tasks=None)
+    assert second == {**first, "already_prepared": True}
+    assert read_bytes(config.output, stamp=True) == before
+
+
+def test_other_settings_in_the_same_folder_are_named(tmp_path):
+    config = write_csv_source(tmp_path)
+    run_prepare(config)
+    with pytest.raises(UsageError, match=r"prepared with other settings: size_px=48, not 32; choose another --output"):
+        run_prepare(config.model_copy(update={"size_px": 32}))
+    edit_table(config, 0, note="The lungs are clear today.")
+    with pytest.raises(UsageError, match="another table, image root or salt"):
+        run_prepare(config)
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    config = write_csv_source(tmp_path)
+    with pytest.raises(UsageError, match=r"holds other files \(images\)"):
+        run_prepare(config.model_copy(update={"output": str(tmp_path)}))
+
+
+def test_two_runs_never_write_into_one_folder(tmp_path):
+    config = write_csv_source(tmp_path)
+
+    def intrude(*_):
+        with pytest.raises(UsageError, match="another prepare is writing"):
+            run_prepare(config)
+
+    run_prepare(config, on_progress=intrude)
+
+
+def test_progress_counts_up_to_all_rows(tmp_path):
+    config = write_csv_source(tmp_path, count=10)
+    edit_table(config, 9, note="")
+    seen: list[tuple[int, int, int]] = []
+    run_prepare(config, on_progress=lambda *counts: seen.append(counts))
+    assert seen == [(0, 10, 0), (4, 10, 0), (8, 10, 0), (10, 10, 1)]
+
+
+def test_if_nothing_is_left_the_reasons_are_told_and_the_folder_can_be_used_again(tmp_path):
+    config = write_csv_source(tmp_path)
+    wrong = config.model_copy(update={"image_root": str(tmp_path)})
+    with pytest.raises(RunError, match=r"all 12 rows were rejected \(missing_image 12\)"):
+        run_prepare(wrong)
+    assert set(read_reasons(config).values()) == {"missing_image"}
+    assert run_prepare(config)["counts"]["kept"] == 12
+
+
+def test_a_killed_run_continues_from_its_finished_parts(tmp_path):
+    def settings(name: str) -> PrepareConfig:
+        return PrepareConfig(
+            source="phantom",
+            output=str(tmp_path / name / "out"),
+            count=80,
+            size_px=96,
+            rows_per_task=5,
+            num_workers=2,
+        )
+
+    killed = settings("killed")
+    process = start_prepare(killed, start_new_session=True)
+    for line in process.stdout:
+        if int(line.split()[0]) >= 20:
+            break
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    _wait_for_end_of_session(process.pid)
+    parts = Path(killed.output) / ".parts"
+    finished = {path: path.stat().st_mtime_ns for path in parts.glob("*/part.json") if not path.parent.suffix}
+    assert 4 <= len(finished) < 16
+    assert not (Path(killed.output) / "card.json").exists()
+    redone = []
+
+    def spy(function, tasks, num_workers):
+        redone.extend(tasks)
+        assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items())
+        yield from map(function, redone)
+
+    run_prepare(killed, map_tasks=spy)
+    assert len(redone) == 16 - len(finished)
+    run_prepare(settings("whole").model_copy(update={"num_workers": 1}))
+    assert read_bytes(killed.output) == read_bytes(settings("whole").output)
+
+
+def _wait_for_end_of_session(session: int) -> None:
+    """The workers of a killed run end by themselves."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(session, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("workers outlived the run that started them")
+
+
+def test_a_kill_at_any_rename_is_made_good(tmp_path):
+    config = write_csv_source(tmp_path / "set", count=9)
+    run_prepare(config)
+    whole = read_bytes(config.output)
+    shutil.copytree(tmp_path / "set" / "images", tmp_path / "images")
+    parts = tmp_path / "finished"
+    killed = config.model_copy(update={"output": str(tmp_path / "killed")})
+    with pytest.raises(RuntimeError):  # stop between the parts and the merge, to spare each case the parts
+        run_prepare(killed, on_progress=_stop_when_done)
+    shutil.copytree(killed.output, parts)
+    for kill_at in range(1, 100):
+        shutil.rmtree(killed.output)
+        shutil.copytree(parts, killed.output)
+        if _merge_until(killed, kill_at):
+            break
+        run_prepare(killed)
+        assert read_bytes(killed.output) == whole, f"killed at rename {kill_at}"
+    assert kill_at > 8
+    assert read_bytes(killed.output) == whole
+
+
+def _stop_when_done(done: int, total: int, _: int) -> None:
+    if done == total:
+        raise RuntimeError("stopped by the test")
+
+
+def _merge_until(config: PrepareConfig, kill_at: int) -> bool:
+    """Merge in a forked process that is killed at its n-th rename; true if it came to its end before."""
+    child = os.fork()
+    if child == 0:
+        renames, replace = [], os.replace
+
+        def counted(source, target):
+            renames.append(source)
+            if len(renames) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+
+        os.replace = counted
+        run_prepare(config)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def test_a_part_under_way_is_thrown_away(tmp_path):
+    config = write_csv_source(tmp_path)
+    stale = Path(config.output) / ".parts" / "00001.host-1.partial"
+    stale.mkdir(parents=True)
+    (stale.parent / "request.json.partial").write_text("{")
+    run_prepare(config)
+    assert not stale.parent.exists()
+
+
+def test_a_part_that_lost_a_shard_is_told(tmp_path):
+    config = write_csv_source(tmp_path)
+
+    def lose(done, total, _):
+        if done == total:
+            next(Path(config.output).glob(".parts/*/*/shard*")).unlink()
+
+    with pytest.raises(RunError, match="the unfinished parts are damaged"):
+        run_prepare(config, on_progress=lose)
+
+
+def test_a_map_that_forgets_rows_is_found_out(tmp_path):
+    config = write_csv_source(tmp_path)
+
+    def forgetful(function, tasks, num_workers):
+        yield from map(function, list(tasks)[1:])
+
+    with pytest.raises(RunError, match="8 of 12 rows are accounted for"):
+        run_prepare(config, map_tasks=forgetful)
+
+
+@pytest.mark.parametrize("place", ["below a file", "read-only"])
+def test_no_write_permission_is_one_clear_line(tmp_path, place):
+    config = write_csv_source(tmp_path)
+    output = Path(config.input) / "out" if place == "below a file" else Path("/proc/out")
+    with pytest.raises(UsageError, match=r"cannot write to .*; choose another --output"):
+        run_prepare(config.model_copy(update={"output": str(output)}))
+
+
+def test_a_folder_that_takes_no_files_is_one_clear_line(tmp_path, monkeypatch):
+    config = write_csv_source(tmp_path)
+    monkeypatch.setattr(prepare, "write_json", _refuse)
+    with pytest.raises(UsageError, match=r"cannot write to .*: Permission denied; choose another --output"):
+        run_prepare(config)
+
+
+def _refuse(*_):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_too_little_disk_is_told_before_work_begins(tmp_path):
+    rows = 10**11
+    config = PrepareConfig(source="phantom", output=str(tmp_path / "out"), count=rows, rows_per_task=rows)
+    with pytest.raises(RunError, match=r"too little disk at .*: about .* GiB needed, .* GiB free"):
+        run_prepare(config)
+
+
+def test_a_disk_that_fills_up_is_one_clear_line_and_the_run_continues_once_there_is_room(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk")
+    filler = disk / "filler"
+    config = write_csv_source(tmp_path / "set", output=str(disk / "out"))
+
+    def fill(done, *_):
+        if done == 8:
+            with pytest.raises(OSError, match="No space"), filler.open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+
+    try:
+        with pytest.raises(RunError, match=r"disk full at .*: free some and run the same command again"):
+            run_prepare(config, on_progress=fill)
+        filler.unlink()
+        assert run_prepare(config)["counts"]["kept"] == 12
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_file_size_limit_is_one_clear_line(tmp_path):
+    config = write_csv_source(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(RunError, match=r"disk full at .* \(File too large\)"):
+            run_prepare(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_worker_that_dies_is_one_clear_line(tmp_path):
+    with pytest.raises(BrokenProcessPool):
+        list(map_in_processes(os._exit, [1, 1, 1], 2))
+    config = write_csv_source(tmp_path)
+
+    def broken(*_):
+        raise BrokenProcessPool
+
+    with pytest.raises(RunError, match="a worker process died, perhaps for lack of memory; run the same command again"):
+        run_prepare(config, map_tasks=broken)
+
+
+def test_phantoms_through_dicom_are_those_through_jpeg(tmp_path):
+    settings = {"source": "phantom", "count": 8, "size_px": 96, "num_workers": 1}
+    for kind in ("jpeg", "dicom"):
+        run_prepare(PrepareConfig(**settings, phantom_format=kind, output=str(tmp_path / kind)))
+    pairs = zip(read_samples(tmp_path / "jpeg", "train"), read_samples(tmp_path / "dicom", "train"), strict=True)
+    for jpeg, dicom in pairs:
+        first, second = (
+            np.asarray(Image.open(io.BytesIO(sample.pop("image")))).astype(float) for sample in (jpeg, dicom)
+        )
+        assert jpeg == dicom
+        assert np.corrcoef(first.ravel(), second.ravel())[0, 1] > 0.98
+    assert {row["modality"] for row in pq.read_table(tmp_path / "dicom" / "manifest.parquet").to_pylist()} == {"DX"}
+
+
+def test_boxes_follow_the_image_when_it_is_made_smaller(tmp_path):
+    from place.data.task import _scale_box
+
+    assert _scale_box({"box_xyxy": [0, 10, 20, 40], "side": "left"}, (0.5, 0.25)) == {
+        "box_xyxy": [0, 5, 5, 20],
+        "side": "left",
+    }
+
+
+def test_the_card_reads_as_a_page(tmp_path):
+    config = write_csv_source(tmp_path, columns={"image": "file", "text": "note", "view": "pos"})
+    edit_table(config, 3, note="")
+    card = run_prepare(config)
+    page = (Path(config.output) / "card.md").read_text()
+    assert "12 rows in, 11 kept, 1 rejected." in page
+    assert "| empty_report | 1 |" in page
+    assert "by hash of the patient, 0.8/0.1/0.1 train/val/test, seed 0" in page
+    assert "no patient column" in page
+    assert card["fingerprint"] in page
+    assert json.loads((Path(config.output) / "card.json").read_text()) == card
+
+
+def test_the_fingerprint_tells_any_change_of_the_data(tmp_path):
+    first = write_csv_source(tmp_path)
+    second = first.model_copy(update={"output": str(tmp_path / "second")})
+    before = run_prepare(first)["fingerprint"]
+    (tmp_path / "images" / "secret-file-3.jpg").write_bytes(encode(draw_image(99)))
+    assert run_prepare(second)["fingerprint"] != before
+
+
+def test_the_real_radiographs_are_all_accounted_for(tmp_path, real_data):
+    folder = real_data / "covid-cxr"
+    columns = {"image": "filename", "text": "clinical_notes", "patient": "patientid", "view": "view"}
+    config = PrepareConfig(
+        source="csv",
+        input=str(folder / "metadata.csv"),
+        image_root=str(folder / "images"),
+        columns=columns,
+        label_columns=("finding",),
+        output=str(tmp_path / "out"),
+        num_workers=1,
+    )
+    card = run_prepare(config)
+    counts = card["counts"]
+    assert counts["input"] == 135 == counts["kept"] + counts["rejected"]
+    assert sum(counts[split]["images"] for split in ("train", "val", "test")) == counts["kept"] == 135
+    assert "finding=COVID-19" in card["labels"]
