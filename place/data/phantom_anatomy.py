@@ -92,7 +92,7 @@ def draw_anatomy(rng: Generator) -> Anatomy:
     )
 
 
-def draw_pose(rng: Generator) -> Pose:
+def draw_pose(rng: Generator, anatomy: Anatomy) -> Pose:
     """A random way to stand (PA) or lie (AP) before the detector."""
     view = "AP" if rng.random() < 0.5 else "PA"
     inspiration = float(np.clip(rng.normal(-0.45 if view == "AP" else 0.35, 0.65), -1.6, 1.4))
@@ -107,7 +107,7 @@ def draw_pose(rng: Generator) -> Pose:
         rotation=float(np.clip(rng.normal(0, 0.45 * spread), -1.3, 1.3)),
         tilt=float(np.clip(rng.normal(0, 4.5 * spread), -13, 13)),
         shift=(float(rng.uniform(-38, 38)), float(rng.uniform(-38, 34))),
-        field=float(rng.uniform(300, 440)),
+        field=float(rng.uniform(290, 430)) * (0.5 + 0.5 * anatomy.half_width / 130),
         arms=float(rng.uniform(0, 1)),
         aeration=_draw_aeration(rng),
     )
@@ -215,10 +215,10 @@ def _build_silhouette(
     hinge = min(level + 34, y - 42)
     vessel = 0.52 * left + 12
     shape = [
-        (-24, top - 60), (-23, top + 10), (-24 + offset * 0.6, level - 14), (-25 + offset, hinge),
+        (-25, top - 150), (-23, top - 40), (-23, top + 10), (-24 + offset * 0.6, level - 14), (-25 + offset, hinge),
         (right * 0.93, y - 28), (right, y), (right * 0.9, y + 24), (right * 0.55, base), (left * 0.45, base + 2),
         (left * 0.88, y + 34), (left, y + 14), (left * 0.88, y - 12), (vessel, hinge + 8),
         (30 + offset, level + 10), (26 + knob + offset, level - 12), (24 + 0.7 * knob + offset, level - 26),
-        (21, level - 44), (23, top + 4), (24, top - 60),
+        (21, level - 44), (23, top + 4), (23, top - 40), (25, top - 150),
     ]  # fmt: skip
     return smooth_curve(np.array(shape, np.float32), closed=True)

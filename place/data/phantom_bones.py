@@ -58,8 +58,7 @@ def _paint_bones(canvas: Canvas, layer: NDArray[np.uint8], lines: Points, width:
     normal = along[..., ::-1] * np.float32([-1, 1])
     normal *= width / 2 / np.maximum(np.hypot(normal[..., :1], normal[..., 1:]), 1e-3)
     upper, lower = lines - normal, lines + normal
-    for outline in np.concatenate([upper, lower[:, ::-1]], 1):
-        canvas.paint(layer, outline, value)
+    canvas.paint(layer, np.concatenate([upper, lower[:, ::-1]], 1), value)
     canvas.stroke(layer, upper, 1.6, value * 1.55)
     canvas.stroke(layer, lower, 1.6, value * 2.0)
 
@@ -74,10 +73,9 @@ def draw_skeleton(scene: Scene) -> Field:
     half, high = 13.5 + 0.4 * i, 8 + 0.12 * i
     for shape_x, shape_y, value in _VERTEBRA:
         outline = np.stack([x[:, None] + half[:, None] * shape_x, y[:, None] + high[:, None] * shape_y], 2)
-        for one in outline:
-            canvas.paint(layer, one, value)
-    fade = np.clip((canvas.y_mm - np.float32(chest.apex_y[0] - 90)) * np.float32(1 / 90), 0.45, 1)
-    field = canvas.lift(layer, 1.3) * (fade * np.float32(0.2))
+        canvas.paint(layer, outline, value)
+    fade = np.clip((canvas.coarse_mm[1] - np.float32(chest.apex_y[0] - 90)) * np.float32(1 / 90), 0.45, 1)
+    field = canvas.lift(layer, 1.3) * canvas.spread(fade * np.float32(0.2))
     return field + _draw_clavicles(scene) + _draw_shoulders(scene)
 
 

@@ -40,11 +40,12 @@ class Canvas:
         """Polygon as a field of coverage 0..1, edges softened by a Gaussian of `soft_mm`."""
         layer = np.zeros((self.size_px, self.size_px), np.uint8)
         cv2.fillPoly(layer, [self._fixed(points)], 255, cv2.LINE_AA, _SUBPIXEL)
-        return self.soften(layer.astype(np.float32) * np.float32(1 / 255), soft_mm)
+        return self.lift(layer, soft_mm)
 
     def paint(self, layer: NDArray[np.uint8], points: Points, value: int) -> None:
-        """Fill a polygon with a value 0..255 on a byte layer."""
-        cv2.fillPoly(layer, [self._fixed(points)], value, cv2.LINE_AA, _SUBPIXEL)
+        """Fill one polygon (n, 2) or several (m, n, 2) with a value 0..255 on a byte layer."""
+        for outline in self._fixed(points if points.ndim == 3 else points[None]):
+            cv2.fillPoly(layer, [outline], value, cv2.LINE_AA, _SUBPIXEL)
 
     def stroke(self, layer: NDArray[np.uint8], curves: Points, width_mm: float, value: float = 255) -> None:
         """Draw one open curve (n, 2) or several (m, n, 2) on a byte layer; finer than a pixel is fainter instead."""
@@ -59,7 +60,10 @@ class Canvas:
 
     def lift(self, layer: NDArray[np.uint8], soft_mm: float = 0.0) -> Field:
         """Byte layer as a field 0..1, softened."""
-        return self.soften(layer.astype(np.float32) * np.float32(1 / 255), soft_mm)
+        sigma = soft_mm / self.spacing_mm
+        if sigma >= 0.3:
+            layer = cv2.GaussianBlur(layer, (0, 0), sigma)
+        return np.multiply(layer, np.float32(1 / 255), dtype=np.float32)
 
     def soften(self, field: Field, soft_mm: float) -> Field:
         """Gaussian blur with a standard deviation in mm; wide ones run on a shrunk image."""
@@ -68,10 +72,10 @@ class Canvas:
             return field
         if sigma < 3:
             return cv2.GaussianBlur(field, (0, 0), sigma)
-        small = max(12, int(self.size_px * 2 / sigma))
+        small = max(12, int(self.size_px * 3 / sigma))
         shrunk = cv2.resize(field, (small, small), interpolation=cv2.INTER_AREA)
         shrunk = cv2.GaussianBlur(shrunk, (0, 0), sigma * small / self.size_px)
-        return cv2.resize(shrunk, (self.size_px, self.size_px), interpolation=cv2.INTER_CUBIC)
+        return cv2.resize(shrunk, (self.size_px, self.size_px), interpolation=cv2.INTER_LINEAR)
 
     def blob(self, centre: tuple[float, float], radius_x: float, radius_y: float) -> Field:
         """Gaussian of height 1 with the given standard deviations in mm."""
@@ -81,7 +85,7 @@ class Canvas:
 
     def spread(self, coarse: Field) -> Field:
         """Enlarge a smooth field drawn on `coarse_mm` to the image."""
-        return cv2.resize(coarse, (self.size_px, self.size_px), interpolation=cv2.INTER_CUBIC)
+        return cv2.resize(coarse, (self.size_px, self.size_px), interpolation=cv2.INTER_LINEAR)
 
     def clouds(self, rng: Generator, cells: int) -> Field:
         """Smooth standard normal noise with about `cells` bumps across the image."""
@@ -93,4 +97,4 @@ class Canvas:
         return cv2.resize(field, (count, count), interpolation=cv2.INTER_AREA)
 
     def _fixed(self, points: Points) -> NDArray[np.int32]:
-        return np.round(self.to_px(points) * (1 << _SUBPIXEL)).astype(np.int32)
+        return np.rint(self.to_px(points) * np.float32(1 << _SUBPIXEL)).astype(np.int32)

@@ -83,7 +83,7 @@ def _draw_pneumothorax(scene: Scene, layers: Layers, fact: Fact, rng: Generator)
     lung = build_lung(sign, width, chest.apex_y[i] + rim, chest.dome_y[i], max(base, chest.dome_y[i] + 6))
     inner = canvas.fill(lung, 0.8) * scene.lungs[i]
     free = np.clip(scene.lungs[i] - inner, 0, 1) * (1 - scene.heart)
-    layers.body[...] += inner * (0.05 + min(rim, 60) / 60 * 0.22) * (1 - scene.heart) - free * 0.3
+    layers.body[...] += inner * (0.05 + min(rim, 60) / 60 * 0.14) * (1 - scene.heart) - free * 0.3
     layers.vessels[...] *= 1 - free
     line = canvas.layer()
     canvas.stroke(line, lung[:30], 1.7, 200)

@@ -41,7 +41,7 @@ def draw_body(scene: Scene, rng: Generator) -> Field:
     thick = 1.15 + 0.5 * anatomy.habitus - (0.45 + 0.1 * anatomy.habitus) * across**2
     field = body * canvas.spread(thick + 0.25 * below)
     air = scene.lungs[0] * np.float32(pose.aeration[0]) + scene.lungs[1] * np.float32(pose.aeration[1])
-    field -= np.minimum(air, max(pose.aeration)) * (0.72 + 0.38 * canvas.soften(np.minimum(air, 1), 22))
+    field -= np.minimum(air, max(pose.aeration)) * (0.72 + 0.38 * canvas.soften(air, 22))
     lobe = canvas.soften(scene.heart, 9)
     middle = canvas.spread(0.42 + np.clip(0.1 - np.abs(x) * np.float32(0.1 / 34), 0, 1))
     lungs = np.minimum(scene.lungs[0] + scene.lungs[1], 1)
@@ -64,16 +64,16 @@ def _build_torso(half: float, top: float, fat: float, arms: float) -> Points:
 
 def _draw_breasts(scene: Scene) -> Field:
     size, canvas, chest = scene.anatomy.breast, scene.canvas, scene.chest
-    total = np.zeros_like(canvas.x_mm)
     if size < 0.12:
-        return total
+        return np.zeros_like(canvas.x_mm)
     radius_x, radius_y = chest.half_width * (0.42 + 0.12 * size), 50 + 28 * size
     y = max(chest.dome_y) - 34 + 30 * size
-    for sign in (-1, 1):
-        total += canvas.fill(build_ellipse(sign * chest.half_width * 0.58, y, radius_x, radius_y), 3)
-    fade = canvas.spread(np.clip((canvas.coarse_mm[1] - (y - radius_y)) * np.float32(0.5 / radius_y), 0, 1))
+    down = (canvas.coarse_mm[1] - y) * np.float32(1 / radius_y)
+    aside = (np.abs(canvas.coarse_mm[0]) - chest.half_width * 0.58) * np.float32(1 / radius_x)
+    edge = np.clip((1 - np.hypot(down, aside)) * np.float32(radius_y / 7), 0, 1)
+    fade = np.clip(0.5 + 0.5 * down, 0, 1) * np.float32(0.12 + 0.26 * size)
     through = 0.35 + 0.65 * (scene.lungs[0] + scene.lungs[1])  # over the abdomen they hardly show
-    return total * fade * through * np.float32(0.12 + 0.26 * size)
+    return canvas.spread(edge * fade) * through
 
 
 def _draw_airway(scene: Scene) -> Field:
