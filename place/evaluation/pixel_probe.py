@@ -23,7 +23,7 @@ from place.evaluation.findings import Findings, build_targets, choose_findings, 
 from place.evaluation.metrics import Array, TaskResult
 from place.evaluation.task import Task
 
-PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+PENALTIES = (0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
 MAX_SIDE_PX = 96
 MAX_TRAIN = 4000
 

@@ -42,7 +42,7 @@ def run_evaluation(
         run_dir: run folder.
         data_dir: folder written by `place prepare`; not necessarily the one trained on.
         tasks: names in `TASKS`, or `all` for all that the data set permits.
-        which: checkpoint, `best` or `latest`.
+        which: checkpoint, `best`, `latest` or a folder name such as step_00000100.
         evaluation: how to judge; none takes the run's own section.
         output: folder that is written; none takes RUN/evaluation.
         on_progress: told the step, what is done of it and its total.

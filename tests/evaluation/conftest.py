@@ -69,7 +69,7 @@ def write_data(folder: Path, labelled: bool = True) -> Path:
             for number in range(count):
                 sample = build_sample(name, number, labelled)
                 writer.write(sample)
-                patient = None if number == 0 else f"{number // 2:016x}"
+                patient = None if number < 2 else f"{number // 2:016x}"
                 rows.append({"sample_id": sample["sample_id"], "patient": patient, "split": name})
     pq.write_table(pa.Table.from_pylist(rows), folder / "manifest.parquet")
     labels = ["effusion", "edema", "nodule"] if labelled else []

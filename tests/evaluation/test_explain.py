@@ -44,10 +44,10 @@ def test_studies_are_chosen_by_labels_and_sentences_alone():
 
 
 def test_sentences_and_observations_are_paired_one_to_one_those_with_boxes_first(task, data_dir):
-    sample = next(item for item in read_samples(data_dir, "test") if item["boxes"])
-    explained = explain_sample(task, sample)
-    assert [pairing.text for pairing in explained.pairings][0] == sample["sentences"][0]["text"]
-    assert [len(pairing.boxes) for pairing in explained.pairings] == [1, 0, 0]
-    maps = [tuple(pairing.attention_YX.ravel()) for pairing in explained.pairings]
-    assert len(set(maps)) == 3
-    assert all(sum(values) == pytest.approx(1, abs=1e-4) for values in maps)
+    for sample in [item for item in read_samples(data_dir, "test") if item["boxes"]][:8]:
+        explained = explain_sample(task, sample)
+        assert explained.pairings[0].text == sample["sentences"][0]["text"]
+        assert [len(pairing.boxes) for pairing in explained.pairings] == [1, 0, 0]
+        maps = [tuple(pairing.attention_YX.ravel()) for pairing in explained.pairings]
+        assert len(set(maps)) == 3
+        assert all(sum(values) == pytest.approx(1, abs=1e-4) for values in maps)
