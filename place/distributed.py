@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -87,3 +87,12 @@ def broadcast_text(text: str | None) -> str | None:
     box = [text]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather_objects(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """Small JSON-like values of all ranks, in order of ranks."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -27,3 +27,14 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip("no real data: set PLACE_REAL_DATA to a folder that has it")
     return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small prepared phantom data set; copy it before changing it."""
+    from place.config import PrepareConfig
+    from place.data.prepare import run_prepare
+
+    folder = tmp_path_factory.mktemp("prepared") / "phantoms"
+    run_prepare(PrepareConfig(source="phantom", count=300, size_px=48, num_workers=1, output=str(folder), split=(0.6, 0.3, 0.1)))
+    return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from place.config import RunError, UsageError
 from place.data.report import hash_text
+
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 class TokenizedReport(NamedTuple):
@@ -82,18 +86,27 @@ class ReportTokenizer:
 
 
 def train_tokenizer(sentences: Iterable[str], vocab_size: int, max_tokens: int, max_sentences: int) -> ReportTokenizer:
-    """Train a lower-case WordPiece tokenizer on report sentences.
+    """Build a lower-case WordPiece tokenizer of the most frequent words; rarer ones are spelled out.
+
+    tokenizers' own trainer breaks ties by the order of a hash map, so that two runs on the same data would differ.
 
     Raises:
         RunError: there is no sentence.
-    Source: quoted (Devlin et al. 2019, BERT's WordPiece); the library is tokenizers.
+    Source: ours; normalisation and pieces as in BERT (Devlin et al. 2019).
     """
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizerFast
 
-    corpus = sorted(set(sentences))
-    if not corpus:
-        raise RunError("the training split has no report sentence to train a tokenizer on; prepare the data set again")
-    trained = BertWordPieceTokenizer(lowercase=True)
-    trained.train_from_iterator(corpus, vocab_size=vocab_size, min_frequency=2, show_progress=False)
-    return ReportTokenizer(BertTokenizerFast(tokenizer_object=trained._tokenizer), max_tokens, max_sentences)
+    blank = BertWordPieceTokenizer(lowercase=True)
+    words: Counter[str] = Counter()
+    for text in sentences:
+        pieces = blank.pre_tokenizer.pre_tokenize_str(blank.normalizer.normalize_str(text))
+        words.update(piece for piece, _ in pieces)
+    if not words:
+        raise RunError("the training split has no report sentence to build a tokenizer on; prepare the data set again")
+    letters = sorted({letter for word in words for letter in word})
+    frequent = sorted(words, key=lambda word: (-words[word], word))
+    entries = [*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters), *frequent]
+    vocabulary = {entry: number for number, entry in enumerate(list(dict.fromkeys(entries))[:vocab_size])}
+    built = BertWordPieceTokenizer(vocab=vocabulary, lowercase=True)
+    return ReportTokenizer(BertTokenizerFast(tokenizer_object=built._tokenizer), max_tokens, max_sentences)

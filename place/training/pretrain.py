@@ -24,7 +24,7 @@ from place.config import Config, RunError, UsageError, dump_config
 from place.data.loader import PairLoader
 from place.data.streaming import count_samples, list_splits, read_card, read_samples, select_sentences
 from place.data.tokens import ReportTokenizer, train_tokenizer
-from place.distributed import barrier, broadcast_text, read_world
+from place.distributed import barrier, broadcast_text, gather_objects, read_world
 from place.losses.objective import compute_losses
 from place.model.place import PlaceModel, build_model
 from place.runlog import RunLog, read_jsonl
@@ -92,7 +92,7 @@ def run_worker(config: Config, launch: str, build_engine: BuildEngine | None = N
     device = choose_device()
     torch.manual_seed(config.run.seed)
     cv2.setNumThreads(1)
-    attempt = int(broadcast_text(str(_open_attempt(run_dir, launch)) if world.is_first else None) or 0)
+    attempt = _open_attempt(run_dir, launch)
     tokenizer = _read_or_train_tokenizer(config)
     model, attention = build_model(config, tokenizer.vocab_size, device)
     if world.is_first:
@@ -187,10 +187,14 @@ def _read_or_train_tokenizer(config: Config) -> ReportTokenizer:
 
 
 def _open_attempt(run_dir: Path, launch: str) -> int:
-    """Number of this worker group, from 0 over the life of the run."""
+    """Number of this worker group, from 0 over the life of the run; attempts.jsonl says who is in it."""
+    workers = gather_objects({"host": socket.gethostname(), "pid": os.getpid()})
+    if not read_world().is_first:
+        return int(broadcast_text(None) or 0)
     started = sum("launch" in record for record in read_jsonl(run_dir / "attempts.jsonl"))
-    _write_attempt(run_dir, {"attempt": started, "launch": launch, "time": round(time.time(), 3)})
-    return started
+    record = {"attempt": started, "launch": launch, "time": round(time.time(), 3), "workers": workers}
+    _write_attempt(run_dir, record)
+    return int(broadcast_text(str(started)) or 0)
 
 
 def _write_attempt(run_dir: Path, record: dict[str, Any]) -> None:

@@ -1,0 +1,104 @@
+"""The main job under Ray with DeepSpeed: a worker dies in mid-epoch, and the run ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from training.runs import run_place, start_place, wait_until, write_config
+
+from place.data.streaming import count_samples, read_samples
+from place.data.transforms import eval_transform, read_image
+from place.runlog import read_jsonl, read_surviving
+from place.training.checkpoint import load_run
+
+pytestmark = [pytest.mark.ray, pytest.mark.multiprocess]
+SECTIONS = {
+    "engine": {"kind": "deepspeed", "zero_stage": 1},
+    "cluster": {"num_workers": 2},
+    "train": {"checkpoint_every_steps": 7, "epochs": 20, "evaluate_every_epochs": 10},
+}
+KILL_AFTER_STEP = 33
+
+
+def embed(run: Path, data: Path) -> torch.Tensor:
+    """Image and report features of the first 64 validation pairs."""
+    loaded = load_run(run, "latest")
+    samples = list(islice(read_samples(data, "val"), 64))
+    assert len(samples) == 64
+    size = loaded.config.data.image_size_px
+    images = torch.stack([eval_transform(read_image(s["image"]), size, loaded.mean, loaded.std) for s in samples])
+    reports = [loaded.tokenizer.encode([item["text"] for item in s["sentences"]]) for s in samples]
+    ids, attention, owner, _ = loaded.tokenizer.collate(reports)
+    with torch.no_grad():
+        return torch.cat([loaded.model.encode_image(images).image_BE, loaded.model.encode_text(ids, attention, owner).text_BE], 1)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of the same two workers, started by torchrun and left alone."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = write_config(folder, prepared, **SECTIONS)
+    code, out, err = run_place("pretrain", "--config", str(config), "cluster.launcher=torchrun", processes=2)
+    assert code == 0, out + err
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def killed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a Ray run of which one worker got SIGKILL in mid-epoch."""
+    folder = tmp_path_factory.mktemp("killed")
+    config, run = write_config(folder, prepared, **SECTIONS), folder / "run"
+    process = start_place("pretrain", "--config", str(config), "cluster.launcher=ray")
+    wait_until(lambda: any(r["step"] >= KILL_AFTER_STEP for r in read_jsonl(run / "metrics.jsonl")), process)
+    workers = next(record["workers"] for record in read_jsonl(run / "attempts.jsonl") if "workers" in record)
+    os.kill(workers[1]["pid"], signal.SIGKILL)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, out + err
+    return run
+
+
+@pytest.mark.timeout(500)
+def test_a_killed_worker_leaves_no_trace_in_the_curve(killed: Path, undisturbed: Path) -> None:
+    attempts = {record["attempt"] for record in read_jsonl(killed / "metrics.jsonl")}
+    assert attempts == {0, 1}, "the run was not restarted once"
+    ours, theirs = (read_surviving(run / "metrics.jsonl") for run in (killed, undisturbed))
+    assert [record["step"] for record in ours] == [record["step"] for record in theirs]
+    for a, b in zip(ours[-10:], theirs[-10:], strict=True):
+        for term in ("total", "instance", "pathology", "correlation"):
+            assert a[term] == pytest.approx(b[term], rel=1e-5), f"step {a['step']}, {term}"
+
+
+def test_a_killed_worker_leaves_no_trace_in_the_embeddings(killed: Path, undisturbed: Path, prepared: Path) -> None:
+    torch.testing.assert_close(embed(killed, prepared), embed(undisturbed, prepared), rtol=0, atol=1e-4)
+
+
+def test_no_sample_is_doubled_or_missed_over_the_surviving_lineage(killed: Path, undisturbed: Path, prepared: Path) -> None:
+    plan = json.loads((killed / "run.json").read_text())["plan"]
+    records = read_surviving(killed / "samples.jsonl")
+    assert [record["step"] for record in records] == list(range(1, plan["total_steps"] + 1))
+    known = {sample["sample_id"] for sample in read_samples(prepared, "train")}
+    for epoch in range(plan["epochs"]):
+        seen = Counter(i for record in records if record["epoch"] == epoch for i in record["ids"])
+        assert set(seen) <= known
+        assert sum(seen.values()) == plan["steps_per_epoch"] * plan["global_batch"]
+        # streaming fills up to a multiple of the canonical nodes: at most one repeat each
+        assert sum(count - 1 for count in seen.values()) <= 2
+    theirs = read_surviving(undisturbed / "samples.jsonl")
+    assert [sorted(a["ids"]) for a in records] == [sorted(b["ids"]) for b in theirs]
+    assert plan["dropped_per_epoch"] == count_samples(prepared, "train") - plan["steps_per_epoch"] * plan["global_batch"]
+
+
+def test_the_run_folder_is_as_the_contract_says(killed: Path) -> None:
+    names = {path.name for path in killed.iterdir()}
+    assert {"config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "tokenizer", "ray"} <= names
+    root = killed / "checkpoints"
+    assert (root / (root / "latest").read_text()).is_dir()
+    assert (root / (root / "best").read_text()).is_dir()
+    assert not list(Path("/dev/shm").glob("place*"))

@@ -1,0 +1,50 @@
+"""Run `place` as a user does, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+from tiny import TINY, merge
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def write_config(folder: Path, data: Path, **sections: dict) -> Path:
+    """A config file of a tiny run on `data`, in folder/run."""
+    base = {"data": {"path": str(data)}, "run": {"dir": str(folder / "run")}, "train": {"global_batch": 32, "epochs": 3}}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(merge(merge(TINY, base), sections)))
+    return path
+
+
+def start_place(*arguments: str, processes: int = 1) -> subprocess.Popen:
+    """Start `place ...`, under torchrun where there are several processes."""
+    module = ["-m", "place"]
+    if processes > 1:
+        module = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone", *module]
+    command = [sys.executable, *module, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+def run_place(*arguments: str, processes: int = 1) -> tuple[int, str, str]:
+    """Run `place ...` to its end: exit code, standard output, standard error."""
+    process = start_place(*arguments, processes=processes)
+    out, err = process.communicate(timeout=280)
+    return process.returncode, out, err
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen, timeout_s: float = 120) -> None:
+    """Wait for a condition while a process runs; fails loudly when the process ends first."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if process.poll() is not None:
+            out, err = process.communicate()
+            raise AssertionError(f"ended with {process.returncode} before the condition held:\n{out}\n{err}")
+        assert time.monotonic() < deadline, "condition did not hold in time"
+        time.sleep(0.02)
