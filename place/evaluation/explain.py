@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 NUM_STUDIES = 6
 NUM_PAIRS = 3
-TEXT_COLUMNS = 44
+TEXT_COLUMNS = 41
 MAX_LOOKED_AT = 2000
 
 
@@ -134,7 +134,7 @@ def _draw_study(row: Iterable[Axes], study: Explained) -> None:
         heat_YX = smooth_attention(pairing.attention_YX, study.image_YX.shape[0])
         axis.imshow(heat_YX, cmap="inferno", vmin=0, vmax=1, alpha=0.75 * heat_YX**0.7)
         _draw_boxes(axis, pairing.boxes, named=False)
-        _write_below(axis, f"{pairing.text}  (cos {pairing.cosine:.2f})")
+        _write_below(axis, f"{pairing.text} (cos\N{NO-BREAK SPACE}{pairing.cosine:.2f})")
 
 
 def smooth_attention(attention_YX: Array, size_px: int) -> Array:
@@ -146,16 +146,20 @@ def smooth_attention(attention_YX: Array, size_px: int) -> Array:
 
 def _draw_boxes(axis: Axes, boxes: list[dict[str, Any]], named: bool) -> None:
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
 
-    for box in boxes:
+    for number, box in enumerate(boxes):
         x0, y0, x1, y1 = box["box_xyxy"]
         axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="cyan", linewidth=0.8))
         if named:
-            axis.text(x0 + 2, y0 + 2, box["finding"], fontsize=6, color="cyan", va="top", clip_on=True)
+            # Names alternate between top and bottom edge: boxes often share a corner.
+            y, align = ((y0, "bottom"), (y1, "top"))[number % 2]
+            stroke = [withStroke(linewidth=1.6, foreground="black")]
+            axis.text(x0, y, box["finding"], fontsize=6.5, color="cyan", va=align, clip_on=True, path_effects=stroke)
 
 
 def _write_below(axis: Axes, text: str, weight: str = "normal") -> None:
-    lines = textwrap.wrap(text, TEXT_COLUMNS)
+    lines = textwrap.wrap(text, TEXT_COLUMNS if weight == "normal" else TEXT_COLUMNS - 5)
     shown = "\n".join(lines[:3]) + (" ..." if len(lines) > 3 else "")
     axis.text(0.0, -0.03, shown, transform=axis.transAxes, fontsize=7.5, va="top", ha="left", weight=weight)
 
