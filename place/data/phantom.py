@@ -139,7 +139,7 @@ def _render(
 ) -> tuple[NDArray[np.uint8], list[NDArray[np.bool_]]]:
     congestion = next((fact.size_mm for fact in facts if fact.finding == "edema"), 0.0)
     body = draw_body(scene, rng)
-    layers = Layers(body, draw_vessels(scene, rng, min(congestion, 1.0)), np.zeros_like(body))
+    layers = Layers(body, draw_vessels(scene, rng, min(congestion, 1.0)), np.zeros_like(body), scene.aerated.copy())
     masks = [draw_finding(scene, layers, fact, rng) for fact in facts]
     breaks = {(fact.side, fact.rib): (fact.place, fact.size_mm) for fact in facts if fact.finding == "fracture"}
     field = layers.body + layers.vessels * scene.aerated + layers.over

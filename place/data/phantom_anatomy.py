@@ -72,10 +72,11 @@ def draw_anatomy(rng: Generator) -> Anatomy:
     """A random patient."""
     is_female = bool(rng.random() < 0.5)
     size = float(rng.uniform(0.8, 1.08))
+    height = size * float(np.clip(rng.normal(228 if is_female else 240, 16), 185, 285))
     return Anatomy(
         is_female=is_female,
         half_width=size * float(np.clip(rng.normal(126 if is_female else 136, 9), 104, 158)),
-        lung_height=size * float(np.clip(rng.normal(228 if is_female else 240, 16), 185, 285)),
+        lung_height=height,
         habitus=float(rng.beta(1.6, 1.8)),
         ctr=float(rng.uniform(0.38, 0.485)),
         axis=float(rng.uniform(-1, 1)),
@@ -83,7 +84,7 @@ def draw_anatomy(rng: Generator) -> Anatomy:
         hilum=float(rng.uniform(0.6, 1.6)),
         breast=float(rng.uniform(0.15, 1.0)) if is_female else float(rng.uniform(0, 0.2)),
         scoliosis=float(rng.normal(0, 4)),
-        rib_gap=size * float(rng.uniform(20.5, 25.5)),
+        rib_gap=height * float(rng.uniform(0.097, 0.112)),
         rib_drop=size * float(rng.uniform(26, 58)),
         rib_density=float(rng.uniform(0.6, 1.4)),
         clavicle_tilt=float(rng.uniform(-6, 16)),
@@ -106,7 +107,7 @@ def draw_pose(rng: Generator, anatomy: Anatomy) -> Pose:
         raised=(raised[0], raised[1]),
         rotation=float(np.clip(rng.normal(0, 0.45 * spread), -1.3, 1.3)),
         tilt=float(np.clip(rng.normal(0, 4.5 * spread), -13, 13)),
-        shift=(float(rng.uniform(-38, 38)), float(rng.uniform(-38, 34))),
+        shift=(float(rng.uniform(-38, 38)), float(rng.uniform(-28, 36))),
         field=float(rng.uniform(290, 430)) * (0.5 + 0.5 * anatomy.half_width / 130),
         arms=float(rng.uniform(0, 1)),
         aeration=_draw_aeration(rng),
@@ -202,7 +203,7 @@ def _circle(count: int) -> Points:
 
 def build_ellipse(x: float, y: float, radius_x: float, radius_y: float, count: int = 24) -> Points:
     """Axis-aligned ellipse, in mm."""
-    return _circle(count) * np.float32([radius_x, radius_y]) + np.float32([x, y])
+    return _circle(count) * np.array([radius_x, radius_y], np.float32) + np.array([x, y], np.float32)
 
 
 def _build_silhouette(

@@ -47,7 +47,7 @@ def _cut(line: Points, place: float, step: float) -> tuple[Points, Points]:
     """The two pieces of a broken rib, the outer one `step` mm lower."""
     fine = smooth_curve(line, steps=5)
     at = int(place * (len(fine) - 1))
-    return fine[: at - 1], fine[at + 1 :] + np.float32([0, step])
+    return fine[: at - 1], fine[at + 1 :] + np.array([0, step], np.float32)
 
 
 def _paint_bones(canvas: Canvas, layer: NDArray[np.uint8], lines: Points, width: float, value: int) -> None:
@@ -55,7 +55,7 @@ def _paint_bones(canvas: Canvas, layer: NDArray[np.uint8], lines: Points, width:
     along = np.empty_like(lines)
     along[:, 1:-1] = lines[:, 2:] - lines[:, :-2]
     along[:, 0], along[:, -1] = lines[:, 1] - lines[:, 0], lines[:, -1] - lines[:, -2]
-    normal = along[..., ::-1] * np.float32([-1, 1])
+    normal = along[..., ::-1] * np.array([-1, 1], np.float32)
     normal *= width / 2 / np.maximum(np.hypot(normal[..., :1], normal[..., 1:]), 1e-3)
     upper, lower = lines - normal, lines + normal
     canvas.paint(layer, np.concatenate([upper, lower[:, ::-1]], 1), value)
@@ -99,7 +99,7 @@ def _draw_clavicles(scene: Scene) -> Field:
         x, half = 9 + sign * 7 * pose.rotation, chest.half_width
         shape = [(x, 30), (x + 0.2 * half, 21), (x + 0.5 * half, 18 - 0.6 * rise), (x + 0.78 * half, 4 - rise),
                  (x + 1.1 * half, -2 - rise)]  # fmt: skip
-        line = smooth_curve(np.array(shape, np.float32), steps=6) * np.float32([sign, 1])
+        line = smooth_curve(np.array(shape, np.float32), steps=6) * np.array([sign, 1], np.float32)
         line[:, 1] += top + (6 if pose.view == "PA" else -8)
         _paint_bones(canvas, layer, line[None], 11, 120)
     return canvas.lift(layer, 0.6) * np.float32(0.36)
@@ -114,10 +114,10 @@ def _draw_shoulders(scene: Scene) -> Field:
         edge = chest.half_width - inward
         blade = [(edge - 8, top + 48), (edge + 30, top + 18), (edge + 62, top + 22), (edge + 48, top + 60),
                  (edge + 20, top + 110), (edge + 8, top + 148), (edge, top + 128)]  # fmt: skip
-        shape = smooth_curve(np.array(blade, np.float32), closed=True, steps=4) * np.float32([sign, 1])
+        shape = smooth_curve(np.array(blade, np.float32), closed=True, steps=4) * np.array([sign, 1], np.float32)
         canvas.paint(layer, shape, 85)
         canvas.stroke(layer, shape[-12:], 2.5, 150)
         canvas.paint(layer, build_ellipse(sign * (edge + 76), top + 22, 22, 22), 190)
-        arm = np.array([(edge + 80, top + 36), (edge + 102, top + 210)], np.float32) * np.float32([sign, 1])
+        arm = np.array([(edge + 80, top + 36), (edge + 102, top + 210)], np.float32) * np.array([sign, 1], np.float32)
         canvas.stroke(layer, arm, 24, 190)
     return canvas.lift(layer, 1.2) * np.float32(0.32)

@@ -18,7 +18,7 @@ def draw_devices(scene: Scene, devices: Devices, rng: Generator) -> Field:
         tip = (x + 1, y - devices.tube_mm)
         tube = smooth_curve(np.array([(1, top - 120), (2, top - 20), tip], np.float32))
         for side in (-4, 4):
-            canvas.stroke(layer, tube + np.float32([side, 0]), 1.8, 160)
+            canvas.stroke(layer, tube + np.array([side, 0], np.float32), 1.8, 160)
         canvas.stroke(layer, tube, 1.2, 120)
     if devices.line_side:
         sign = SIGN[devices.line_side]
@@ -39,7 +39,7 @@ def _draw_pacemaker(scene: Scene, layer: NDArray[np.uint8]) -> None:
     canvas, chest = scene.canvas, scene.chest
     x, y = 0.68 * chest.half_width, chest.apex_y[0] + 44
     circle = build_ellipse(0, 0, 1, 1)
-    box = np.float32([x, y]) + np.sign(circle) * np.abs(circle) ** 0.6 * np.float32([22, 18])
+    box = np.array([x, y], np.float32) + np.sign(circle) * np.abs(circle) ** 0.6 * np.array([22, 18], np.float32)
     canvas.paint(layer, box, 215)
     canvas.stroke(layer, box, 1.5, 255)
     top, carina = chest.apex_y[0], chest.carina[1]

@@ -14,11 +14,12 @@ from place.data.phantom_tissue import Scene
 
 
 class Layers(NamedTuple):
-    """Three fields under way: the body, the lung markings, and what lies over everything."""
+    """Fields under way: the body, the lung markings, what lies over everything, and the share of lung still aired."""
 
     body: Field
     vessels: Field
     over: Field
+    air: Field
 
 
 def draw_finding(scene: Scene, layers: Layers, fact: Fact, rng: Generator) -> NDArray[np.bool_]:
@@ -35,13 +36,19 @@ def _index(side: str) -> int:
     return 0 if side == "right" else 1
 
 
+def _find_wall(scene: Scene, i: int, y: float) -> float:
+    """Distance of the lung's lateral wall from the midline at height y, in mm."""
+    chest = scene.chest
+    return float(compute_lateral(chest.half_width, chest.apex_y[i], chest.angle_y[i], np.array([y], np.float32))[0])
+
+
 def _zone_centre(scene: Scene, fact: Fact) -> tuple[float, float]:
     """A point of the lung in the named zone, `place` of the way from the mediastinum to the wall."""
     chest, i, sign = scene.chest, _index(fact.side), SIGN[fact.side]
     top, dome = chest.apex_y[i], chest.dome_y[i]
     share = {"upper": 0.24, "mid": 0.53, "lower": 0.8}[fact.zone]
     y = top + share * (dome - top)
-    wall = float(compute_lateral(chest.half_width, top, chest.angle_y[i], np.float32([y]))[0])
+    wall = _find_wall(scene, i, y)
     near = np.abs(y - chest.heart_y) < 45
     border = abs(chest.heart_left if sign > 0 else chest.heart_right) if near else 30.0
     border = min(border + 6, wall - 22)
@@ -64,10 +71,19 @@ def _draw_effusion(scene: Scene, layers: Layers, fact: Fact, rng: Generator) -> 
         across = np.clip(canvas.x_mm * np.float32(sign / width), 0, 1)
         level = chest.angle_y[i] - height * (0.42 + 0.58 * across**3.2)
         fluid = _ramp((canvas.y_mm - level) * np.float32(1 / 5)) * lung
-        layers.body[...] += fluid * (0.78 + 0.1 * min(height / 80, 1)) * (1 - scene.heart)
+        _fill_air(scene, layers, side, fluid, 0.98)
         layers.vessels[...] *= 1 - fluid
         total += fluid
     return total
+
+
+def _fill_air(
+    scene: Scene, layers: Layers, side: str, where: Field, strength: float, texture: Field | float = 1.0
+) -> None:
+    """Put something dense where air was: no brighter than a body without lungs."""
+    air = 0.95 * scene.pose.aeration[_index(side)]
+    layers.body[...] += where * layers.air * texture * np.float32(strength * air)
+    layers.air[...] *= 1 - where * np.float32(min(strength, 1))
 
 
 def _ramp(field: Field) -> Field:
@@ -85,6 +101,7 @@ def _draw_pneumothorax(scene: Scene, layers: Layers, fact: Fact, rng: Generator)
     free = np.clip(scene.lungs[i] - inner, 0, 1) * (1 - scene.heart)
     layers.body[...] += inner * (0.05 + min(rim, 60) / 60 * 0.14) * (1 - scene.heart) - free * 0.3
     layers.vessels[...] *= 1 - free
+    layers.air[...] *= 1 - free
     line = canvas.layer()
     canvas.stroke(line, lung[:30], 1.7, 200)
     layers.over[...] += canvas.lift(line, 0.4) * scene.lungs[i] * np.float32(0.3)
@@ -98,14 +115,14 @@ def _draw_consolidation(scene: Scene, layers: Layers, fact: Fact, rng: Generator
     ragged = canvas.clouds(rng, int(canvas.spacing_mm * canvas.size_px / 26))
     shape = canvas.blob(centre, radius * 0.85, radius * rng.uniform(0.65, 0.9)) * (1 + 0.22 * ragged)
     cloud = np.clip((shape - np.float32(0.3)) * np.float32(1 / 0.5), 0, 1) * scene.lungs[i]
-    strength = {"mild": 0.42, "moderate": 0.58, "severe": 0.75}[fact.severity]
+    strength = {"mild": 0.5, "moderate": 0.68, "severe": 0.85}[fact.severity]
     patchy = 1 + 0.14 * canvas.clouds(rng, int(canvas.spacing_mm * canvas.size_px / 9))
-    layers.body[...] += cloud * patchy * np.float32(strength) * (1 - 0.5 * scene.heart)
+    _fill_air(scene, layers, fact.side, cloud, strength, patchy)
     layers.vessels[...] *= 1 - 0.8 * cloud
     bronchi = canvas.layer()
     for _ in range(3):
         aim = rng.normal(0, radius * 0.5, 2)
-        path = np.array([centre - aim * np.float32([1, 0.4]), centre + aim * np.float32([1, 0.6])], np.float32)
+        path = np.array([(centre[0] - aim[0], centre[1] - 0.4 * aim[1]), centre + aim * (1, 0.6)], np.float32)
         canvas.stroke(bronchi, path, 2.2, 200)
     layers.over[...] -= canvas.lift(bronchi, 0.8) * cloud * np.float32(0.16)
     return (cloud > 0.35).astype(np.float32)
@@ -129,16 +146,16 @@ def _draw_edema(scene: Scene, layers: Layers, fact: Fact, rng: Generator) -> Fie
         hub = (sign * (40 + 0.1 * chest.half_width) + chest.offset, chest.carina[1] + 38)
         haze += canvas.blob(hub, 30 + 9 * grade, 40 + 12 * grade) * np.float32(rng.uniform(0.75, 1.1))
         for y in np.linspace(chest.angle_y[i] - 58, chest.angle_y[i] - 18, 7) + rng.normal(0, 2, 7):
-            wall = float(compute_lateral(chest.half_width, chest.apex_y[i], chest.angle_y[i], np.float32([y]))[0])
+            wall = _find_wall(scene, i, y)
             ends = np.array([(sign * (wall - 2), y), (sign * (wall - rng.uniform(10, 17)), y + 1.5)], np.float32)
             canvas.stroke(lines, ends, 1.1, 230)
-    lung = scene.aerated
+    lung = layers.air * np.float32(np.mean(scene.pose.aeration))
     cells = int(canvas.spacing_mm * canvas.size_px / 11)
     mottled = 1 + 0.36 * canvas.clouds(rng, cells) + 0.3 * canvas.clouds(rng, 2 * cells)
     cloud = np.clip(haze, 0, 1) * lung
-    layers.body[...] += (cloud * np.float32(0.34 * grade) + lung * np.float32(0.05 * grade)) * mottled
+    layers.body[...] += (cloud * np.float32(0.4 * grade) + lung * np.float32(0.06 * grade)) * mottled
     layers.over[...] += canvas.lift(lines, 0.4) * lung * np.float32(0.22 * grade)
-    return (cloud > 0.3).astype(np.float32)
+    return (np.clip(haze, 0, 1) * scene.aerated > 0.3).astype(np.float32)
 
 
 def _draw_atelectasis(scene: Scene, layers: Layers, fact: Fact, rng: Generator) -> Field:
@@ -156,7 +173,7 @@ def _draw_band(scene: Scene, layers: Layers, fact: Fact, rng: Generator) -> Fiel
     layer = canvas.layer()
     middle = smooth_curve(ends)
     taper = thick / 2 * np.sin(np.linspace(0.25, np.pi - 0.12, len(middle), dtype=np.float32))[:, None]
-    up = np.float32([0, 1]) * taper
+    up = np.array([0, 1], np.float32) * taper
     canvas.paint(layer, np.concatenate([middle - up, (middle + up)[::-1]]), 255)
     sharp = canvas.lift(layer) * scene.lungs[i]
     layers.over[...] += canvas.soften(sharp, 1.3) * np.float32(0.5)
@@ -171,7 +188,7 @@ def _draw_lobar(scene: Scene, layers: Layers, fact: Fact, rng: Generator) -> Fie
     across = np.clip(canvas.x_mm * np.float32(sign / chest.half_width), 0, 1.2)
     level = chest.dome_y[i] + 4 - height * (1.15 - 1.05 * across)
     wedge = _ramp((canvas.y_mm - level) * np.float32(1 / 7)) * scene.lungs[i]
-    layers.body[...] += wedge * np.float32(0.62) * (1 - 0.5 * scene.heart)
+    _fill_air(scene, layers, fact.side, wedge, 0.75)
     layers.vessels[...] *= 1 - 0.7 * wedge
     return wedge
 

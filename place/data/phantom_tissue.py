@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
@@ -39,16 +40,24 @@ def draw_body(scene: Scene, rng: Generator) -> Field:
     across = np.clip(np.abs(x) * np.float32(1 / (half + fat + 30)), 0, 1)
     below = np.clip((y - top) * np.float32(1 / anatomy.lung_height), -0.2, 1.5)
     thick = 1.15 + 0.5 * anatomy.habitus - (0.45 + 0.1 * anatomy.habitus) * across**2
-    field = body * canvas.spread(thick + 0.25 * below)
-    air = scene.lungs[0] * np.float32(pose.aeration[0]) + scene.lungs[1] * np.float32(pose.aeration[1])
-    field -= np.minimum(air, max(pose.aeration)) * (0.72 + 0.38 * canvas.soften(air, 22))
-    lobe = canvas.soften(scene.heart, 9)
-    middle = canvas.spread(0.42 + np.clip(0.1 - np.abs(x) * np.float32(0.1 / 34), 0, 1))
+    field = body * canvas.spread(thick + np.float32(0.25) * below)
+    air = cv2.addWeighted(scene.lungs[0], pose.aeration[0], scene.lungs[1], pose.aeration[1], 0)
+    np.minimum(air, np.float32(max(pose.aeration)), out=air)
+    deep = canvas.soften(air, 22) * np.float32(0.38)
+    deep += np.float32(0.72)
+    field -= air * deep
+    heart = canvas.soften(scene.heart, 9) * np.float32(0.3)
+    heart += canvas.spread(0.42 + np.clip(0.1 - np.abs(x) * np.float32(0.1 / 34), 0, 1))
     lungs = np.minimum(scene.lungs[0] + scene.lungs[1], 1)
-    field += scene.heart * (middle + 0.3 * lobe) * (0.3 + 0.7 * lungs)
-    field += _draw_breasts(scene)
+    heart *= scene.heart
+    heart *= np.float32(0.3) + np.float32(0.7) * lungs
+    field += heart
+    if anatomy.breast > 0.12:
+        field += _draw_breasts(scene, lungs)
     field -= _draw_airway(scene)
-    field -= _draw_stomach(scene, rng)
+    bubble = _draw_stomach(scene, rng)
+    if bubble is not None:
+        field -= bubble
     return field
 
 
@@ -59,20 +68,18 @@ def _build_torso(half: float, top: float, fat: float, arms: float) -> Points:
              (-side - 78, top + drop + 46), (-side - 92, top + 190), (-side - 30, top + 190),
              (-side - 14, top + 96), (-side - 2, top + 112), (-side, top + 250), (-side - 6, top + 460)]  # fmt: skip
     curve = smooth_curve(np.array(right, np.float32), steps=4)
-    return np.concatenate([curve, (curve * np.float32([-1, 1]))[::-1]])
+    return np.concatenate([curve, (curve * np.array([-1, 1], np.float32))[::-1]])
 
 
-def _draw_breasts(scene: Scene) -> Field:
+def _draw_breasts(scene: Scene, lungs: Field) -> Field:
     size, canvas, chest = scene.anatomy.breast, scene.canvas, scene.chest
-    if size < 0.12:
-        return np.zeros_like(canvas.x_mm)
     radius_x, radius_y = chest.half_width * (0.42 + 0.12 * size), 50 + 28 * size
     y = max(chest.dome_y) - 34 + 30 * size
     down = (canvas.coarse_mm[1] - y) * np.float32(1 / radius_y)
     aside = (np.abs(canvas.coarse_mm[0]) - chest.half_width * 0.58) * np.float32(1 / radius_x)
     edge = np.clip((1 - np.hypot(down, aside)) * np.float32(radius_y / 7), 0, 1)
     fade = np.clip(0.5 + 0.5 * down, 0, 1) * np.float32(0.12 + 0.26 * size)
-    through = 0.35 + 0.65 * (scene.lungs[0] + scene.lungs[1])  # over the abdomen they hardly show
+    through = np.float32(0.35) + np.float32(0.65) * lungs  # over the abdomen they hardly show
     return canvas.spread(edge * fade) * through
 
 
@@ -86,10 +93,10 @@ def _draw_airway(scene: Scene) -> Field:
     return canvas.lift(layer, 1.6) * np.float32(0.26)
 
 
-def _draw_stomach(scene: Scene, rng: Generator) -> Field:
+def _draw_stomach(scene: Scene, rng: Generator) -> Field | None:
     size, x, y = rng.uniform(0, 1), rng.uniform(35, 75), scene.chest.dome_y[1]
     if size < 0.5:
-        return np.zeros_like(scene.canvas.x_mm)
+        return None
     high = 8 + 14 * size
     bubble = scene.canvas.fill(build_ellipse(x, y + 14 + high, 30 * size, high), 3)
     return bubble * np.float32(0.15 + 0.3 * size)
@@ -100,7 +107,7 @@ def draw_vessels(scene: Scene, rng: Generator, congestion: float) -> Field:
     canvas, chest, size = scene.canvas, scene.chest, scene.anatomy.hilum
     layer = canvas.layer()
     for sign, low, drop in zip((-1, 1), chest.dome_y, (26, 18)):
-        hub = np.float32([sign * 30 + chest.offset, chest.carina[1] + drop])
+        hub = np.array([sign * 30 + chest.offset, chest.carina[1] + drop], np.float32)
         trunks, twigs = _branch(rng, sign, low - hub[1], chest.half_width)
         canvas.stroke(layer, hub + twigs, 1.5 * (1 + 0.9 * congestion), 120)
         canvas.stroke(layer, hub + trunks[:, 4:], 1.7 * (1 + 0.8 * congestion), 130)
@@ -116,7 +123,7 @@ def _branch(rng: Generator, sign: float, reach: float, half: float) -> tuple[NDA
     count, splits = 12, 4
     angle = np.deg2rad(np.linspace(-78, 84, count) + rng.normal(0, 6, count))
     way = np.stack([sign * np.cos(angle), np.sin(angle)], 1)
-    length = (0.72 * half * np.abs(way[:, 0]) + 0.85 * reach * np.abs(way[:, 1])) * rng.uniform(0.75, 1.1, count)
+    length = (0.72 * half * np.abs(way[:, 0]) + 1.0 * reach * np.abs(way[:, 1])) * rng.uniform(0.75, 1.1, count)
     bend = rng.normal(0, 5, (count, 2))
     t = np.linspace(0, 1, 9)[None, :, None]
     trunks = (way * length[:, None])[:, None] * t + bend[:, None] * (4 * t * (1 - t))
