@@ -165,11 +165,16 @@ def _watch(config: Config, plan: Any, run: Callable[[], str]) -> int:
     from place.training.loop import STOP_FILE
 
     run_dir = Path(config.run.dir)
+    before = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, lambda *_: (run_dir / STOP_FILE).touch())
-    with RunScreen(config, plan) as screen:
-        outcome = run()
+            before[number] = signal.signal(number, lambda *_: (run_dir / STOP_FILE).touch())
+    try:
+        with RunScreen(config, plan) as screen:
+            outcome = run()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     screen.print_end(outcome)
     return STOPPED if outcome == "stopped" else DONE
 

@@ -369,6 +369,8 @@ def _read_tree(path: Path, depth: int = 0) -> dict[str, Any]:
     base = tree.pop("extends", None)
     if base is None:
         return tree
+    if not isinstance(base, str):
+        raise UsageError(f"config {path}: extends={base!r}; expected the path of one YAML file")
     if depth:
         raise UsageError(f"config {path}: a base may not extend another one; only one `extends` is allowed")
     return _merge(_read_tree(path.parent / base, depth + 1), tree)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from place.batch import Batch, Outputs
-from place.config import Config
+from place.config import Config, UsageError
 from place.kernels.attention import choose_backend
 from place.model.correlation import CorrelationHead
 from place.model.observations import ObservationExtractor
@@ -118,9 +118,14 @@ def build_model(config: Config, vocab_size: int, device: torch.device, definitio
         definition: folder `RUN/model` with the report encoder's config.json: builds the architecture without weights.
     Returns:
         The model, and a line that says which attention was chosen and why.
+    Raises:
+        UsageError: parts that cannot be built, or do not fit together.
     Source: ours.
     """
-    attention, reason = choose_backend(config.model.attention, device)
+    try:
+        attention, reason = choose_backend(config.model.attention, device)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     vision = build_image_encoder(config.model.vision, config.data.image_size_px, attention, with_weights=definition is None)
     text = build_report_encoder(config.model.text, vocab_size, attention, definition)
     return PlaceModel(config, vision, text, attention), f"attention: {attention} ({reason})"

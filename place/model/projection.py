@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from place.config import UsageError
 from place.kernels.attention import attend, attention_weights
 
 
@@ -24,7 +25,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, key_width: int, num_heads: int, backend: str):
         super().__init__()
         if width % num_heads:
-            raise ValueError(f"attention: width {width} is not divisible by {num_heads} heads; change num_heads")
+            raise UsageError(f"attention: width {width} is not divisible by {num_heads} heads; change num_heads")
         self.num_heads, self.backend = num_heads, backend
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(key_width, 2 * width)

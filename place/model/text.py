@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from place.config import TextConfig, UsageError
+
+if TYPE_CHECKING:
+    from transformers import BertConfig
 
 
 class ReportEncoder(nn.Module):
@@ -62,7 +66,7 @@ def _build_encoder(config: TextConfig, vocab_size: int, attention: str, definiti
             hidden_dropout_prob=config.dropout,
             attention_probs_dropout_prob=config.dropout,
         )
-        return AutoModel.from_config(small, attn_implementation=attention)
+        return _build_from_scratch(small, attention)
     try:
         return AutoModel.from_pretrained(config.source, attn_implementation=attention)
     except (OSError, ValueError) as error:
@@ -70,3 +74,12 @@ def _build_encoder(config: TextConfig, vocab_size: int, attention: str, definiti
             f"model.text.source={config.source}: {str(error).strip().splitlines()[0]}; "
             "give a local folder with config.json, model.safetensors and a tokenizer, or scratch"
         ) from None
+
+
+def _build_from_scratch(small: BertConfig, attention: str) -> nn.Module:
+    from transformers import AutoModel
+
+    try:
+        return AutoModel.from_config(small, attn_implementation=attention)
+    except ValueError as error:
+        raise UsageError(f"model.text: {str(error).strip().splitlines()[0]}") from None

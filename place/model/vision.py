@@ -68,7 +68,10 @@ def build_image_encoder(config: VisionConfig, image_size_px: int, attention: str
     patch_px = int(vit.patch_embed.feat_ratio(as_scalar=True))
     if image_size_px % patch_px:
         raise UsageError(f"data.image_size_px={image_size_px} is not divisible by the encoder's patch of {patch_px} px")
-    patch_timm_attention(vit, attention)
+    try:
+        patch_timm_attention(vit, attention)
+    except ValueError as error:
+        raise UsageError(f"model.vision.source={config.source}: {error}") from None
     return ImageEncoder(vit, patch_px)
 
 
@@ -86,7 +89,7 @@ def _build_vit(config: VisionConfig, image_size_px: int, with_weights: bool) -> 
         if config.source.startswith("timm:"):
             name = config.source.removeprefix("timm:")
             return timm.create_model(name, pretrained=with_weights, dynamic_img_size=True, **size)
-    except (OSError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, AssertionError) as error:
         raise UsageError(f"model.vision.source={config.source}: {_one_line(error)}") from None
     raise UsageError(
         f"model.vision.source={config.source} is neither a folder, nor timm:NAME, nor scratch; "

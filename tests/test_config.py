@@ -1,0 +1,141 @@
+"""Configuration: what is read, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from place.config import Config, UsageError, build_config, check_config, dump_config
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+
+
+def write(path: Path, **tree: object) -> Path:
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [
+        ({"trian": {}}, "train"),
+        ({"train": {"global_bach": 4}}, "train.global_batch"),
+        ({"model": {"vision": {"souce": "scratch"}}}, "model.vision.source"),
+        ({"data": {"augment": {"rotation": 3}}}, "data.augment.rotation_deg"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_name(wrong: dict, near: str) -> None:
+    with pytest.raises(UsageError, match=f"did you mean '{near}'") as caught:
+        check_config(wrong)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_override_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(UsageError, match=r"unknown config key 'optim\.learning_rate'"):
+        build_config(None, ["optim.learning_rate=3"])
+
+
+def test_one_extends_is_merged_key_by_key(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", train={"epochs": 7, "accumulation": 2}, model={"text": {"width": 64, "depth": 3}})
+    child = write(tmp_path / "child.yaml", extends="base.yaml", train={"epochs": 9}, model={"text": {"width": 32}})
+    config = build_config(child)
+    assert (config.train.epochs, config.train.accumulation) == (9, 2)
+    assert (config.model.text.width, config.model.text.depth) == (32, 3)
+
+
+def test_the_path_of_a_base_is_relative_to_the_file_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "base.yaml", train={"epochs": 7})
+    assert build_config(write(tmp_path / "sub" / "child.yaml", extends="../base.yaml")).train.epochs == 7
+
+
+def test_a_second_extends_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", train={"epochs": 7})
+    write(tmp_path / "b.yaml", extends="a.yaml")
+    with pytest.raises(UsageError, match="only one `extends`"):
+        build_config(write(tmp_path / "c.yaml", extends="b.yaml"))
+
+
+def test_a_list_of_bases_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected the path of one YAML file"):
+        build_config(write(tmp_path / "c.yaml", extends=["a.yaml", "b.yaml"]))
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("train.max_steps=5", lambda c: c.train.max_steps == 5),
+        ("train.max_steps=null", lambda c: c.train.max_steps is None),
+        ("optim.lr=1.0e-3", lambda c: c.optim.lr == 1e-3),
+        ("optim.lr=1e-3", lambda c: c.optim.lr == 1e-3),
+        ("run.tensorboard=false", lambda c: c.run.tensorboard is False),
+        ("run.dir=runs/a=b", lambda c: c.run.dir == "runs/a=b"),
+        ("evaluation.findings=[edema, nodule]", lambda c: c.evaluation.findings == ["edema", "nodule"]),
+        ("engine.deepspeed={wall_clock_breakdown: true}", lambda c: c.engine.deepspeed == {"wall_clock_breakdown": True}),
+        ("model.vision.overrides.depth=2", lambda c: c.model.vision.overrides == {"depth": 2}),
+    ],
+)
+def test_a_dotted_override_has_the_type_that_yaml_gives_it(override: str, read) -> None:
+    assert read(build_config(None, [override]))
+
+
+def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
+    assert build_config(write(tmp_path / "a.yaml", train={"epochs": 7}), ["train.epochs=8"]).train.epochs == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.epochs=0", "train.epochs: .*greater than or equal to 1.*got 0"),
+        ("engine.zero_stage=4", "engine.zero_stage: .*got 4"),
+        ("train.epochs=many", "train.epochs: .*got 'many'"),
+        ("train.epochs", "write it as section.key=value"),
+        ("train.epochs.more=1", None),
+        ("train=[1", "not YAML"),
+        ("data=3", "data: .*got 3"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_one_line(override: str, words: str | None) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        build_config(None, [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "words"), [("a: [", "not YAML"), ("- 1\n", "expected sections, got list"), (None, "No such file")])
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, text: str | None, words: str) -> None:
+    path = tmp_path / "c.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UsageError, match=words) as caught:
+        build_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_is_frozen() -> None:
+    config = Config()
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.epochs = 3
+
+
+def test_a_dumped_config_reads_back_as_itself(tmp_path: Path) -> None:
+    config = build_config(None, ["train.max_steps=5", "optim.betas=[0.8, 0.9]", "model.vision.overrides.depth=2"])
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert build_config(tmp_path / "c.yaml") == config
+
+
+def test_the_schema_is_json_and_describes_every_knob() -> None:
+    schema = json.loads(json.dumps(Config.model_json_schema()))
+    for section in schema["$defs"].values():
+        for name, knob in section["properties"].items():
+            assert knob.get("description"), name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_config_loads_and_its_header_names_command_and_hardware(path: Path) -> None:
+    build_config(path)
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for word in ("command", "hardware"):
+        assert any(word in line for line in header), f"no '{word}' in the header"

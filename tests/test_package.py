@@ -1,0 +1,82 @@
+"""The package as others find it: uninstalled, in parts, and without what only clusters have."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Drops what an editable install left on the way, then looks for `place` in the folder given.
+UNINSTALLED = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+sys.path[:] = [{root!r}] + [path for path in sys.path if path and "place" not in path]
+"""
+BLOCKED = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ImportError(name + " is not here")
+sys.meta_path.insert(0, Blocker())
+"""
+OPTIONAL = ("ray", "deepspeed", "streaming", "xformers", "pydicom", "rich", "tensorboard")
+
+
+def run_code(code: str, cwd: Path) -> str:
+    """Run Python isolated from the folder it starts in: standard output."""
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_checkout_works_uninstalled(tmp_path: Path) -> None:
+    copy = tmp_path / "checkout"
+    for name in ("place", "cluster", "kernels"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    code = UNINSTALLED.format(root=str(copy)) + (
+        "import place.cluster.launch as a, place.kernels.attention as b; print(a.__file__); print(b.__file__)"
+    )
+    files = run_code(code, tmp_path).splitlines()
+    assert files == [str(copy / "cluster" / "launch.py"), str(copy / "kernels" / "attention" / "__init__.py")]
+
+
+def test_the_folders_at_the_top_keep_their_short_names_to_themselves(tmp_path: Path) -> None:
+    code = "import importlib.util as u; print([n for n in ('cluster', 'kernels') if u.find_spec(n)])"
+    assert run_code(code, tmp_path) == "[]"
+
+
+PARTS = """
+import place.kernels.attention, place.kernels.patch_correlation
+import place.model.place, place.losses.objective
+import place.data.transforms, place.data.tokens, place.data.report
+"""
+
+
+def test_kernels_model_and_losses_import_without_what_only_clusters_have(tmp_path: Path) -> None:
+    run_code(BLOCKED.format(blocked=OPTIONAL) + PARTS, tmp_path)
+
+
+def test_the_blocker_blocks(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="pydicom is not here"):
+        run_code(BLOCKED.format(blocked=OPTIONAL) + "import pydicom, streaming", tmp_path)
+
+
+def test_nothing_happens_at_import(tmp_path: Path) -> None:
+    code = """
+import os, sys
+import torch, numpy, cv2
+from place.compat import patch_torchvision
+patch_torchvision()
+import streaming  # what libraries do at import is theirs
+before = dict(os.environ), torch.get_rng_state().sum(), numpy.random.get_state()[1].sum(), torch.get_num_threads()
+import place.training.pretrain, place.cluster.launch, place.evaluation.suite
+after = dict(os.environ), torch.get_rng_state().sum(), numpy.random.get_state()[1].sum(), torch.get_num_threads()
+print([name for name, a, b in zip(("environment", "torch seed", "numpy seed", "threads"), before, after) if a != b])
+print(torch.distributed.is_initialized(), any(name.split(".")[0] in ("ray", "deepspeed") for name in sys.modules))
+"""
+    assert run_code(code, tmp_path).splitlines() == ["[]", "False False"]
