@@ -47,7 +47,7 @@ def _cut(line: Points, place: float, step: float) -> tuple[Points, Points]:
     """The two pieces of a broken rib, the outer one `step` mm lower."""
     fine = smooth_curve(line, steps=5)
     at = int(place * (len(fine) - 1))
-    return fine[: at - 1], fine[at + 1 :] + np.array([0, step], np.float32)
+    return fine[: at - 1], fine[at + 2 :] + np.array([0, step], np.float32)
 
 
 def _paint_bones(canvas: Canvas, layer: NDArray[np.uint8], lines: Points, width: float, value: int) -> None:

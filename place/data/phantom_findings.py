@@ -66,7 +66,7 @@ def _draw_effusion(scene: Scene, layers: Layers, fact: Fact, rng: Generator) -> 
     total = np.zeros_like(layers.body)
     for side in _sides(fact):
         i, sign = _index(side), SIGN[side]
-        lung, height = scene.lungs[i], fact.size_mm
+        lung, height = scene.lungs[i], 1.07 * fact.size_mm  # the soft meniscus ends a little below its line
         width = chest.half_width * (1 - 0.05 * sign * scene.pose.rotation)
         across = np.clip(canvas.x_mm * np.float32(sign / width), 0, 1)
         level = chest.angle_y[i] - height * (0.42 + 0.58 * across**3.2)
