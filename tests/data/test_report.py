@@ -38,7 +38,10 @@ def test_sentences_end_where_a_reader_ends_them(text, sentences):
 
 
 def test_findings_and_impression_are_cut_out_of_free_text():
-    text = "EXAMINATION: CHEST\n\n INDICATION: cough // pneumonia?\n\n FINDINGS: \n\n No focal\n lesion.\n\n IMPRESSION: Clear.\n"
+    text = (
+        "EXAMINATION: CHEST\n\n INDICATION: cough // pneumonia?\n\n FINDINGS: \n\n No focal\n lesion.\n\n"
+        " IMPRESSION: Clear.\n"
+    )
     assert split_sections(text) == [("findings", "No focal\n lesion."), ("impression", "Clear.")]
     assert split_sections("Findings: heart normal. Impression: no disease.") == [
         ("findings", "heart normal."),
