@@ -54,6 +54,8 @@ class PrepareProgress:
     def print_card(self, card: dict[str, Any], output: str) -> None:
         """The counts of the data card."""
         counts = card["counts"]
+        if card.get("already_prepared"):
+            self.console.print(f"{output} is already prepared from the same input: nothing to do")
         self.console.print(f"{output}: {counts['kept']:,} of {counts['input']:,} rows kept, {counts['rejected']:,} rejected")
         for reason, number in card["drop_reasons"].items():
             self.console.print(f"  rejected  {reason}: {number:,}")

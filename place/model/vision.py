@@ -109,9 +109,9 @@ def _build_from_scratch(config: VisionConfig, size: dict[str, int | float]) -> n
 
 
 class ConvStem(nn.Sequential):
-    """Strided 3x3 convolutions that turn (B,1,Y,X) into (B,D,Y/patch,X/patch): small models learn faster so.
+    """Strided convolutions with a residual one after each: (B,1,Y,X) to (B,D,Y/patch,X/patch). Small models learn faster so.
 
-    Source: inferred (Xiao et al. 2021, 'Early convolutions help transformers see better').
+    Source: inferred (Xiao et al. 2021, 'Early convolutions help transformers see better'); the residuals are ours.
     """
 
     def __init__(self, patch_px: int, width: int):
@@ -122,9 +122,21 @@ class ConvStem(nn.Sequential):
         channels = 1
         for step in range(steps):
             out = max(8, width >> (steps - 1 - step))
-            layers += [nn.Conv2d(channels, out, 3, 2, 1, bias=False), nn.GroupNorm(max(1, out // 16), out), nn.GELU()]
+            layers += [nn.Conv2d(channels, out, 3, 2, 1), ConvResidual(out)]
             channels = out
-        super().__init__(*layers, nn.Conv2d(channels, width, 1))
+        super().__init__(*layers)
+
+
+class ConvResidual(nn.Module):
+    """x + conv(gelu(norm(x)))."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(1, channels)
+        self.conv = nn.Conv2d(channels, channels, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(nn.functional.gelu(self.norm(x)))
 
 
 def _one_line(error: Exception) -> str:

@@ -1,0 +1,38 @@
+# Two commands: `make demo` goes the whole way, `make test` checks everything that runs without a GPU.
+# Both set up .venv first; nothing is assumed but make and Python 3.10 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup demo test test-slow lint clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("place: Python " + sys.version.split()[0] + " found, 3.10 or newer needed; call make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	rm -rf runs/demo
+	$(BIN)/place prepare --source phantom --count 4000 --size-px 80 --split 0.8 0.08 0.12 --output datasets/demo
+	$(BIN)/place pretrain --config configs/demo.yaml
+	$(BIN)/place evaluate --run runs/demo --data datasets/demo --tasks all
+
+test: $(READY)
+	$(BIN)/pytest -m 'not slow and not gpu'
+
+test-slow: $(READY)
+	$(BIN)/pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info
