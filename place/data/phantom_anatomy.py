@@ -139,9 +139,7 @@ def build_chest(anatomy: Anatomy, pose: Pose, ctr: float, lifted: tuple[float, f
     dome = (depth - 12 - pose.raised[0] - lifted[0], depth - pose.raised[1] - lifted[1])
     angle = tuple(max(depth + 26 - 0.25 * up, low + 16) for up, low in zip(lifted, dome))
     widths = (half * (1 + 0.05 * pose.rotation), half * (1 - 0.05 * pose.rotation))
-    lungs = tuple(
-        build_lung(sign, width, top, low, cp) for sign, width, low, cp in zip((-1, 1), widths, dome, angle)
-    )
+    lungs = tuple(build_lung(sign, width, top, low, cp) for sign, width, low, cp in zip((-1, 1), widths, dome, angle))
     offset = 9 * pose.rotation + pushed
     width = 2 * half * ctr
     share = 0.66 + 0.05 * anatomy.axis
@@ -149,8 +147,20 @@ def build_chest(anatomy: Anatomy, pose: Pose, ctr: float, lifted: tuple[float, f
     heart_y = float(np.mean(dome)) - 34 - 8 * anatomy.axis
     silhouette = _build_silhouette(anatomy, heart_left, heart_right, heart_y, top, offset, max(dome))
     carina = (2 + offset * 0.5, top + 0.33 * anatomy.lung_height)
-    return Chest(half, (top, top), dome, (angle[0], angle[1]), (lungs[0], lungs[1]), silhouette,
-                 heart_right, heart_left, heart_y, ctr, carina, offset)
+    return Chest(
+        half,
+        (top, top),
+        dome,
+        (angle[0], angle[1]),
+        (lungs[0], lungs[1]),
+        silhouette,
+        heart_right,
+        heart_left,
+        heart_y,
+        ctr,
+        carina,
+        offset,
+    )
 
 
 def compute_lateral(width: float, top: float, bottom: float, y: Points) -> Points:

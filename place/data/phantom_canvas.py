@@ -1,5 +1,7 @@
 """A pixel grid that is drawn on in millimetres: polygons, strokes, soft blobs and smooth random fields."""
 
+from functools import cached_property
+
 import cv2
 import numpy as np
 from numpy.random import Generator
@@ -24,12 +26,25 @@ class Canvas:
         cos, sin = float(np.cos(angle)), float(np.sin(angle))
         self._turn = np.array([[cos, sin], [-sin, cos]], np.float32)
         self._shift = np.array(pose.shift, np.float32)
-        step = (np.arange(size_px, dtype=np.float32) + 0.5 - size_px / 2) * self.spacing_mm
-        x, y = step[None, :] - pose.shift[0], step[:, None] - pose.shift[1]
-        self.x_mm: Field = x * cos + y * sin
-        self.y_mm: Field = y * cos - x * sin
-        count = max(8, size_px // 4)
-        self.coarse_mm: tuple[Field, Field] = (self._shrink(self.x_mm, count), self._shrink(self.y_mm, count))
+        self.coarse_mm: tuple[Field, Field] = self._build_grid(max(8, size_px // 4))
+
+    @cached_property
+    def x_mm(self) -> Field:
+        """The patient's x at each pixel, in mm."""
+        return self._build_grid(self.size_px)[0]
+
+    @cached_property
+    def y_mm(self) -> Field:
+        """The patient's y at each pixel, in mm."""
+        return self._build_grid(self.size_px)[1]
+
+    def _build_grid(self, count: int) -> tuple[Field, Field]:
+        """Millimetre coordinates x and y of the centres of count x count cells laid over the image."""
+        cell_mm = self.spacing_mm * self.size_px / count
+        step = (np.arange(count, dtype=np.float32) + np.float32(0.5 - count / 2)) * np.float32(cell_mm)
+        x, y = step[None, :] - self._shift[0], step[:, None] - self._shift[1]
+        (cos, sin), _ = self._turn
+        return x * cos + y * sin, y * cos - x * sin
 
     def to_px(self, points: Points) -> Points:
         """Pixel coordinates (n, 2) of millimetre points; the centre of the first pixel is (0, 0)."""
@@ -91,10 +106,6 @@ class Canvas:
         """Smooth standard normal noise with about `cells` bumps across the image."""
         grid = rng.standard_normal((cells + 2, cells + 2), np.float32)
         return cv2.resize(grid, (self.size_px, self.size_px), interpolation=cv2.INTER_CUBIC)
-
-    @staticmethod
-    def _shrink(field: Field, count: int) -> Field:
-        return cv2.resize(field, (count, count), interpolation=cv2.INTER_AREA)
 
     def _fixed(self, points: Points) -> NDArray[np.int32]:
         return np.rint(self.to_px(points) * np.float32(1 << _SUBPIXEL)).astype(np.int32)

@@ -142,7 +142,8 @@ def _draw_fracture(rng: Generator, _: set, __: list[Fact]) -> list[Fact]:
     side = str(rng.choice(["right", "left"]))
     severity = str(rng.choice(["nondisplaced", "displaced"]))
     size = float(rng.uniform(5, 9)) if severity == "displaced" else float(rng.uniform(2.5, 3.5))
-    return [Fact("fracture", side, "", severity, size, rib=int(rng.integers(4, 9)), place=float(rng.uniform(0.36, 0.68)))]
+    rib, place = int(rng.integers(4, 9)), float(rng.uniform(0.36, 0.68))
+    return [Fact("fracture", side, "", severity, size, rib=rib, place=place)]
 
 
 _DRAW = {

@@ -115,7 +115,7 @@ def _draw_consolidation(scene: Scene, layers: Layers, fact: Fact, rng: Generator
     ragged = canvas.clouds(rng, int(canvas.spacing_mm * canvas.size_px / 26))
     shape = canvas.blob(centre, radius * 0.85, radius * rng.uniform(0.65, 0.9)) * (1 + 0.22 * ragged)
     cloud = np.clip((shape - np.float32(0.3)) * np.float32(1 / 0.5), 0, 1) * scene.lungs[i]
-    strength = {"mild": 0.5, "moderate": 0.68, "severe": 0.85}[fact.severity]
+    strength = {"mild": 0.62, "moderate": 0.76, "severe": 0.9}[fact.severity]
     patchy = 1 + 0.14 * canvas.clouds(rng, int(canvas.spacing_mm * canvas.size_px / 9))
     _fill_air(scene, layers, fact.side, cloud, strength, patchy)
     layers.vessels[...] *= 1 - 0.8 * cloud
