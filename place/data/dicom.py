@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import struct
 import warnings
 from typing import Any
 
@@ -89,8 +90,11 @@ def _decode_pixels(dataset: Dataset) -> NDArray[Any]:
         dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if implicit else explicit
     syntax = str(dataset.file_meta.TransferSyntaxUID)
     try:
+        _check_codestream(dataset.PixelData)
         return pixel_array(dataset)
-    except Exception as error:  # noqa: BLE001 - decoders of compressed data raise anything
+    except (KeyboardInterrupt, SystemExit, Rejected):
+        raise
+    except BaseException as error:  # noqa: BLE001 - decoders raise anything; the one in Rust panics past Exception
         text = str(error).lower()
         if syntax in _NEEDS_EXTRA and ("missing dependencies" in text or "does not support" in text):
             hint = f"{_NEEDS_EXTRA[syntax]}: install place-cxr[dicom-gpl]"
@@ -98,6 +102,14 @@ def _decode_pixels(dataset: Dataset) -> NDArray[Any]:
         if any(word in text for word in ("truncated", "less than", "incomplete", "unexpected end", "not enough")):
             raise Rejected("truncated_image") from None
         raise Rejected("unreadable_image", "pixel data cannot be decoded") from None
+
+
+def _check_codestream(data: bytes) -> None:
+    """JPEG 2000 has a size of its own, for which its decoders take memory before anyone compares it with the header's."""
+    start = data.find(b"\xff\x4f\xff\x51", 0, 4096)
+    if start >= 0 and len(data) >= start + 16:
+        width, height = struct.unpack_from(">II", data, start + 8)
+        check_pixel_count(height, width)
 
 
 def _render(dataset: Dataset, stored: NDArray[Any]) -> GreyImage:

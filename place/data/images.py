@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-MAX_PIXELS = 64_000_000
+MAX_PIXELS = 32_000_000
 MAX_FILE_BYTES = 512 << 20
 MIN_SIDE_PX = 16
 
@@ -117,8 +117,9 @@ def scale_to_uint8(values_YX: NDArray[np.generic]) -> GreyImage:
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
         raise Rejected("unreadable_image", "pixels are not finite")
-    span = (high - low) or 1.0
-    return np.rint((values - low) * (255.0 / span)).astype(np.uint8)
+    values -= low
+    values *= 255.0 / ((high - low) or 1.0)
+    return np.rint(values, out=values).astype(np.uint8)
 
 
 def shrink_image(image_YX: GreyImage, size_px: int) -> GreyImage:

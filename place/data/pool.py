@@ -33,8 +33,11 @@ def map_in_processes(function: Callable[[Job], Result], jobs: Iterable[Job], num
         yield from map(function, jobs)
         return
     context = multiprocessing.get_context("forkserver")
-    # The slow imports happen once, in the server that the workers are forked from.
-    context.set_forkserver_preload(["place.data.task", "place.data.warm"])
+    # The slow imports happen once, in the server that the workers are forked from. None of ours: the server does not
+    # get this process's sys.path, and might find another copy.
+    context.set_forkserver_preload(
+        ["torch", "pandas", "pyarrow.parquet", "pydicom.pixels", "sklearn.metrics", "transformers"]
+    )
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_die_with_parent) as pool:
         try:
             yield from _drain(pool, function, iter(jobs), 2 * num_workers)

@@ -183,6 +183,21 @@ def test_a_huge_picture_is_refused_before_memory_is_taken():
     assert reason_of(encode(np.zeros((15000, 15000), np.uint8), "PNG")) == "too_large"
 
 
+def test_a_huge_codestream_in_a_small_frame_is_refused():
+    data = bytearray(read_testdata("MR_small_jp2klossless.dcm"))
+    at = data.index(b"\xff\x4f\xff\x51") + 8
+    data[at : at + 4] = b"\x00\x08\x00\x00"
+    assert reason_of(bytes(data)) == "too_large"
+
+
+def test_a_decoder_that_panics_only_costs_the_row():
+    dataset = pydicom.dcmread(io.BytesIO(read_testdata("MR_small_RLE.dcm")))
+    dataset.Rows = 32  # the Rust decoder writes past the frame's end, and panics with no Exception
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    assert reason_of(buffer.getvalue()) == "unreadable_image"
+
+
 def test_deflated_data_sets_are_not_unpacked():
     dataset = pydicom.dcmread(io.BytesIO(build_dicom(RAMP)))
     dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian

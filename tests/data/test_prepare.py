@@ -257,7 +257,10 @@ def test_a_killed_run_continues_from_its_finished_parts(tmp_path):
         )
 
     killed = settings("killed")
-    process = start_prepare(killed, start_new_session=True)
+    # Workers must not take up another copy of the package that lies where the run is started.
+    (tmp_path / "here" / "place").mkdir(parents=True)
+    (tmp_path / "here" / "place" / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    process = start_prepare(killed, start_new_session=True, cwd=tmp_path / "here")
     for line in process.stdout:
         if int(line.split()[0]) >= 20:
             break
