@@ -105,7 +105,7 @@ def _decode_pixels(dataset: Dataset) -> NDArray[Any]:
 
 
 def _check_codestream(data: bytes) -> None:
-    """JPEG 2000 has a size of its own, for which its decoders take memory before anyone compares it with the header's."""
+    """JPEG 2000 has a size of its own; its decoders take memory for it, whatever the header says."""
     start = data.find(b"\xff\x4f\xff\x51", 0, 4096)
     if start >= 0 and len(data) >= start + 16:
         width, height = struct.unpack_from(">II", data, start + 8)
