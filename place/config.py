@@ -83,6 +83,8 @@ class VisionConfig(Section):
     """timm architecture that `scratch` builds with random weights."""
     overrides: dict[str, int | float] = {}
     """Arguments of the timm architecture, such as embed_dim, depth, num_heads, patch_size."""
+    pooling: Literal["cls", "mean"] = "cls"
+    """What stands for the image: the class token, or the mean of the patch tokens."""
     stem: Literal["patch", "conv"] = "patch"
     """`conv` puts four small convolutions in place of the linear patch projection; only with `scratch`."""
 
@@ -90,6 +92,8 @@ class VisionConfig(Section):
 class TextConfig(Section):
     source: str = "emilyalsentzer/Bio_ClinicalBERT"
     """Hugging Face hub name, a local folder with encoder and tokenizer, or `scratch` (both are built from the training reports)."""
+    pooling: Literal["cls", "mean"] = "cls"
+    """What stands for the report: its first token, or the mean of all real ones."""
     vocab_size: int = Field(2000, ge=64)
     """`scratch`: largest vocabulary of the WordPiece tokenizer."""
     width: int = Field(128, ge=8)

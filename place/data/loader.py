@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import cv2
 import torch
+from filelock import FileLock
 from torch.utils.data import DataLoader
 
 from place.batch import Batch
 from place.config import DataConfig, RunError
 from place.data.streaming import Pair, ReportPairs, find_split_faults
 from place.data.tokens import ReportTokenizer
+from place.distributed import barrier, read_world
 
 
 class PairLoader:
@@ -32,7 +37,10 @@ class PairLoader:
         cache: Path,
     ):
         self.data, self.split = data, split
-        self.dataset = ReportPairs(data, split, tokenizer, seed, local_batch, train, cache)
+        # Here and not in the loader's workers: OpenCV's threads do not survive a fork, and asking for one less would hang.
+        cv2.setNumThreads(1)
+        with _alone_on_node():
+            self.dataset = ReportPairs(data, split, tokenizer, seed, local_batch, train, cache)
         self.loader = DataLoader(
             self.dataset,
             batch_size=local_batch,
@@ -66,6 +74,19 @@ class PairLoader:
         return f"{self.dataset._shm_prefix_int:06d}_"
 
 
+@contextmanager
+def _alone_on_node() -> Iterator[None]:
+    """Hold a lock of this node while streaming picks names for its shared memory: two runs that start at once would clash."""
+    lock = FileLock(Path(tempfile.gettempdir()) / f"place-streaming-{os.getuid()}.lock")
+    if read_world().local_rank == 0:
+        lock.acquire()
+    barrier()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class _Collate:
     """Pairs to a Batch; every patch of a square image is valid."""
 
@@ -88,4 +109,3 @@ class _Collate:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    cv2.setNumThreads(1)

@@ -61,16 +61,16 @@ class PlaceModel(nn.Module):
     def forward(self, batch: Batch) -> Outputs:
         """See `place.batch.Outputs`."""
         hidden_BN = self._draw_hidden(batch) if self.training and self.mask_ratio else None
-        cls_BD, patches_BND = self._encode(self.vision, batch.image_BCYX, hidden_BN)
-        tokens_BTD = self._encode(self.text, batch.token_ids_BT, batch.attention_BT)
+        image_BD, patches_BND = self._encode(self.vision, batch.image_BCYX, hidden_BN)
+        report_BD, tokens_BTD = self._encode(self.text, batch.token_ids_BT, batch.attention_BT)
         observations_BKD, attention_BKN = self.observe(patches_BND)
         means_BSD, mask_BS = mean_by_sentence(tokens_BTD, batch.sentence_of_token_BT, self.max_sentences)
         z_BNE = self.correlate(patches_BND, tokens_BTD, batch.attention_BT)
         pixels = self.target == "pixels"
         target_BND = patchify(batch.image_BCYX, self.vision.patch_px) if pixels else patches_BND.detach().float()
         return Outputs(
-            self.project_image(cls_BD),
-            self.project_text(tokens_BTD[:, 0]),
+            self.project_image(image_BD),
+            self.project_text(report_BD),
             self.project_observation(observations_BKD),
             self.project_sentence(means_BSD),
             mask_BS,
@@ -83,15 +83,15 @@ class PlaceModel(nn.Module):
 
     def encode_image(self, image_BCYX: Tensor) -> ImageFeatures:
         """Features of images alone, (B,1,Y,X) standardised."""
-        cls_BD, patches_BND = self.vision(image_BCYX)
+        image_BD, patches_BND = self.vision(image_BCYX)
         observations_BKD, attention_BKN = self.observe(patches_BND)
-        return ImageFeatures(self.project_image(cls_BD), self.project_observation(observations_BKD), attention_BKN)
+        return ImageFeatures(self.project_image(image_BD), self.project_observation(observations_BKD), attention_BKN)
 
     def encode_text(self, token_ids_BT: Tensor, attention_BT: Tensor, sentence_of_token_BT: Tensor) -> TextFeatures:
         """Features of reports alone."""
-        tokens_BTD = self.text(token_ids_BT, attention_BT)
+        report_BD, tokens_BTD = self.text(token_ids_BT, attention_BT)
         means_BSD, mask_BS = mean_by_sentence(tokens_BTD, sentence_of_token_BT, self.max_sentences)
-        return TextFeatures(self.project_text(tokens_BTD[:, 0]), self.project_sentence(means_BSD), mask_BS)
+        return TextFeatures(self.project_text(report_BD), self.project_sentence(means_BSD), mask_BS)
 
     def _encode(self, encoder: nn.Module, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.recompute and self.training:

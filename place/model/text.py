@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -13,17 +14,29 @@ if TYPE_CHECKING:
     from transformers import BertConfig
 
 
-class ReportEncoder(nn.Module):
-    """A Hugging Face encoder that gives a state for each report token."""
+class ReportTokens(NamedTuple):
+    """`report_BD` report summary and `tokens_BTD` token states."""
 
-    def __init__(self, encoder: nn.Module):
+    report_BD: Tensor
+    tokens_BTD: Tensor
+
+
+class ReportEncoder(nn.Module):
+    """A Hugging Face encoder that gives a summary of the report and a state for each token."""
+
+    def __init__(self, encoder: nn.Module, pooling: str):
         super().__init__()
         self.encoder = encoder
+        self.pooling = pooling
         self.width: int = encoder.config.hidden_size
 
-    def forward(self, token_ids_BT: Tensor, attention_BT: Tensor) -> Tensor:
-        """Token states (B,T,D); the first one stands for the report."""
-        return self.encoder(input_ids=token_ids_BT, attention_mask=attention_BT.long()).last_hidden_state
+    def forward(self, token_ids_BT: Tensor, attention_BT: Tensor) -> ReportTokens:
+        """Encode token ids (B,T), of which `attention_BT` (bool) marks the real ones."""
+        tokens_BTD = self.encoder(input_ids=token_ids_BT, attention_mask=attention_BT.long()).last_hidden_state
+        if self.pooling == "cls":
+            return ReportTokens(tokens_BTD[:, 0], tokens_BTD)
+        weights_BT1 = attention_BT[..., None].to(tokens_BTD.dtype)
+        return ReportTokens((tokens_BTD * weights_BT1).sum(1) / weights_BT1.sum(1), tokens_BTD)
 
 
 def build_report_encoder(
@@ -48,7 +61,7 @@ def build_report_encoder(
         )
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # its weights would never get a gradient
-    return ReportEncoder(encoder)
+    return ReportEncoder(encoder, config.pooling)
 
 
 def _build_encoder(config: TextConfig, vocab_size: int, attention: str, definition: Path | None) -> nn.Module:

@@ -16,21 +16,21 @@ from place.kernels.attention import patch_timm_attention
 
 
 class VisionTokens(NamedTuple):
-    """`cls_BD` image summary and `patches_BND` localised tokens, row by row."""
+    """`image_BD` image summary and `patches_BND` localised tokens, row by row."""
 
-    cls_BD: Tensor
+    image_BD: Tensor
     patches_BND: Tensor
 
 
 class ImageEncoder(nn.Module):
-    """A timm ViT that gives its class token and its patch tokens, and can hide patches."""
+    """A timm ViT that gives a summary of the image and its patch tokens, and can hide patches."""
 
-    def __init__(self, vit: nn.Module, patch_px: int):
+    def __init__(self, vit: nn.Module, patch_px: int, pooling: str):
         super().__init__()
         self.vit = vit
         # Called as a module, not as a method, so that ZeRO-3's hooks see its class token and position embeddings used.
         vit.forward = vit.forward_features
-        self.patch_px = patch_px
+        self.patch_px, self.pooling = patch_px, pooling
         self.width: int = vit.embed_dim
 
     def forward(self, image_BCYX: Tensor, hidden_BN: Tensor | None = None) -> VisionTokens:
@@ -38,7 +38,8 @@ class ImageEncoder(nn.Module):
         if hidden_BN is not None:
             image_BCYX = image_BCYX * ~_to_pixels(hidden_BN, image_BCYX, self.patch_px)
         tokens = self.vit(image_BCYX)
-        return VisionTokens(tokens[:, 0], tokens[:, self.vit.num_prefix_tokens :])
+        patches_BND = tokens[:, self.vit.num_prefix_tokens :]
+        return VisionTokens(tokens[:, 0] if self.pooling == "cls" else patches_BND.mean(1), patches_BND)
 
 
 def _to_pixels(patch_BN: Tensor, image_BCYX: Tensor, patch_px: int) -> Tensor:
@@ -72,7 +73,7 @@ def build_image_encoder(config: VisionConfig, image_size_px: int, attention: str
         patch_timm_attention(vit, attention)
     except ValueError as error:
         raise UsageError(f"model.vision.source={config.source}: {error}") from None
-    return ImageEncoder(vit, patch_px)
+    return ImageEncoder(vit, patch_px, config.pooling)
 
 
 def _build_vit(config: VisionConfig, image_size_px: int, with_weights: bool) -> nn.Module:
