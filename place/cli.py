@@ -181,9 +181,8 @@ def _watch(config: Config, plan: Any, run: Callable[[], str]) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """`place evaluate`."""
-    from rich.console import Console
-
     from place.evaluation.suite import print_results, run_evaluation
+    from place.screen import build_console
 
     run = Path(arguments.run)
     source = run / "config.yaml"
@@ -193,7 +192,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     results = run_evaluation(
         run, Path(arguments.data), arguments.tasks.split(","), arguments.split, arguments.checkpoint, evaluation
     )
-    print_results(results, Console())
+    print_results(results, build_console())
     return DONE
 
 
