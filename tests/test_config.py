@@ -74,7 +74,10 @@ def test_a_list_of_bases_is_refused_in_one_line(tmp_path: Path) -> None:
         ("run.tensorboard=false", lambda c: c.run.tensorboard is False),
         ("run.dir=runs/a=b", lambda c: c.run.dir == "runs/a=b"),
         ("evaluation.findings=[edema, nodule]", lambda c: c.evaluation.findings == ["edema", "nodule"]),
-        ("engine.deepspeed={wall_clock_breakdown: true}", lambda c: c.engine.deepspeed == {"wall_clock_breakdown": True}),
+        (
+            "engine.deepspeed={wall_clock_breakdown: true}",
+            lambda c: c.engine.deepspeed == {"wall_clock_breakdown": True},
+        ),
         ("model.vision.overrides.depth=2", lambda c: c.model.vision.overrides == {"depth": 2}),
     ],
 )
@@ -104,7 +107,9 @@ def test_a_value_that_does_not_fit_is_one_line(override: str, words: str | None)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "words"), [("a: [", "not YAML"), ("- 1\n", "expected sections, got list"), (None, "No such file")])
+@pytest.mark.parametrize(
+    ("text", "words"), [("a: [", "not YAML"), ("- 1\n", "expected sections, got list"), (None, "No such file")]
+)
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, text: str | None, words: str) -> None:
     path = tmp_path / "c.yaml"
     if text is not None:

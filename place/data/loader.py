@@ -60,12 +60,26 @@ class PairLoader:
         """
         global_batch = world * (self.loader.batch_size or 1)
         self.dataset.start_at(epoch, first_step * global_batch)
+        steps = first_step
         try:
-            yield from islice(self.loader, last_step - first_step)
-        except (RuntimeError, ValueError) as error:
-            faults = find_split_faults(self.data.path, self.split)
-            if not faults:
+            for batch in islice(self.loader, last_step - first_step):
+                yield batch
+                steps += 1
+        except (RuntimeError, ValueError, OSError) as error:
+            if isinstance(error, RunError):
                 raise
+            self._raise_fault(error)
+            raise
+        # streaming ends an epoch early, without a word, when its background thread fails.
+        if steps < last_step:
+            self._raise_fault(None)
+            where = f"at step {steps} of {last_step} of epoch {epoch}"
+            raise RunError(f"split '{self.split}' ended {where}; start the run again")
+
+    def _raise_fault(self, error: Exception | None) -> None:
+        """Name the shard at fault, if one is."""
+        faults = find_split_faults(self.data.path, self.split)
+        if faults:
             raise RunError(f"{faults[0]}; prepare the data set again or copy the shard anew") from error
 
     @property

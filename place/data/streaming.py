@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from place.data.transforms import eval_transform, read_image, train_transform
 patch_torchvision()
 from streaming import StreamingDataset  # noqa: E402
 from streaming.base.compression import decompress  # noqa: E402
+from streaming.base.dataset import _ShardState  # noqa: E402
 from streaming.base.format import reader_from_json  # noqa: E402
 from streaming.base.hashing import get_hash  # noqa: E402
 
@@ -69,6 +70,21 @@ class ReportPairs(StreamingDataset):
         sample = super().__getitem__(at)
         return self._build_pair(sample) if isinstance(sample, dict) else sample
 
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except Exception:
+            # streaming leaves a shard that fails as 'preparing', and the other loader workers would wait for it for ever.
+            # Called 'local', it makes them try, and meet the same failure.
+            self._shard_states[shard_id] = _ShardState.LOCAL
+            raise
+
+    def _prepare_thread(self, it: Any) -> None:
+        _leave_loudly(super()._prepare_thread, it)
+
+    def _ready_thread(self, it: Any) -> None:
+        _leave_loudly(super()._ready_thread, it)
+
     def start_at(self, epoch: int, sample_in_epoch: int) -> None:
         """Make the next iteration begin there; call it on every rank."""
         self.load_state_dict(
@@ -92,6 +108,15 @@ class ReportPairs(StreamingDataset):
         if self.train and self.data.shuffle_sentences:
             rng.shuffle(sentences)
         return Pair(image_CYX, self.tokenizer.encode(sentences), sample["report_group"], sample["sample_id"])
+
+
+def _leave_loudly(thread: Callable[[Any], None], it: Any) -> None:
+    """Run a thread of streaming; one that fails is counted out, or the end of the epoch would wait for it for ever."""
+    try:
+        thread(it)
+    except Exception:
+        it.on_exit()
+        raise
 
 
 def select_sentences(sentences: list[dict[str, str]], sections: str) -> list[str]:

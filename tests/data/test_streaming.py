@@ -1,0 +1,259 @@
+"""Streamed pairs: the same global batches for any ranks and loader workers, exact resume, and damage that is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from spawn import run_ranks
+
+from place.config import DataConfig, RunError, UsageError
+from place.data.loader import PairLoader
+from place.data.streaming import count_samples, list_splits, read_card, read_samples, select_sentences
+from place.data.tokens import ReportTokenizer, train_tokenizer
+from place.distributed import barrier, broadcast_text, read_world
+
+GLOBAL_BATCH, STEPS = 24, 5
+Step = dict[int, tuple[float, int]]
+
+
+def build_data(path: Path, num_workers: int = 0) -> DataConfig:
+    return DataConfig(
+        path=str(path), image_size_px=32, num_canonical_nodes=2, num_workers=num_workers, shuffle_sentences=True
+    )
+
+
+def read_steps(
+    path: str, tokenizer: str, num_workers: int, epoch: int, first: int, last: int, train: bool = True
+) -> list:
+    """What this rank gets of some steps: ids, and what augmentation made of image and report."""
+    world = read_world()
+    cache = Path(broadcast_text(tempfile.mkdtemp()) or "")
+    loader = PairLoader(
+        build_data(Path(path), num_workers),
+        "train" if train else "val",
+        ReportTokenizer.load(tokenizer),
+        seed=3,
+        local_batch=GLOBAL_BATCH // world.world,
+        num_patches=16,
+        train=train,
+        cache=cache,
+    )
+    steps = []
+    for batch in loader.read_epoch(epoch, first, last, world.world):
+        assert batch.image_BCYX.shape == (GLOBAL_BATCH // world.world, 1, 32, 32)
+        looks = batch.image_BCYX.double().flatten(1) @ torch.linspace(1, 2, 1024, dtype=torch.double)
+        places = torch.arange(1, batch.token_ids_BT.shape[1] + 1)
+        words = (batch.token_ids_BT * batch.attention_BT * places).sum(1)
+        steps.append({"ids": batch.sample_id_B, "looks": looks, "words": words})
+    barrier()
+    shutil.rmtree(cache, ignore_errors=True)
+    return steps
+
+
+def read_cases(path: str, tokenizer: str) -> dict[str, Any]:
+    """All that two ranks are asked for, in one start of the processes."""
+    return {
+        "whole": read_steps(path, tokenizer, 0, 1, 0, STEPS),
+        "workers": read_steps(path, tokenizer, 2, 1, 0, STEPS),
+        "resumed": read_steps(path, tokenizer, 0, 1, 2, STEPS),
+    }
+
+
+def join(ranks: list[list[dict]]) -> list[Step]:
+    """Global batches: for each step what was made of each sample."""
+    steps = []
+    for parts in zip(*ranks, strict=True):
+        step: Step = {}
+        for part in parts:
+            assert not step.keys() & set(part["ids"].tolist())
+            step |= dict(zip(part["ids"].tolist(), zip(part["looks"].tolist(), part["words"].tolist())))
+        steps.append(step)
+    return steps
+
+
+@pytest.fixture(scope="module")
+def tokenizer(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    texts = (item["text"] for sample in read_samples(prepared, "train") for item in sample["sentences"])
+    train_tokenizer(texts, 300, 160, 16).save(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def single(prepared: Path, tokenizer: str) -> list[Step]:
+    """One process without loader workers: the order that all others must show."""
+    return join([read_steps(str(prepared), tokenizer, 0, 1, 0, STEPS)])
+
+
+@pytest.fixture(scope="module")
+def double(prepared: Path, tokenizer: str) -> dict[str, list[Step]]:
+    ranks = run_ranks(read_cases, 2, str(prepared), tokenizer)
+    return {name: join([rank[name] for rank in ranks]) for name in ranks[0]}
+
+
+def test_every_step_brings_other_samples(single: list[Step]) -> None:
+    assert len(single) == STEPS
+    assert len({sample for step in single for sample in step}) == STEPS * GLOBAL_BATCH
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("case", ["whole", "workers"])
+def test_two_ranks_get_the_global_batches_of_one(case: str, single: list[Step], double: dict[str, list[Step]]) -> None:
+    assert double[case] == single
+
+
+def test_loader_workers_change_neither_order_nor_augmentation(
+    prepared: Path, tokenizer: str, single: list[Step]
+) -> None:
+    assert join([read_steps(str(prepared), tokenizer, 2, 1, 0, STEPS)]) == single
+
+
+@pytest.mark.multiprocess
+def test_a_resumed_epoch_goes_on_exactly_where_it_stopped_on_other_ranks(single: list[Step], double: dict) -> None:
+    assert double["resumed"] == single[2:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_epoch_goes_on_exactly_where_it_stopped(
+    num_workers: int, prepared: Path, tokenizer: str, single: list[Step]
+) -> None:
+    assert join([read_steps(str(prepared), tokenizer, num_workers, 1, 3, STEPS)]) == single[3:]
+
+
+def test_another_epoch_has_another_order_and_another_augmentation(
+    prepared: Path, tokenizer: str, single: list[Step]
+) -> None:
+    other = join([read_steps(str(prepared), tokenizer, 0, 2, 0, STEPS)])
+    assert [set(step) for step in other] != [set(step) for step in single]
+    ours, theirs = ({k: v for step in steps for k, v in step.items()} for steps in (single, other))
+    shared = ours.keys() & theirs.keys()
+    assert len(shared) > GLOBAL_BATCH
+    assert all(ours[sample][0] != theirs[sample][0] for sample in shared)
+    assert sum(ours[sample][1] != theirs[sample][1] for sample in shared) > len(shared) / 2, (
+        "sentences keep their order"
+    )
+
+
+def test_one_loader_reads_epoch_after_epoch(prepared: Path, tokenizer: str, single: list[Step], tmp_path: Path) -> None:
+    loader = build_loader(prepared, tokenizer, tmp_path, num_workers=2)
+    for epoch in (0, 1):
+        ids = [set(batch.sample_id_B.tolist()) for batch in loader.read_epoch(epoch, 0, STEPS, 1)]
+        assert (ids == [set(step) for step in single]) == (epoch == 1)
+
+
+def test_validation_is_in_stored_order_and_not_augmented(prepared: Path, tokenizer: str) -> None:
+    first, again = (join([read_steps(str(prepared), tokenizer, 0, epoch, 0, 2, train=False)]) for epoch in (0, 4))
+    assert first == again
+    stored = [sample["sample_id"] for sample in read_samples(prepared, "val")]
+    assert {sample for step in first for sample in step} <= set(stored)
+
+
+def build_loader(data: Path, tokenizer: str, cache: Path, num_workers: int = 0) -> PairLoader:
+    config = build_data(data, num_workers)
+    return PairLoader(
+        config,
+        "train",
+        ReportTokenizer.load(tokenizer),
+        seed=3,
+        local_batch=GLOBAL_BATCH,
+        num_patches=16,
+        train=True,
+        cache=cache,
+    )
+
+
+@pytest.fixture
+def copy(prepared: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "copy"))
+
+
+def find_shard(data: Path) -> Path:
+    return next((data / "train").glob("shard.*.zstd"))
+
+
+def flip_byte(path: Path) -> None:
+    stored = bytearray(path.read_bytes())
+    stored[len(stored) // 2] ^= 1
+    path.write_bytes(stored)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_flipped_byte_is_named_by_the_loader(num_workers: int, copy: Path, tokenizer: str, tmp_path: Path) -> None:
+    flip_byte(find_shard(copy))
+    loader = build_loader(copy, tokenizer, tmp_path / "cache", num_workers)
+    with pytest.raises(RunError, match="is damaged") as caught:
+        list(loader.read_epoch(0, 0, STEPS, 1))
+    assert str(find_shard(copy)) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_shard_is_named_by_the_loader(copy: Path, tokenizer: str, tmp_path: Path) -> None:
+    shard = find_shard(copy)
+    shard.unlink()
+    loader = build_loader(copy, tokenizer, tmp_path / "cache")
+    with pytest.raises(RunError, match="is missing") as caught:
+        list(loader.read_epoch(0, 0, STEPS, 1))
+    assert str(shard) in str(caught.value)
+
+
+def test_a_flipped_byte_is_named_by_the_reader(copy: Path) -> None:
+    flip_byte(find_shard(copy))
+    with pytest.raises(RunError, match="is damaged") as caught:
+        list(read_samples(copy, "train"))
+    assert str(find_shard(copy)) in str(caught.value)
+
+
+def test_a_missing_shard_is_named_by_the_reader(copy: Path) -> None:
+    shard = find_shard(copy)
+    shard.unlink()
+    with pytest.raises(RunError, match="is missing") as caught:
+        list(read_samples(copy, "train"))
+    assert str(shard) in str(caught.value)
+
+
+def test_reading_writes_nothing_into_the_prepared_folder(copy: Path, tokenizer: str, tmp_path: Path) -> None:
+    def look() -> dict[str, tuple[int, int]]:
+        paths = [copy, *copy.rglob("*")]
+        return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+    before = look()
+    list(build_loader(copy, tokenizer, tmp_path / "cache", 2).read_epoch(0, 0, STEPS, 1))
+    list(read_samples(copy, "train"))
+    assert look() == before
+
+
+def test_the_reader_gives_every_sample_once_and_whole(prepared: Path) -> None:
+    samples = list(read_samples(prepared, "train"))
+    assert len({sample["sample_id"] for sample in samples}) == len(samples) == count_samples(prepared, "train")
+    assert set(samples[0]) == {"image", "sentences", "labels", "view", "sample_id", "report_group", "boxes"}
+
+
+def test_a_folder_that_is_not_prepared_is_one_line(tmp_path: Path) -> None:
+    for ask in (lambda: read_card(tmp_path), lambda: count_samples(tmp_path, "train")):
+        with pytest.raises(UsageError, match="run `place prepare"):
+            ask()
+
+
+def test_a_damaged_card_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "card.json").write_text(json.dumps({"image": 1})[:-3])
+    with pytest.raises(RunError, match=r"card\.json is damaged"):
+        read_card(tmp_path)
+
+
+def test_splits_are_those_with_samples(prepared: Path) -> None:
+    assert sorted(list_splits(prepared)) == ["test", "train", "val"]
+    with pytest.raises(UsageError, match="splits there are"):
+        count_samples(prepared, "holdout")
+
+
+def test_sections_are_chosen_and_never_leave_a_report_empty() -> None:
+    report = [{"section": "findings", "text": "a"}, {"section": "impression", "text": "b"}]
+    assert select_sentences(report, "all") == ["a", "b"]
+    assert select_sentences(report, "impression") == ["b"]
+    assert select_sentences(report[:1], "impression") == ["a"]

@@ -1,0 +1,77 @@
+"""GradCache: whatever the accumulation, the gradients are those of one piece."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import VOCAB, build_batch, build_tiny_config
+
+from place.config import Config
+from place.losses.objective import compute_losses
+from place.model.place import build_model
+from place.training.engine import TorchEngine
+from place.training.gradcache import backward_contrast
+
+
+def run_step(accumulation: int, **sections: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    config = build_tiny_config(train={"accumulation": accumulation}, **sections)
+    torch.manual_seed(0)
+    model, _ = build_model(config, VOCAB, torch.device("cpu"))
+    engine = TorchEngine(model, config, torch.device("cpu"))
+    torch.manual_seed(1)
+    losses, _ = backward_contrast(engine, build_batch(8, 0, config), accumulation, objective(config))
+    return torch.stack(losses).detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def objective(config: Config):
+    return lambda outputs, batch: compute_losses(outputs, batch, config.loss, 1 / 255)
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    whole = torch.stack([value.norm() for value in a.values()]).norm()
+    for name, value in a.items():
+        # A bias of keys has no gradient but rounding: softmax does not see it.
+        error = (b[name] - value).norm() / value.norm().clamp(min=float(1e-3 * whole))
+        assert error < 1e-5, f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_leaves_losses_and_gradients_alone(accumulation: int) -> None:
+    losses, gradients = run_step(1)
+    other_losses, other = run_step(accumulation)
+    torch.testing.assert_close(other_losses, losses, rtol=1e-5, atol=0)
+    assert_same(gradients, other)
+    assert {"log_scale_instance", "log_scale_pathology"} <= other.keys()
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"model": {"text": {"dropout": 0.3}}},
+        {"model": {"correlation": {"mask_ratio": 0.4}}},
+        {
+            "model": {"text": {"dropout": 0.3}, "correlation": {"mask_ratio": 0.4}},
+            "engine": {"activation_checkpointing": True},
+        },
+    ],
+    ids=["dropout", "masks", "both-recomputed"],
+)
+def test_the_second_pass_draws_the_random_numbers_of_the_first(accumulation: int, sections: dict) -> None:
+    config = build_tiny_config(**sections)
+    torch.manual_seed(0)
+    model, _ = build_model(config, VOCAB, torch.device("cpu"))
+    engine = TorchEngine(model, config, torch.device("cpu"))
+    batch = build_batch(8, 0, config)
+    # One graph over the same chunks, drawn in the same order, is what GradCache must equal.
+    torch.manual_seed(1)
+    parts = [engine.forward(chunk) for chunk in batch.chunks(accumulation)]
+    names = parts[0]._fields[:-1]
+    whole = parts[0]._replace(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    objective(config)(whole, batch).total.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    torch.manual_seed(1)
+    backward_contrast(engine, batch, accumulation, objective(config))
+    assert_same(expected, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
