@@ -163,6 +163,7 @@ def _watch(config: Config, plan: Any, run: Callable[[], str]) -> int:
     """Run with the progress on the screen; a signal asks the run to stop at its next step."""
     from place.screen import RunScreen
     from place.training.loop import STOP_FILE
+    from place.training.pretrain import unlink_shared_memory
 
     run_dir = Path(config.run.dir)
     before = {}

@@ -123,7 +123,7 @@ class ConvStem(nn.Sequential):
         channels = 1
         for step in range(steps):
             out = max(8, width >> (steps - 1 - step))
-            layers += [nn.Conv2d(channels, out, 3, 2, 1), ConvResidual(out)]
+            layers += [nn.Conv2d(channels, out, 3, 2, 1), nn.GroupNorm(1, out), nn.GELU(), ConvResidual(out)]
             channels = out
         super().__init__(*layers)
 

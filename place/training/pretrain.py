@@ -113,7 +113,9 @@ def run_worker(config: Config, launch: str, build_engine: BuildEngine | None = N
             val_loader = build_loader(config.data.val_split, local_batch=plan.val_local_batch, train=False)
         _note_shared_memory(run_dir, [item.shm_prefix for item in (loader, val_loader) if item])
         objective = functools.partial(_objective, config, 1 / (255 * loader.dataset.std))
-        return train(config, plan, engine, loader, val_loader, objective, log, progress)
+        outcome = train(config, plan, engine, loader, val_loader, objective, log, progress)
+        barrier()
+        return outcome
     finally:
         if log is not None:
             log.close()
@@ -141,14 +143,18 @@ def read_commit() -> str:
 
 
 def unlink_shared_memory(run_dir: Path) -> int:
-    """Remove the shared memory that killed workers of this run left on this host. Returns how many segments."""
+    """Remove the shared memory that workers of this run left on this host, and nobody else's. Returns how many files."""
+    note = run_dir / f"shm.{socket.gethostname()}.jsonl"
     removed = 0
-    for record in read_jsonl(run_dir / f"shm.{socket.gethostname()}.jsonl"):
-        for prefix in record["prefixes"]:
-            for path in [*Path("/dev/shm").glob(f"{prefix}*"), *Path(tempfile.gettempdir()).glob(f"{prefix}*_filelock")]:
+    for record in read_jsonl(note):
+        # Names are used again once they are free: the inode tells whether it is still ours.
+        mark = Path("/dev/shm") / f"{record['prefix']}locals"
+        if mark.exists() and mark.stat().st_ino == record["inode"]:
+            locks = Path(tempfile.gettempdir()).glob(f"{record['prefix']}*_filelock")
+            for path in [*mark.parent.glob(f"{record['prefix']}*"), *locks]:
                 path.unlink(missing_ok=True)
                 removed += 1
-    (run_dir / f"shm.{socket.gethostname()}.jsonl").unlink(missing_ok=True)
+    note.unlink(missing_ok=True)
     return removed
 
 
@@ -206,6 +212,7 @@ def _make_cache(config: Config, launch: str, attempt: int) -> Path:
     """A fresh folder for unpacked shards, the same for all workers of a node."""
     base = Path(config.data.cache_dir or tempfile.gettempdir()) / f"place-{launch}"
     if read_world().local_rank == 0:
+        unlink_shared_memory(Path(config.run.dir))
         shutil.rmtree(base, ignore_errors=True)
         (base / str(attempt)).mkdir(parents=True)
     barrier()
@@ -215,7 +222,9 @@ def _make_cache(config: Config, launch: str, attempt: int) -> Path:
 def _note_shared_memory(run_dir: Path, prefixes: list[str]) -> None:
     if read_world().local_rank == 0:
         with (run_dir / f"shm.{socket.gethostname()}.jsonl").open("a") as file:
-            file.write(json.dumps({"prefixes": prefixes}) + "\n")
+            for prefix in prefixes:
+                inode = (Path("/dev/shm") / f"{prefix}locals").stat().st_ino
+                file.write(json.dumps({"prefix": prefix, "inode": inode}) + "\n")
 
 
 def _check_disk(run_dir: Path, need_mib: int = 512) -> None:
