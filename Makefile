@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	rm -rf runs/demo
-	$(BIN)/place prepare --source phantom --count 4000 --size-px 80 --split 0.8 0.08 0.12 --output datasets/demo
+	$(BIN)/place prepare --source phantom --count 8000 --size-px 80 --split 0.9 0.03 0.07 --output datasets/demo
 	$(BIN)/place pretrain --config configs/demo.yaml
 	$(BIN)/place evaluate --run runs/demo --data datasets/demo --tasks all
 

@@ -14,6 +14,7 @@ from place.config import RunError, UsageError
 from place.data.report import hash_text
 
 
+CACHED_SENTENCES = 1 << 16
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -31,6 +32,8 @@ class ReportTokenizer:
     def __init__(self, tokenizer, max_tokens: int, max_sentences: int):
         self.hf = tokenizer
         self.max_tokens, self.max_sentences = max_tokens, max_sentences
+        # Reports repeat their sentences from study to study and from epoch to epoch.
+        self._known: dict[str, tuple[list[int], int]] = {}
         if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None or tokenizer.pad_token_id is None:
             raise UsageError("the tokenizer has no [CLS], [SEP] and [PAD] tokens; take the one of a BERT-like encoder")
 
@@ -58,7 +61,7 @@ class ReportTokenizer:
         """Tokens of [CLS] sentence sentence ... [SEP], cut after the last sentence that fits; a first one that is too long is cut."""
         ids, owner, hashes = [self.hf.cls_token_id], [-1], []
         for text in sentences:
-            pieces = self.hf.encode(text, add_special_tokens=False, verbose=False)
+            pieces, sentence_hash = self._read_sentence(text)
             room = self.max_tokens - 1 - len(ids)
             if len(hashes) == self.max_sentences or (len(pieces) > room and hashes):
                 break
@@ -66,8 +69,15 @@ class ReportTokenizer:
             if pieces:
                 owner += [len(hashes)] * len(pieces)
                 ids += pieces
-                hashes.append(hash_text(text))
+                hashes.append(sentence_hash)
         return TokenizedReport([*ids, self.hf.sep_token_id], [*owner, -1], hashes)
+
+    def _read_sentence(self, text: str) -> tuple[list[int], int]:
+        if text not in self._known:
+            if len(self._known) >= CACHED_SENTENCES:
+                self._known.clear()
+            self._known[text] = self.hf.encode(text, add_special_tokens=False, verbose=False), hash_text(text)
+        return self._known[text]
 
     def collate(self, reports: list[TokenizedReport]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Pad to the longest report: token ids, attention (bool), sentence of token (each (B,T)) and sentence hash (B,S)."""
