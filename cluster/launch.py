@@ -10,7 +10,8 @@ from typing import Any
 
 from place.config import Config, RunError, UsageError, check_config
 
-# Ray's controller hears of a dead worker when it polls; the default of 2 s is half a minute of training lost on some faults.
+# Ray's controller hears of a dead worker when it polls; the default of 2 s is half a minute of training lost on some
+# faults.
 HEALTH_CHECK_INTERVAL_S = "0.5"
 
 
@@ -51,7 +52,9 @@ def launch(config: Config, launch_name: str) -> str:
         trainer.fit()
     except Exception as error:  # noqa: BLE001  Ray wraps whatever a worker raised
         read_outcome(run_dir, launch_name)
-        raise RunError(f"workers failed more than cluster.max_failures={cluster.max_failures} times: {_last_line(error)}") from error
+        raise RunError(
+            f"workers failed more than cluster.max_failures={cluster.max_failures} times: {_last_line(error)}"
+        ) from error
     finally:
         if started:
             ray.shutdown()

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-
 from place.cluster.deepspeed_engine import DeepSpeedEngine
+
 from place.config import Config, RunError, UsageError
 from place.distributed import World, broadcast_text, is_distributed, read_world
 from place.training.checkpoint import write_text
@@ -25,8 +25,8 @@ ENGINES = {"deepspeed": DeepSpeedEngine, "torch": TorchEngine}
 def run_guarded(config: Config, launch: str) -> None:
     """Run a worker and write outcome.json.
 
-    What a user did wrong would fail again after a restart: it is written down, and a worker group of the same launch that
-    finds it ends at once instead of trying again.
+    What a user did wrong would fail again after a restart: it is written down, and a worker group of the same launch
+    that finds it ends at once instead of trying again.
     """
     path = Path(config.run.dir) / "outcome.json"
     if _has_failed(path, launch):
@@ -54,7 +54,9 @@ def _has_failed(path: Path, launch: str) -> bool:
 def join_torchrun(config: Config) -> World:
     """Join the process group that torchrun's environment describes. Raises UsageError outside torchrun."""
     if "RANK" not in os.environ:
-        raise UsageError("cluster.launcher=torchrun: no RANK in the environment; start with torchrun -m place pretrain ...")
+        raise UsageError(
+            "cluster.launcher=torchrun: no RANK in the environment; start with torchrun -m place pretrain ..."
+        )
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=config.cluster.timeout_s))
     return read_world()
@@ -67,7 +69,8 @@ def run_alone(config: Config) -> str:
     with tempfile.TemporaryDirectory() as folder:
         alone = config.engine.kind == "deepspeed" and not is_distributed()
         if alone:
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, init_method=f"file://{folder}/group", rank=0, world_size=1)
         try:
             return run_worker(config, launch, ENGINES[config.engine.kind])
         finally:

@@ -44,10 +44,10 @@ class Outputs(NamedTuple):
     """What the model says of a batch; features are unit length where they are compared.
 
     `image_BE`, `text_BE`: projected, normalised instance features. `observations_BKE`: V-PORs, `sentences_BSE`: T-PORs,
-    both normalised; `mask_BS` bool, true on real sentences. `z_BNE`: report-conditioned patch features whose correlation
-    is trained; `target_BND`: patches they are compared with; `focus_BN` bool: patches that were hidden (all true
-    without masking): the loss counts pairs that touch one; `attention_BKN` fp32: share of each patch in each query, rows sum to 1. `logit_scales` (2,): inverse
-    temperatures of the instance and of the pathology loss.
+    both normalised; `mask_BS` bool, true on real sentences. `z_BNE`: report-conditioned patch features whose
+    correlation is trained; `target_BND`: patches they are compared with; `focus_BN` bool: patches that were hidden (all
+    true without masking): the loss counts pairs that touch one; `attention_BKN` fp32: share of each patch in each
+    query, rows sum to 1. `logit_scales` (2,): inverse temperatures of the instance and of the pathology loss.
     """
 
     image_BE: Tensor

@@ -38,7 +38,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
-    parser = argparse.ArgumentParser(prog="place", description="Pretraining from chest radiographs and radiology reports.")
+    parser = argparse.ArgumentParser(
+        prog="place", description="Pretraining from chest radiographs and radiology reports."
+    )
     parser.add_argument("--version", action="version", version=f"place {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_prepare(verbs.add_parser("prepare", help="images and reports to verified shards"))
@@ -54,20 +56,30 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help=fields["output"].description)
     parser.add_argument("--input", help=fields["input"].description)
     parser.add_argument("--image-root", help=fields["image_root"].description)
-    parser.add_argument("--column", nargs="+", action="extend", default=[], metavar="FIELD=NAME", help=fields["columns"].description)
+    parser.add_argument(
+        "--column", nargs="+", action="extend", default=[], metavar="FIELD=NAME", help=fields["columns"].description
+    )
     parser.add_argument("--labels", nargs="+", default=[], metavar="NAME", help=fields["label_columns"].description)
     parser.add_argument("--views", nargs="+", default=[], metavar="VIEW", help=fields["views"].description)
-    parser.add_argument("--split", nargs=3, type=float, default=[0.8, 0.1, 0.1], metavar="SHARE", help=fields["split"].description)
-    parser.add_argument("--phantom-format", choices=("jpeg", "dicom"), default="jpeg", help=fields["phantom_format"].description)
-    for name, kind in (("count", int), ("seed", int), ("size-px", int), ("jpeg-quality", int), ("min-words", int),
-                       ("num-workers", int), ("rows-per-task", int), ("shard-mib", int), ("salt-file", str)):  # fmt: skip
+    parser.add_argument(
+        "--split", nargs=3, type=float, default=[0.8, 0.1, 0.1], metavar="SHARE", help=fields["split"].description
+    )
+    parser.add_argument(
+        "--phantom-format", choices=("jpeg", "dicom"), default="jpeg", help=fields["phantom_format"].description
+    )
+    numbers = ("count", "seed", "size-px", "jpeg-quality", "min-words", "num-workers", "rows-per-task", "shard-mib")
+    for name, kind in (*((name, int) for name in numbers), ("salt-file", str)):
         field = fields[name.replace("-", "_")]
-        parser.add_argument(f"--{name}", type=kind, default=field.default, help=f"{field.description} Default {field.default}.")
+        parser.add_argument(
+            f"--{name}", type=kind, default=field.default, help=f"{field.description} Default {field.default}."
+        )
 
 
 def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file; see configs/")
-    parser.add_argument("--schema", action="store_true", help="print the JSON schema of a config, for editors, and exit")
+    parser.add_argument(
+        "--schema", action="store_true", help="print the JSON schema of a config, for editors, and exit"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
 
 
@@ -163,7 +175,6 @@ def _watch(config: Config, plan: Any, run: Callable[[], str]) -> int:
     """Run with the progress on the screen; a signal asks the run to stop at its next step."""
     from place.screen import RunScreen
     from place.training.loop import STOP_FILE
-    from place.training.pretrain import unlink_shared_memory
 
     run_dir = Path(config.run.dir)
     before = {}

@@ -1,4 +1,4 @@
-"""Every knob of PLACE, its unit and its one default; imports neither torch nor ray, so that `place --help` answers at once."""
+"""Every knob of PLACE, its unit and its one default; no torch and no ray, so that `place --help` answers at once."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class DataConfig(Section):
 
 class VisionConfig(Section):
     source: str = "timm:vit_base_patch16_224"
-    """`timm:NAME` (weights from the hub), a local folder (config.json + model.safetensors as timm saves), or `scratch`."""
+    """`timm:NAME` (weights from the hub), a local folder (config.json, model.safetensors as of timm), or `scratch`."""
     architecture: str = "vit_base_patch16_224"
     """timm architecture that `scratch` builds with random weights."""
     overrides: dict[str, int | float] = {}
@@ -91,7 +91,7 @@ class VisionConfig(Section):
 
 class TextConfig(Section):
     source: str = "emilyalsentzer/Bio_ClinicalBERT"
-    """Hugging Face hub name, a local folder with encoder and tokenizer, or `scratch` (both are built from the training reports)."""
+    """Hugging Face hub name, a folder with encoder and tokenizer, or `scratch` (both from the training reports)."""
     pooling: Literal["cls", "mean"] = "cls"
     """What stands for the report: its first token, or the mean of all real ones."""
     vocab_size: int = Field(2000, ge=64)

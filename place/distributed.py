@@ -48,7 +48,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def gather_with_grad(tensor: Tensor) -> Tensor:
-    """Concatenate equal-shaped tensors of all ranks along the first dimension; the gradients of all ranks come back summed.
+    """Concatenate equal-shaped tensors of all ranks along the first dimension; gradients of all ranks come back summed.
 
     With each rank's loss a mean over its own rows and gradients averaged over ranks, as DeepSpeed does, the encoders
     get the gradient of the loss over the global batch. Source: inferred (open_clip issues 616 and 894).

@@ -1,4 +1,4 @@
-"""The run folder's logs: metrics.jsonl, samples.jsonl, TensorBoard, attempts; and reading them while the run goes on."""
+"""The run folder's logs: metrics.jsonl, samples.jsonl, TensorBoard, attempts; read also while the run goes on."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _open_events(folder: Path, first_step: int) -> Any:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file, leaving out a last line that a killed writer left unfinished. Raises RunError for other damage."""
+    """The objects of a file, without a last line that a killed writer left. Raises RunError for other damage."""
     if not path.is_file():
         return
     lines = path.read_text().splitlines()

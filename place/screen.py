@@ -56,7 +56,9 @@ class PrepareProgress:
         counts = card["counts"]
         if card.get("already_prepared"):
             self.console.print(f"{output} is already prepared from the same input: nothing to do")
-        self.console.print(f"{output}: {counts['kept']:,} of {counts['input']:,} rows kept, {counts['rejected']:,} rejected")
+        self.console.print(
+            f"{output}: {counts['kept']:,} of {counts['input']:,} rows kept, {counts['rejected']:,} rejected"
+        )
         for reason, number in card["drop_reasons"].items():
             self.console.print(f"  rejected  {reason}: {number:,}")
         table = Table("split", "images", "studies", "patients", "unique reports", box=None, header_style="bold")
@@ -77,7 +79,9 @@ class RunScreen:
 
     def __enter__(self) -> RunScreen:
         self._print_plan()
-        self.seen = {name: sum(1 for _ in read_jsonl(self.run_dir / name)) for name in ("metrics.jsonl", "attempts.jsonl")}
+        self.seen = {
+            name: sum(1 for _ in read_jsonl(self.run_dir / name)) for name in ("metrics.jsonl", "attempts.jsonl")
+        }
         if self.console.is_terminal:
             self.bar.start()
         self.thread.start()
@@ -96,7 +100,8 @@ class RunScreen:
             self.console.print(f"stopped at step {last['step']}, checkpoint saved; the same command goes on from there")
             return
         self.console.print(
-            f"total train loss {first['total']:.3f} (epoch {first['epoch'] + 1}) -> {last['total']:.3f} (epoch {last['epoch'] + 1})"
+            f"total train loss {first['total']:.3f} (epoch {first['epoch'] + 1}) -> "
+            f"{last['total']:.3f} (epoch {last['epoch'] + 1})"
         )
         self.console.print(f"run folder: {self.run_dir}")
 
@@ -108,14 +113,18 @@ class RunScreen:
             f"{plan.num_samples:,} pairs, {plan.total_steps:,} steps of {plan.global_batch}, {plan.epochs} epochs, "
             f"peak learning rate {plan.peak_lr:.2e}"
         )
-        for part, source in (("image encoder", self.config.model.vision.source), ("report encoder", self.config.model.text.source)):
-            note = "trained from random weights" if source == "scratch" else f"starts from {source}"
-            extra = "; its tokenizer is trained on the training reports" if source == "scratch" and part[0] == "r" else ""
-            self.console.print(f"{part}: {note}{extra}")
+        self.console.print(f"image encoder: {_format_source(self.config.model.vision.source)}")
+        text = self.config.model.text.source
+        extra = "; its tokenizer is trained on the training reports" if text == "scratch" else ""
+        self.console.print(f"report encoder: {_format_source(text)}{extra}")
         if plan.dropped_per_epoch:
-            self.console.print(f"{plan.dropped_per_epoch} pairs do not fill a batch and are left out of each epoch, others each time")
+            self.console.print(
+                f"{plan.dropped_per_epoch} pairs do not fill a batch and are left out of each epoch, others each time"
+            )
         if not plan.val_steps:
-            self.console.print("no validation split that fills a batch: no best checkpoint is chosen, the latest counts")
+            self.console.print(
+                "no validation split that fills a batch: no best checkpoint is chosen, the latest counts"
+            )
 
     def _follow(self) -> None:
         task = self.bar.add_task("pretrain", total=self.plan.total_steps, note="workers are starting")
@@ -131,11 +140,13 @@ class RunScreen:
                 line = _format_metrics(record)
                 self.bar.update(task, completed=record["step"], note=line)
                 is_val, is_last = "val_total" in record, record["step"] == self.plan.total_steps
-                if not self.console.is_terminal and (is_val or is_last or time.perf_counter() - printed > PLAIN_INTERVAL_S):
+                is_due = is_val or is_last or time.perf_counter() - printed > PLAIN_INTERVAL_S
+                where = f"epoch {record['epoch'] + 1:>3}"
+                if is_due and not self.console.is_terminal:
                     printed = time.perf_counter()
-                    self.console.print(f"step {record['step']:>6}/{self.plan.total_steps}  epoch {record['epoch'] + 1:>3}  {line}")
+                    self.console.print(f"step {record['step']:>6}/{self.plan.total_steps}  {where}  {line}")
                 elif is_val:
-                    self.console.print(f"epoch {record['epoch'] + 1:>3}  {line}")
+                    self.console.print(f"{where}  {line}")
             if ended:
                 return
 
@@ -156,9 +167,16 @@ def read_epoch_means(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return ends[0], ends[1]
 
 
+def _format_source(source: str) -> str:
+    return "trained from random weights" if source == "scratch" else f"starts from {source}"
+
+
 def _format_metrics(record: dict[str, Any]) -> str:
     if "val_total" in record:
-        return "validation loss {val_total:.3f} = ITA {val_instance:.3f}, PCMA {val_pathology:.3f}, CCE {val_correlation:.4f}".format(**record)
+        return (
+            "validation loss {val_total:.3f} = ITA {val_instance:.3f}, PCMA {val_pathology:.3f}, "
+            "CCE {val_correlation:.4f}"
+        ).format(**record)
     return (
         "loss {total:.3f} = ITA {instance:.3f}, PCMA {pathology:.3f}, CCE {correlation:.4f}; "
         "{samples_per_s:.0f} pairs/s, waits {data_wait_share:.0%}"

@@ -36,5 +36,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from place.data.prepare import run_prepare
 
     folder = tmp_path_factory.mktemp("prepared") / "phantoms"
-    run_prepare(PrepareConfig(source="phantom", count=300, size_px=48, num_workers=1, output=str(folder), split=(0.6, 0.3, 0.1)))
+    run_prepare(
+        PrepareConfig(source="phantom", count=300, size_px=48, num_workers=1, output=str(folder), split=(0.6, 0.3, 0.1))
+    )
     return folder

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 
 
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
-    """`function(*arguments)` on each of `world` ranks; the results in order of ranks (tensors, numbers, dicts, lists)."""
+    """`function(*arguments)` on each of `world` ranks; results in order of ranks (tensors, numbers, dicts, lists)."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_enter, (world, folder, function, arguments), nprocs=world)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 
-def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask_BK: Tensor | None = None, backend: str = "sdpa") -> Tensor:
+def attend(
+    q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask_BK: Tensor | None = None, backend: str = "sdpa"
+) -> Tensor:
     """Scaled dot-product attention.
 
     Args:
@@ -112,12 +114,16 @@ def patch_timm_attention(encoder: nn.Module, backend: str) -> int:
     modules = [module for module in encoder.modules() if isinstance(module, Attention)]
     for module in modules:
         if module.gate is not None or module.attn_drop.p:
-            raise ValueError("the image encoder's attention has a gate or dropout of weights; choose another architecture")
+            raise ValueError(
+                "the image encoder's attention has a gate or dropout of weights; choose another architecture"
+            )
         module.forward = functools.partial(_timm_forward, module, backend)
     return len(modules)
 
 
-def _timm_forward(module: nn.Module, backend: str, x_BND: Tensor, attn_mask: Tensor | None = None, **_: object) -> Tensor:
+def _timm_forward(
+    module: nn.Module, backend: str, x_BND: Tensor, attn_mask: Tensor | None = None, **_: object
+) -> Tensor:
     if attn_mask is not None:
         raise ValueError("timm passed an attention mask, which the image encoder does not use")
     batch, tokens, _width = x_BND.shape

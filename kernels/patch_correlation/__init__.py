@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from place.kernels.patch_correlation import reference
+from torch import Tensor
 
 METHODS = {"reference": reference.patch_corr_loss}
 
@@ -51,4 +50,6 @@ def patch_corr_loss(
         raise ValueError(f"patch_corr_loss: method '{method}', expected auto or one of {sorted(METHODS)}")
     if x_BND.shape[:2] != y_BNT.shape[:2]:
         raise ValueError(f"patch_corr_loss: x is {tuple(x_BND.shape)}, y is {tuple(y_BNT.shape)}; B and N must agree")
-    return METHODS[method](x_BND, y_BNT, valid_BN, focus_BN, normalize, loss, beta, exclude_diag, eps_x, eps_y, reduction)
+    return METHODS[method](
+        x_BND, y_BNT, valid_BN, focus_BN, normalize, loss, beta, exclude_diag, eps_x, eps_y, reduction
+    )

@@ -37,7 +37,7 @@ class PairLoader:
         cache: Path,
     ):
         self.data, self.split = data, split
-        # Here and not in the loader's workers: OpenCV's threads do not survive a fork, and asking for one less would hang.
+        # Here and not in the loader's workers: OpenCV's threads do not survive a fork, asking for one less would hang.
         cv2.setNumThreads(1)
         with _alone_on_node():
             self.dataset = ReportPairs(data, split, tokenizer, seed, local_batch, train, cache)
@@ -90,7 +90,7 @@ class PairLoader:
 
 @contextmanager
 def _alone_on_node() -> Iterator[None]:
-    """Hold a lock of this node while streaming picks names for its shared memory: two runs that start at once would clash."""
+    """Hold a lock of this node while streaming picks names for shared memory: two runs starting at once would clash."""
     lock = FileLock(Path(tempfile.gettempdir()) / f"place-streaming-{os.getuid()}.lock")
     if read_world().local_rank == 0:
         lock.acquire()

@@ -40,13 +40,20 @@ class ReportPairs(StreamingDataset):
     """
 
     def __init__(
-        self, data: DataConfig, split: str, tokenizer: ReportTokenizer, seed: int, batch_size: int, train: bool, cache: Path
+        self,
+        data: DataConfig,
+        split: str,
+        tokenizer: ReportTokenizer,
+        seed: int,
+        batch_size: int,
+        train: bool,
+        cache: Path,
     ):
         self.data, self.tokenizer, self.seed, self.train = data, tokenizer, seed, train
         self.mean, self.std = read_intensity(data.path)
         self.epoch = 0
         super().__init__(
-            # The prepared folder is read as if it were far away: each shard is checked when it comes into the cache, and
+            # The prepared folder is read as if it were far away: each shard is checked as it comes into the cache, and
             # nothing is ever written beside the data.
             remote=str(Path(data.path) / split),
             local=str(cache / split),
@@ -74,8 +81,8 @@ class ReportPairs(StreamingDataset):
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception:
-            # streaming leaves a shard that fails as 'preparing', and the other loader workers would wait for it for ever.
-            # Called 'local', it makes them try, and meet the same failure.
+            # streaming leaves a shard that fails as 'preparing', and the other loader workers would wait for it for
+            # ever. Called 'local', it makes them try, and meet the same failure.
             self._shard_states[shard_id] = _ShardState.LOCAL
             raise
 
@@ -131,7 +138,9 @@ def read_card(data_dir: str | Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise UsageError(f"{data_dir} is no prepared data set (no card.json); run `place prepare --output {data_dir}`") from None
+        raise UsageError(
+            f"{data_dir} is no prepared data set (no card.json); run `place prepare --output {data_dir}`"
+        ) from None
     except json.JSONDecodeError as error:
         raise RunError(f"{path} is damaged ({error}); run `place prepare` again into a new folder") from None
 
@@ -164,7 +173,7 @@ def read_samples(data_dir: str | Path, split: str) -> Iterator[dict[str, Any]]:
 
 
 def find_shard_fault(folder: Path, info: dict[str, Any]) -> str:
-    """What is wrong with a shard's stored file: missing, or not the bytes that its index names; empty when it is whole."""
+    """What is wrong with a shard's stored file: missing, or not the bytes its index names; empty when it is whole."""
     stored = info["zip_data"] or info["raw_data"]
     path = folder / stored["basename"]
     if not path.is_file():
@@ -184,7 +193,9 @@ def _read_index(data_dir: str | Path, split: str) -> dict[str, Any]:
     path = Path(data_dir) / split / "index.json"
     if not path.is_file():
         read_card(data_dir)
-        raise UsageError(f"{data_dir} has no samples in split '{split}'; splits there are {sorted(list_splits(data_dir))}")
+        raise UsageError(
+            f"{data_dir} has no samples in split '{split}'; splits there are {sorted(list_splits(data_dir))}"
+        )
     return json.loads(path.read_text())
 
 

@@ -13,13 +13,12 @@ from torch import Tensor
 from place.config import RunError, UsageError
 from place.data.report import hash_text
 
-
 CACHED_SENTENCES = 1 << 16
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 class TokenizedReport(NamedTuple):
-    """A report of T tokens and S sentences: ids, the sentence of each token (-1: special), the hash of each sentence."""
+    """A report of T tokens and S sentences: ids, sentence of each token (-1: special), hash of each sentence."""
 
     token_ids: list[int]
     sentence_of_token: list[int]
@@ -58,7 +57,10 @@ class ReportTokenizer:
         self.hf.save_pretrained(str(folder))
 
     def encode(self, sentences: Iterable[str]) -> TokenizedReport:
-        """Tokens of [CLS] sentence sentence ... [SEP], cut after the last sentence that fits; a first one that is too long is cut."""
+        """Tokens of [CLS] sentence sentence ... [SEP], cut after the last sentence that fits.
+
+        A first sentence that is too long is cut itself.
+        """
         ids, owner, hashes = [self.hf.cls_token_id], [-1], []
         for text in sentences:
             pieces, sentence_hash = self._read_sentence(text)
@@ -80,7 +82,7 @@ class ReportTokenizer:
         return self._known[text]
 
     def collate(self, reports: list[TokenizedReport]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pad to the longest report: token ids, attention (bool), sentence of token (each (B,T)) and sentence hash (B,S)."""
+        """Pad to the longest report: ids, attention (bool) and sentence of token (each (B,T)), sentence hash (B,S)."""
         length = max(len(report.token_ids) for report in reports)
         ids_BT = torch.full((len(reports), length), self.hf.pad_token_id, dtype=torch.long)
         owner_BT = torch.full((len(reports), length), -1, dtype=torch.long)

@@ -34,7 +34,7 @@ def eval_transform(image_YX: Grey, size_px: int, mean: float, std: float) -> Ten
 def train_transform(
     image_YX: Grey, size_px: int, mean: float, std: float, augment: AugmentConfig, rng: np.random.Generator
 ) -> Tensor:
-    """Random crop, rotation and intensity; never a flip, since reports say left and right. fp32 (1,size,size). Source: ours."""
+    """Random crop, rotation, intensity, fp32 (1,size,size); never a flip: reports say left and right. Source: ours."""
     crop_px = min(image_YX.shape) * np.sqrt(rng.uniform(augment.crop_scale_min, 1))
     angle = rng.uniform(-augment.rotation_deg, augment.rotation_deg)
     centre_x, centre_y = (crop_px / 2 + rng.uniform(0, 1) * (side - crop_px) for side in image_YX.shape[::-1])
@@ -42,7 +42,9 @@ def train_transform(
     zoom = size_px / (crop_px * shrink)
     matrix = cv2.getRotationMatrix2D((centre_x * shrink, centre_y * shrink), angle, zoom)
     matrix[:, 2] += size_px / 2 - np.array([centre_x, centre_y]) * shrink
-    warped = cv2.warpAffine(image_YX, matrix, (size_px, size_px), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    warped = cv2.warpAffine(
+        image_YX, matrix, (size_px, size_px), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+    )
     values = warped.astype(np.float32) / 255
     contrast, brightness = 1 + rng.uniform(-1, 1, 2) * augment.intensity
     values = (values - values.mean()) * contrast + values.mean() * brightness

@@ -1,4 +1,4 @@
-"""Instance alignment (ITA): symmetric InfoNCE over the global batch, identical reports being positives of each other."""
+"""Instance alignment (ITA): symmetric InfoNCE over the global batch, identical reports are positives of each other."""
 
 from __future__ import annotations
 

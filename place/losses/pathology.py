@@ -101,8 +101,8 @@ def assign(cosine_BSK: Tensor, mask_BS: Tensor) -> Tensor:
     """One-to-one pairing of sentences with observations by least total 1 - cos.
 
     Returns:
-        (B,S) int64 on the CPU, the observation of each sentence; -1 for padding, and for the worst sentences of a study that has
-        more sentences than observations.
+        (B,S) int64 on the CPU, the observation of each sentence; -1 for padding, and for the worst sentences of a study
+        that has more sentences than observations.
     Source: ours (scipy's linear_sum_assignment).
     """
     cost_BSK, mask_BS = (1 - cosine_BSK).detach().float().cpu(), mask_BS.cpu()
@@ -121,12 +121,16 @@ def _pair_by_assignment(
     return _take(observations_BKE, pairing_BS.clamp(min=0)), mask_BS & (pairing_BS >= 0)
 
 
-def _pair_by_max(observations_BKE: Tensor, sentences_BSE: Tensor, mask_BS: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _pair_by_max(
+    observations_BKE: Tensor, sentences_BSE: Tensor, mask_BS: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
     best_BS = (sentences_BSE.detach() @ observations_BKE.detach().transpose(1, 2)).argmax(-1)
     return _take(observations_BKE, best_BS), mask_BS
 
 
-def _pair_softly(observations_BKE: Tensor, sentences_BSE: Tensor, mask_BS: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _pair_softly(
+    observations_BKE: Tensor, sentences_BSE: Tensor, mask_BS: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
     share_BSK = (scale.detach() * sentences_BSE @ observations_BKE.transpose(1, 2)).softmax(-1)
     return nn.functional.normalize(share_BSK @ observations_BKE, dim=-1), mask_BS
 

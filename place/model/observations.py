@@ -12,7 +12,7 @@ from place.model.projection import CrossBlock, init_weights
 class ObservationExtractor(nn.Module):
     """K pathology queries through M pre-norm blocks of self-attention, cross-attention to patches and feed-forward.
 
-    Source: quoted (PLACE abstract: a VPOE extracts observation representations from localised tokens); the form is ours.
+    Source: quoted (PLACE, abstract: a VPOE extracts observation representations from localised tokens); form ours.
     """
 
     def __init__(self, config: ObservationsConfig, width: int, attention: str):

@@ -110,7 +110,9 @@ class PlaceModel(nn.Module):
         return scales - (scales - self.max_logit_scale).clamp(min=0).detach()
 
 
-def build_model(config: Config, vocab_size: int, device: torch.device, definition: Path | None = None) -> tuple[PlaceModel, str]:
+def build_model(
+    config: Config, vocab_size: int, device: torch.device, definition: Path | None = None
+) -> tuple[PlaceModel, str]:
     """Build the model on CPU for use on a device.
 
     Args:
@@ -126,6 +128,8 @@ def build_model(config: Config, vocab_size: int, device: torch.device, definitio
         attention, reason = choose_backend(config.model.attention, device)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    vision = build_image_encoder(config.model.vision, config.data.image_size_px, attention, with_weights=definition is None)
+    vision = build_image_encoder(
+        config.model.vision, config.data.image_size_px, attention, with_weights=definition is None
+    )
     text = build_report_encoder(config.model.text, vocab_size, attention, definition)
     return PlaceModel(config, vision, text, attention), f"attention: {attention} ({reason})"

@@ -10,7 +10,7 @@ from place.kernels.attention import attend, attention_weights
 
 
 class Projection(nn.Sequential):
-    """Two-layer projection into the joint space; the result is unit length in fp32. Source: inferred (MGCA, projection heads)."""
+    """Two-layer projection into the joint space, unit length in fp32. Source: inferred (MGCA, projection heads)."""
 
     def __init__(self, width: int, joint_width: int):
         super().__init__(nn.Linear(width, width), nn.GELU(), nn.Linear(width, joint_width))
@@ -68,7 +68,9 @@ class CrossBlock(nn.Module):
         if self.attend_self is not None and self.norm_self is not None:
             normed = self.norm_self(x_BQD)
             x_BQD = x_BQD + self.attend_self(normed, normed)[0]
-        crossed, weights_BQK = self.attend_cross(self.norm_cross(x_BQD), self.norm_keys(keys_BKD), mask_BK, want_weights)
+        crossed, weights_BQK = self.attend_cross(
+            self.norm_cross(x_BQD), self.norm_keys(keys_BKD), mask_BK, want_weights
+        )
         x_BQD = x_BQD + crossed
         return x_BQD + self.feed_forward(self.norm_out(x_BQD)), weights_BQK
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
+from place.compat import patch_torchvision
 from place.config import TextConfig, UsageError
 
 if TYPE_CHECKING:
@@ -47,11 +47,12 @@ def build_report_encoder(
     Args:
         vocab_size: of the tokenizer; must fit the encoder.
         attention: attention backend; transformers knows `eager` and `sdpa`, the latter also stands in for xformers.
-        definition: folder with a config.json of which the architecture alone is built, because a checkpoint is loaded next.
+        definition: folder with a config.json of which the architecture alone is built: a checkpoint is loaded next.
     Raises:
-        UsageError: the source holds no encoder, or the tokenizer does not fit it.
+        UsageError: the source holds no encoder or not all of its weights, or the tokenizer does not fit it.
     Source: ours.
     """
+    patch_torchvision()
     attention = "eager" if attention == "eager" else "sdpa"
     encoder = _build_encoder(config, vocab_size, attention, definition)
     if vocab_size > encoder.config.vocab_size:
@@ -80,13 +81,28 @@ def _build_encoder(config: TextConfig, vocab_size: int, attention: str, definiti
             attention_probs_dropout_prob=config.dropout,
         )
         return _build_from_scratch(small, attention)
+    return _read_encoder(config.source, attention)
+
+
+def _read_encoder(source: str, attention: str) -> nn.Module:
+    from safetensors import SafetensorError
+    from transformers import AutoModel
+
     try:
-        return AutoModel.from_pretrained(config.source, attn_implementation=attention)
-    except (OSError, ValueError) as error:
+        encoder, found = AutoModel.from_pretrained(source, attn_implementation=attention, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UsageError(
-            f"model.text.source={config.source}: {str(error).strip().splitlines()[0]}; "
+            f"model.text.source={source}: {str(error).strip().splitlines()[0][:300]}; "
             "give a local folder with config.json, model.safetensors and a tokenizer, or scratch"
         ) from None
+    # transformers draws what is missing at random and only warns.
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise UsageError(
+            f"model.text.source={source}: the weights do not fit config.json, {len(missing)} are missing "
+            f"(such as {missing[0]}); give the weights of this architecture"
+        )
+    return encoder
 
 
 def _build_from_scratch(small: BertConfig, attention: str) -> nn.Module:

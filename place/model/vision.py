@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from place.compat import patch_torchvision
@@ -54,14 +53,16 @@ def patchify(image_BCYX: Tensor, patch_px: int) -> Tensor:
     return nn.functional.unfold(image_BCYX, patch_px, stride=patch_px).transpose(1, 2)
 
 
-def build_image_encoder(config: VisionConfig, image_size_px: int, attention: str, with_weights: bool = True) -> ImageEncoder:
+def build_image_encoder(
+    config: VisionConfig, image_size_px: int, attention: str, with_weights: bool = True
+) -> ImageEncoder:
     """Build the image encoder from `timm:NAME`, a local folder or from scratch.
 
     Args:
         attention: backend that every attention is routed through.
         with_weights: false builds the architecture alone, because a checkpoint is loaded next.
     Raises:
-        UsageError: no weights where they were asked for, an unknown architecture, or a patch that does not divide the image.
+        UsageError: no weights where asked for, an unknown architecture, or a patch that does not divide the image.
     Source: ours.
     """
     patch_torchvision()
@@ -78,19 +79,26 @@ def build_image_encoder(config: VisionConfig, image_size_px: int, attention: str
 
 def _build_vit(config: VisionConfig, image_size_px: int, with_weights: bool) -> nn.Module:
     import timm
+    from safetensors import SafetensorError
 
     size = {"in_chans": 1, "num_classes": 0, "img_size": image_size_px, **config.overrides}
     if config.stem == "conv" and config.source != "scratch":
-        raise UsageError("model.vision.stem=conv needs model.vision.source=scratch: pretrained weights have no such stem")
+        raise UsageError(
+            "model.vision.stem=conv needs model.vision.source=scratch: pretrained weights have no such stem"
+        )
     try:
         if config.source == "scratch":
             return _build_from_scratch(config, size)
         if Path(config.source).is_dir():
-            return timm.create_model(f"local-dir:{config.source}", pretrained=with_weights, dynamic_img_size=True, **size)
+            return timm.create_model(
+                f"local-dir:{config.source}", pretrained=with_weights, dynamic_img_size=True, **size
+            )
         if config.source.startswith("timm:"):
             name = config.source.removeprefix("timm:")
             return timm.create_model(name, pretrained=with_weights, dynamic_img_size=True, **size)
-    except (OSError, RuntimeError, KeyError, TypeError, AssertionError) as error:
+    except UsageError:
+        raise
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, AssertionError, SafetensorError) as error:
         raise UsageError(f"model.vision.source={config.source}: {_one_line(error)}") from None
     raise UsageError(
         f"model.vision.source={config.source} is neither a folder, nor timm:NAME, nor scratch; "
@@ -110,7 +118,7 @@ def _build_from_scratch(config: VisionConfig, size: dict[str, int | float]) -> n
 
 
 class ConvStem(nn.Sequential):
-    """Strided convolutions with a residual one after each: (B,1,Y,X) to (B,D,Y/patch,X/patch). Small models learn faster so.
+    """Strided convolutions with a residual one after each: (B,1,Y,X) to (B,D,Y/patch,X/patch); small models gain.
 
     Source: inferred (Xiao et al. 2021, 'Early convolutions help transformers see better'); the residuals are ours.
     """

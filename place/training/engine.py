@@ -75,7 +75,9 @@ class TorchEngine:
 
     def save(self, folder: Path) -> None:
         if read_world().is_first:
-            torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, folder / "engine.pt")
+            torch.save(
+                {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, folder / "engine.pt"
+            )
 
     def load(self, folder: Path) -> None:
         path = folder / "engine.pt"

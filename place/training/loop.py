@@ -184,8 +184,8 @@ def _check_finite(losses: Losses, grad_norm: Tensor, step: int, run_dir: Path) -
         latest = run_dir / "checkpoints" / "latest"
         good = latest.read_text().strip() if latest.is_file() else "none"
         raise RunError(
-            f"loss {values[0].item()}, gradient norm {values[1].item()} at step {step}: not finite; last good checkpoint: "
-            f"{good}; lower optim.lr or check the data, then start again with run.resume=auto"
+            f"loss {values[0].item()}, gradient norm {values[1].item()} at step {step}: not finite; last good "
+            f"checkpoint: {good}; lower optim.lr or check the data, then start again with run.resume=auto"
         )
 
 

@@ -11,8 +11,9 @@ NO_DECAY = ("queries", "log_scale", "pos_embed", "cls_token", "position_embeddin
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
-    """AdamW; norms, biases, temperatures, position embeddings, class tokens and queries are not decayed. Source: ours."""
-    decayed, plain = [], []
+    """AdamW; norms, biases, temperatures, position embeddings, class tokens, queries are not decayed. Source: ours."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_plain = parameter.ndim < 2 or any(part in name for part in NO_DECAY)

@@ -46,7 +46,9 @@ def prepare_run(config: Config, world: int) -> RunPlan:
     run_dir = Path(config.run.dir)
     plan = build_run_plan(config, world)
     if config.run.resume == "never" and any((run_dir / "checkpoints").glob("step_????????")):
-        raise UsageError(f"{run_dir} already holds a run and run.resume=never; choose another run.dir or run.resume=auto")
+        raise UsageError(
+            f"{run_dir} already holds a run and run.resume=never; choose another run.dir or run.resume=auto"
+        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_text(run_dir / "config.yaml", dump_config(config))
@@ -81,7 +83,7 @@ def run_worker(config: Config, launch: str, build_engine: BuildEngine | None = N
     """What every training process does, from building the model to the last checkpoint.
 
     Args:
-        launch: names this start of the run; a second worker group of the same launch resumes whatever `run.resume` says.
+        launch: names this start of the run; a second worker group of one launch resumes whatever `run.resume` says.
         build_engine: None takes the plain torch engine.
     Returns:
         `done` or `stopped`.
@@ -105,7 +107,9 @@ def run_worker(config: Config, launch: str, build_engine: BuildEngine | None = N
     if world.is_first:
         _write_attempt(run_dir, {"attempt": attempt, "from_step": progress["step"], "notes": [attention, *notes]})
     cache = _make_cache(config, launch, attempt)
-    build_loader = functools.partial(PairLoader, config.data, tokenizer=tokenizer, seed=config.run.seed, num_patches=num_patches, cache=cache)
+    build_loader = functools.partial(
+        PairLoader, config.data, tokenizer=tokenizer, seed=config.run.seed, num_patches=num_patches, cache=cache
+    )
     try:
         loader = build_loader(config.data.train_split, local_batch=plan.local_batch, train=True)
         val_loader = None
@@ -143,7 +147,7 @@ def read_commit() -> str:
 
 
 def unlink_shared_memory(run_dir: Path) -> int:
-    """Remove the shared memory that workers of this run left on this host, and nobody else's. Returns how many files."""
+    """Remove shared memory that workers of this run left on this host, and nobody else's. Returns how many files."""
     note = run_dir / f"shm.{socket.gethostname()}.jsonl"
     removed = 0
     for record in read_jsonl(note):
@@ -230,7 +234,9 @@ def _note_shared_memory(run_dir: Path, prefixes: list[str]) -> None:
 def _check_disk(run_dir: Path, need_mib: int = 512) -> None:
     free_mib = shutil.disk_usage(run_dir).free >> 20
     if free_mib < need_mib:
-        raise RunError(f"run.dir={run_dir}: {free_mib} MiB free, a run needs at least {need_mib} MiB; free some or move it")
+        raise RunError(
+            f"run.dir={run_dir}: {free_mib} MiB free, a run needs at least {need_mib} MiB; free some or move it"
+        )
 
 
 def _read_version(name: str) -> str:

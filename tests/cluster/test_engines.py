@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from place.cluster.worker import ENGINES
 from spawn import run_ranks
 from tiny import VOCAB, build_batch, build_tiny_config
 
 from place.batch import Batch
-from place.cluster.worker import ENGINES
 from place.config import Config
 from place.distributed import mean_over_ranks, read_world
 from place.losses.objective import compute_losses
@@ -46,10 +46,16 @@ def run_curve(config: Config) -> dict[str, Any]:
 
 
 def build_case(kind: str, stage: int, accumulation: int) -> Config:
-    return build_tiny_config(engine={"kind": kind, "zero_stage": stage}, train={"accumulation": accumulation, "global_batch": 8})
+    return build_tiny_config(
+        engine={"kind": kind, "zero_stage": stage}, train={"accumulation": accumulation, "global_batch": 8}
+    )
 
 
-CASES = [("torch", 0, 1), ("torch", 0, 2), *(("deepspeed", stage, accumulation) for stage in range(4) for accumulation in (1, 2, 4))]
+CASES = [
+    ("torch", 0, 1),
+    ("torch", 0, 2),
+    *(("deepspeed", stage, accumulation) for stage in range(4) for accumulation in (1, 2, 4)),
+]
 
 
 def run_cases() -> dict[str, Any]:

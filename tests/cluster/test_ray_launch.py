@@ -37,7 +37,8 @@ def embed(run: Path, data: Path) -> torch.Tensor:
     reports = [loaded.tokenizer.encode([item["text"] for item in s["sentences"]]) for s in samples]
     ids, attention, owner, _ = loaded.tokenizer.collate(reports)
     with torch.no_grad():
-        return torch.cat([loaded.model.encode_image(images).image_BE, loaded.model.encode_text(ids, attention, owner).text_BE], 1)
+        text_BE = loaded.model.encode_text(ids, attention, owner).text_BE
+        return torch.cat([loaded.model.encode_image(images).image_BE, text_BE], 1)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,9 @@ def test_a_killed_worker_leaves_no_trace_in_the_embeddings(killed: Path, undistu
     torch.testing.assert_close(embed(killed, prepared), embed(undisturbed, prepared), rtol=0, atol=1e-4)
 
 
-def test_no_sample_is_doubled_or_missed_over_the_surviving_lineage(killed: Path, undisturbed: Path, prepared: Path) -> None:
+def test_no_sample_is_doubled_or_missed_over_the_surviving_lineage(
+    killed: Path, undisturbed: Path, prepared: Path
+) -> None:
     plan = json.loads((killed / "run.json").read_text())["plan"]
     records = read_surviving(killed / "samples.jsonl")
     assert [record["step"] for record in records] == list(range(1, plan["total_steps"] + 1))
@@ -92,7 +95,9 @@ def test_no_sample_is_doubled_or_missed_over_the_surviving_lineage(killed: Path,
         assert sum(count - 1 for count in seen.values()) <= 2
     theirs = read_surviving(undisturbed / "samples.jsonl")
     assert [sorted(a["ids"]) for a in records] == [sorted(b["ids"]) for b in theirs]
-    assert plan["dropped_per_epoch"] == count_samples(prepared, "train") - plan["steps_per_epoch"] * plan["global_batch"]
+    assert (
+        plan["dropped_per_epoch"] == count_samples(prepared, "train") - plan["steps_per_epoch"] * plan["global_batch"]
+    )
 
 
 def test_the_run_folder_is_as_the_contract_says(killed: Path) -> None:

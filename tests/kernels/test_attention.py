@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-
 from place.kernels.attention import attend, attention_weights, choose_backend, patch_timm_attention
 
 CPU = torch.device("cpu")
@@ -56,7 +55,8 @@ def test_xformers_by_name_is_refused_on_cpu() -> None:
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_a_patched_timm_encoder_gives_what_timm_gives(backend: str) -> None:
     torch.manual_seed(0)
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2).eval()
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    vit = timm.create_model("vit_tiny_patch16_224", **size).eval()
     image = torch.randn(2, 3, 32, 32)
     before = vit.forward_features(image)
     assert patch_timm_attention(vit, backend) == 2

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-
 from place.kernels.patch_correlation import patch_corr_loss
 
 
@@ -19,7 +18,8 @@ def loop_over_pairs(x, y, valid, focus, normalize: bool, loss: str, beta: float)
             for j in range(x.shape[1]):
                 rows = [side[image, k] for side in (x, y) for k in (i, j)]
                 flat = any((row - row.mean()).norm() < 1e-9 for row in rows)
-                if i == j or flat or not (valid[image, i] and valid[image, j]) or not (focus[image, i] or focus[image, j]):
+                counts = valid[image, i] and valid[image, j] and (focus[image, i] or focus[image, j])
+                if i == j or flat or not counts:
                     continue
                 c, t = (_pair(side[image, i], side[image, j], normalize) for side in (x, y))
                 d = abs(float(c - t))
@@ -63,8 +63,10 @@ def test_the_reference_equals_a_loop_over_pairs(normalize: bool, loss: str) -> N
 
 def test_gradients_are_right_and_finite_beside_constant_patches() -> None:
     x, y, valid, focus = build_inputs()
+
     def run(x: torch.Tensor) -> torch.Tensor:
         return patch_corr_loss(x, y, valid_BN=valid, focus_BN=focus)[0]
+
     assert torch.autograd.gradcheck(run, (x,))
     (gradient,) = torch.autograd.grad(run(x), x)
     assert gradient.isfinite().all()

@@ -17,7 +17,11 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 def write_config(folder: Path, data: Path, **sections: dict) -> Path:
     """A config file of a tiny run on `data`, in folder/run."""
-    base = {"data": {"path": str(data)}, "run": {"dir": str(folder / "run")}, "train": {"global_batch": 32, "epochs": 3}}
+    base = {
+        "data": {"path": str(data)},
+        "run": {"dir": str(folder / "run")},
+        "train": {"global_batch": 32, "epochs": 3},
+    }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(merge(merge(TINY, base), sections)))
     return path
