@@ -91,8 +91,9 @@ def _read_encoder(source: str, attention: str) -> nn.Module:
     try:
         encoder, found = AutoModel.from_pretrained(source, attn_implementation=attention, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        where = "" if Path(source).is_dir() else "no such folder, and the hub: "
         raise UsageError(
-            f"model.text.source={source}: {str(error).strip().splitlines()[0][:300]}; "
+            f"model.text.source={source}: {where}{' '.join(str(error).split())[:200]}; "
             "give a local folder with config.json, model.safetensors and a tokenizer, or scratch"
         ) from None
     # transformers draws what is missing at random and only warns.

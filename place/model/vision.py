@@ -149,4 +149,4 @@ class ConvResidual(nn.Module):
 
 
 def _one_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]
+    return " ".join(str(error).split())[:300]
