@@ -85,10 +85,10 @@ def _start_ray(num_cpus: int) -> bool:
 
     if ray.is_initialized():
         return False
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    logging.getLogger("ray").setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS")
     own = {} if address else {"num_cpus": max(num_cpus + 1, os.cpu_count() or 1), "include_dashboard": False}
-    ray.init(address=address, log_to_driver=False, logging_level="warning", configure_logging=True, **own)
+    ray.init(address=address, log_to_driver=False, logging_level="error", configure_logging=True, **own)
     return True
 
 

@@ -175,6 +175,7 @@ def _watch(config: Config, plan: Any, run: Callable[[], str]) -> int:
     """Run with the progress on the screen; a signal asks the run to stop at its next step."""
     from place.screen import RunScreen
     from place.training.loop import STOP_FILE
+    from place.training.pretrain import unlink_shared_memory
 
     run_dir = Path(config.run.dir)
     before = {}
@@ -185,6 +186,7 @@ def _watch(config: Config, plan: Any, run: Callable[[], str]) -> int:
         with RunScreen(config, plan) as screen:
             outcome = run()
     finally:
+        unlink_shared_memory(run_dir)
         for number, handler in before.items():
             signal.signal(number, handler)
     screen.print_end(outcome)

@@ -103,6 +103,8 @@ def run_worker(config: Config, launch: str, build_engine: BuildEngine | None = N
     engine = (build_engine or TorchEngine)(model, config, device)
     plan = build_run_plan(config, world.world)
     progress, notes = _resume(config, engine, plan)
+    if progress["step"] >= plan.total_steps:
+        notes.append(f"all {plan.total_steps} steps are done already: nothing to train")
     log = RunLog(run_dir, attempt, config.run.tensorboard, progress["step"]) if world.is_first else None
     if world.is_first:
         _write_attempt(run_dir, {"attempt": attempt, "from_step": progress["step"], "notes": [attention, *notes]})
