@@ -32,7 +32,10 @@ test-slow: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	rm -rf build/types/place
+	mkdir -p build/types/place
+	cd build/types/place && ln -s ../../../place/* ../../../cluster ../../../kernels .
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -64,7 +64,7 @@ def launch(config: Config, launch_name: str) -> str:
 def read_outcome(run_dir: Path, launch_name: str) -> str:
     """How a launch ended, `unknown` if no worker came so far. Raises the error that a worker gave up with."""
     path = run_dir / "outcome.json"
-    outcome = json.loads(path.read_text()) if path.is_file() else {"launch": None}
+    outcome: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"launch": None}
     if outcome["launch"] != launch_name:
         return "unknown"
     if outcome["outcome"] == "failed":

@@ -17,9 +17,9 @@ from place.config import Config, RunError, UsageError
 from place.distributed import World, broadcast_text, is_distributed, read_world
 from place.training.checkpoint import write_text
 from place.training.engine import TorchEngine
-from place.training.pretrain import new_launch, run_worker
+from place.training.pretrain import BuildEngine, new_launch, run_worker
 
-ENGINES = {"deepspeed": DeepSpeedEngine, "torch": TorchEngine}
+ENGINES: dict[str, BuildEngine] = {"deepspeed": DeepSpeedEngine, "torch": TorchEngine}
 
 
 def run_guarded(config: Config, launch: str) -> None:

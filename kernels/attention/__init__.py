@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from timm.layers.attention import Attention
 
 
 def attend(
@@ -122,7 +126,7 @@ def patch_timm_attention(encoder: nn.Module, backend: str) -> int:
 
 
 def _timm_forward(
-    module: nn.Module, backend: str, x_BND: Tensor, attn_mask: Tensor | None = None, **_: object
+    module: Attention, backend: str, x_BND: Tensor, attn_mask: Tensor | None = None, **_: object
 ) -> Tensor:
     if attn_mask is not None:
         raise ValueError("timm passed an attention mask, which the image encoder does not use")

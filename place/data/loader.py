@@ -41,7 +41,7 @@ class PairLoader:
         cv2.setNumThreads(1)
         with _alone_on_node():
             self.dataset = ReportPairs(data, split, tokenizer, seed, local_batch, train, cache)
-        self.loader = DataLoader(
+        self.loader: DataLoader[Batch] = DataLoader(
             self.dataset,
             batch_size=local_batch,
             num_workers=data.num_workers,

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from place.config import RunError, UsageError
 from place.data.report import hash_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CACHED_SENTENCES = 1 << 16
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -28,7 +31,7 @@ class TokenizedReport(NamedTuple):
 class ReportTokenizer:
     """A Hugging Face tokenizer that keeps sentences apart. Final; built by `load` or `read_or_train`."""
 
-    def __init__(self, tokenizer, max_tokens: int, max_sentences: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, max_sentences: int):
         self.hf = tokenizer
         self.max_tokens, self.max_sentences = max_tokens, max_sentences
         # Reports repeat their sentences from study to study and from epoch to epoch.
@@ -61,7 +64,8 @@ class ReportTokenizer:
 
         A first sentence that is too long is cut itself.
         """
-        ids, owner, hashes = [self.hf.cls_token_id], [-1], []
+        ids, owner = [self.hf.cls_token_id], [-1]
+        hashes: list[int] = []
         for text in sentences:
             pieces, sentence_hash = self._read_sentence(text)
             room = self.max_tokens - 1 - len(ids)

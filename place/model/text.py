@@ -11,7 +11,7 @@ from place.compat import patch_torchvision
 from place.config import TextConfig, UsageError
 
 if TYPE_CHECKING:
-    from transformers import BertConfig
+    from transformers import BertConfig, PreTrainedModel
 
 
 class ReportTokens(NamedTuple):
@@ -24,7 +24,7 @@ class ReportTokens(NamedTuple):
 class ReportEncoder(nn.Module):
     """A Hugging Face encoder that gives a summary of the report and a state for each token."""
 
-    def __init__(self, encoder: nn.Module, pooling: str):
+    def __init__(self, encoder: PreTrainedModel, pooling: str):
         super().__init__()
         self.encoder = encoder
         self.pooling = pooling
@@ -65,7 +65,7 @@ def build_report_encoder(
     return ReportEncoder(encoder, config.pooling)
 
 
-def _build_encoder(config: TextConfig, vocab_size: int, attention: str, definition: Path | None) -> nn.Module:
+def _build_encoder(config: TextConfig, vocab_size: int, attention: str, definition: Path | None) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModel, BertConfig
 
     if definition is not None:
@@ -84,7 +84,7 @@ def _build_encoder(config: TextConfig, vocab_size: int, attention: str, definiti
     return _read_encoder(config.source, attention)
 
 
-def _read_encoder(source: str, attention: str) -> nn.Module:
+def _read_encoder(source: str, attention: str) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModel
 
@@ -106,7 +106,7 @@ def _read_encoder(source: str, attention: str) -> nn.Module:
     return encoder
 
 
-def _build_from_scratch(small: BertConfig, attention: str) -> nn.Module:
+def _build_from_scratch(small: BertConfig, attention: str) -> PreTrainedModel:
     from transformers import AutoModel
 
     try:

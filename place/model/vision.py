@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
 from place.compat import patch_torchvision
 from place.config import UsageError, VisionConfig
 from place.kernels.attention import patch_timm_attention
+
+if TYPE_CHECKING:
+    from timm.models import VisionTransformer
 
 
 class VisionTokens(NamedTuple):
@@ -24,7 +27,7 @@ class VisionTokens(NamedTuple):
 class ImageEncoder(nn.Module):
     """A timm ViT that gives a summary of the image and its patch tokens, and can hide patches."""
 
-    def __init__(self, vit: nn.Module, patch_px: int, pooling: str):
+    def __init__(self, vit: VisionTransformer, patch_px: int, pooling: str):
         super().__init__()
         self.vit = vit
         # Called as a module, not as a method, so that ZeRO-3's hooks see its class token and position embeddings used.
@@ -77,7 +80,7 @@ def build_image_encoder(
     return ImageEncoder(vit, patch_px, config.pooling)
 
 
-def _build_vit(config: VisionConfig, image_size_px: int, with_weights: bool) -> nn.Module:
+def _build_vit(config: VisionConfig, image_size_px: int, with_weights: bool) -> VisionTransformer:
     import timm
     from safetensors import SafetensorError
 
@@ -106,7 +109,7 @@ def _build_vit(config: VisionConfig, image_size_px: int, with_weights: bool) -> 
     )
 
 
-def _build_from_scratch(config: VisionConfig, size: dict[str, int | float]) -> nn.Module:
+def _build_from_scratch(config: VisionConfig, size: dict[str, int | float]) -> VisionTransformer:
     import timm
     from timm.layers import HybridEmbed
 

@@ -75,7 +75,7 @@ def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
     Raises:
         RunError: there are checkpoints, but none is complete.
     """
-    faults = []
+    faults: list[str] = []
     folders = sorted((run_dir / "checkpoints").glob("step_????????"), reverse=True)
     for folder in folders:
         fault = find_fault(folder)
