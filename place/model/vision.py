@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -107,6 +108,13 @@ def _build_vit(config: VisionConfig, image_size_px: int, with_weights: bool) -> 
         f"model.vision.source={config.source} is neither a folder, nor timm:NAME, nor scratch; "
         "give a folder with config.json and model.safetensors"
     )
+
+
+def read_model_args(source: str) -> dict[str, Any]:
+    """What a local folder says of its architecture beyond the name, such as its width; empty for other sources."""
+    path = Path(source) / "config.json"
+    args = json.loads(path.read_text()).get("model_args", {}) if path.is_file() else {}
+    return {name: value for name, value in args.items() if name not in ("in_chans", "num_classes", "img_size")}
 
 
 def _build_from_scratch(config: VisionConfig, size: dict[str, int | float]) -> VisionTransformer:

@@ -17,6 +17,7 @@ from place.data.streaming import read_intensity
 from place.data.tokens import ReportTokenizer
 from place.distributed import barrier, read_world
 from place.model.place import PlaceModel, build_model
+from place.model.vision import read_model_args
 from place.training.engine import Engine
 
 WEIGHTS = "model.safetensors"
@@ -64,7 +65,7 @@ def write_checkpoint(run_dir: Path, engine: Engine, state: dict[str, Any], keep:
         write_text(root / "latest", final.name)
         if is_best:
             write_text(root / "best", final.name)
-        _thin_out(root, keep)
+        _thin_out(root, keep, final.name)
     barrier()
     return final
 
@@ -92,7 +93,11 @@ def find_fault(folder: Path) -> str:
     listing = folder / LISTING
     if not listing.is_file():
         return f"checkpoint {folder}: {LISTING} is missing"
-    for name, (size, digest) in json.loads(listing.read_text()).items():
+    try:
+        files = json.loads(listing.read_text())
+    except ValueError:
+        return f"checkpoint {folder}: file {LISTING} is damaged"
+    for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():
             return f"checkpoint {folder}: file {name} is missing"
@@ -137,8 +142,10 @@ def write_definition(run_dir: Path, config: Config, model: PlaceModel, tokenizer
     folder = run_dir / "model"
     folder.mkdir(parents=True, exist_ok=True)
     model.text.encoder.config.to_json_file(folder / "config.json")
-    architecture = model.vision.vit.pretrained_cfg.get("architecture", config.model.vision.architecture)
-    write_text(folder / "vision.json", json.dumps({"architecture": architecture}))
+    vision = config.model.vision
+    architecture = model.vision.vit.pretrained_cfg.get("architecture", vision.architecture)
+    overrides = {**read_model_args(vision.source), **vision.overrides}
+    write_text(folder / "vision.json", json.dumps({"architecture": architecture, "overrides": overrides}))
     tokenizer.save(run_dir / "tokenizer")
 
 
@@ -155,8 +162,8 @@ def read_run_intensity(config: Config) -> tuple[float, float]:
 
 
 def _portable_model(config: Config, run_dir: Path) -> Any:
-    architecture = json.loads((run_dir / "model" / "vision.json").read_text())["architecture"]
-    vision = config.model.vision.model_copy(update={"source": "scratch", "architecture": architecture})
+    definition = json.loads((run_dir / "model" / "vision.json").read_text())
+    vision = config.model.vision.model_copy(update={"source": "scratch", **definition})
     return config.model.model_copy(update={"vision": vision, "attention": "auto"})
 
 
@@ -185,8 +192,10 @@ def _hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _thin_out(root: Path, keep: int) -> None:
+def _thin_out(root: Path, keep: int, newest: str) -> None:
+    """Keep the best and the `keep` newest. What is newer than the one just written was incomplete at the resume."""
     best = (root / "best").read_text().strip() if (root / "best").is_file() else ""
-    for folder in sorted(root.glob("step_????????"))[:-keep]:
-        if folder.name != best:
-            shutil.rmtree(folder)
+    names = sorted(path.name for path in root.glob("step_????????"))
+    done = [name for name in names if name <= newest]
+    for name in {*names} - {*done[-keep:], best}:
+        shutil.rmtree(root / name)
