@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from place.config import Config, RunError, UsageError, check_config
 HEALTH_CHECK_INTERVAL_S = "0.5"
 
 
-def launch(config: Config, launch_name: str) -> str:
+def launch(config: Config, launch_name: str, on_start: Callable[[], None]) -> str:
     """Run `run_worker` on every worker of a Ray cluster: the one at RAY_ADDRESS, or one started for this run.
 
+    Args:
+        launch_name: names this start of the run.
+        on_start: called once Ray runs and before the workers do.
     Returns:
         `done` or `stopped`.
     Raises:
@@ -31,6 +35,7 @@ def launch(config: Config, launch_name: str) -> str:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     cluster = config.cluster
     started = _start_ray(cluster.num_workers * cluster.cpus_per_worker)
+    on_start()
     use_gpu = ray.cluster_resources().get("GPU", 0) >= cluster.num_workers
     _check_resources(config, ray.cluster_resources(), use_gpu)
     run_dir = Path(config.run.dir).resolve()

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from place import __version__
 from place.config import Config, PrepareConfig, RunError, UsageError, build_config
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 85
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,7 +142,10 @@ def _pretrain_by_ray(config: Config) -> int:
     from place.cluster.launch import launch
     from place.training.pretrain import new_launch, prepare_run
 
-    return _watch(config, prepare_run(config, config.cluster.num_workers), lambda: launch(config, new_launch()))
+    plan = prepare_run(config, config.cluster.num_workers)
+    # Ray puts its own handlers in place of ours when it starts, so ours go in again.
+    on_start = partial(_catch_signals, Path(config.run.dir))
+    return _watch(config, plan, lambda: launch(config, new_launch(), on_start))
 
 
 def _pretrain_here(config: Config) -> int:
@@ -174,23 +179,30 @@ LAUNCHERS: dict[str, Callable[[Config], int]] = {
 def _watch(config: Config, plan: Any, run: Callable[[], str]) -> int:
     """Run with the progress on the screen; a signal asks the run to stop at its next step."""
     from place.screen import RunScreen
-    from place.training.loop import STOP_FILE
-    from place.training.pretrain import unlink_shared_memory
+    from place.training.pretrain import clean_node
 
     run_dir = Path(config.run.dir)
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            before[number] = signal.signal(number, lambda *_: (run_dir / STOP_FILE).touch())
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    _catch_signals(run_dir)
     try:
         with RunScreen(config, plan) as screen:
             outcome = run()
     finally:
-        unlink_shared_memory(run_dir)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        clean_node(run_dir)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
     screen.print_end(outcome)
     return STOPPED if outcome == "stopped" else DONE
+
+
+def _catch_signals(run_dir: Path) -> None:
+    """Turn signals that ask this process to end into a stop file, which the workers read at each step."""
+    from place.training.loop import STOP_FILE
+
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: (run_dir / STOP_FILE).touch())
 
 
 def evaluate(arguments: argparse.Namespace) -> int:

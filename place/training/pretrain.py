@@ -148,11 +148,18 @@ def read_commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def unlink_shared_memory(run_dir: Path) -> int:
-    """Remove shared memory that workers of this run left on this host, and nobody else's. Returns how many files."""
-    note = run_dir / f"shm.{socket.gethostname()}.jsonl"
+def clean_node(run_dir: Path) -> int:
+    """Remove the shared memory and the shard cache that workers of this run left on this host, and nobody else's.
+
+    Returns:
+        How many segments of shared memory and lock files were removed.
+    """
+    note = _node_note(run_dir)
     removed = 0
     for record in read_jsonl(note):
+        if "cache" in record:
+            shutil.rmtree(record["cache"], ignore_errors=True)
+            continue
         # Names are used again once they are free: the inode tells whether it is still ours.
         mark = Path("/dev/shm") / f"{record['prefix']}locals"
         if mark.exists() and mark.stat().st_ino == record["inode"]:
@@ -162,6 +169,16 @@ def unlink_shared_memory(run_dir: Path) -> int:
                 removed += 1
     note.unlink(missing_ok=True)
     return removed
+
+
+def _node_note(run_dir: Path) -> Path:
+    """Where the workers of this host note what they will leave behind if they are killed."""
+    return run_dir / f"node.{socket.gethostname()}.jsonl"
+
+
+def _note(run_dir: Path, record: dict[str, Any]) -> None:
+    with _node_note(run_dir).open("a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def _objective(config: Config, grey_level: float, outputs: Outputs, batch: Batch) -> Losses:
@@ -216,21 +233,20 @@ def _write_attempt(run_dir: Path, record: dict[str, Any]) -> None:
 
 def _make_cache(config: Config, launch: str, attempt: int) -> Path:
     """A fresh folder for unpacked shards, the same for all workers of a node."""
-    base = Path(config.data.cache_dir or tempfile.gettempdir()) / f"place-{launch}"
+    cache = Path(config.data.cache_dir or tempfile.gettempdir()) / f"place-{launch}-{attempt}"
     if read_world().local_rank == 0:
-        unlink_shared_memory(Path(config.run.dir))
-        shutil.rmtree(base, ignore_errors=True)
-        (base / str(attempt)).mkdir(parents=True)
+        clean_node(Path(config.run.dir))
+        _note(Path(config.run.dir), {"cache": str(cache)})
+        cache.mkdir(parents=True)
     barrier()
-    return base / str(attempt)
+    return cache
 
 
 def _note_shared_memory(run_dir: Path, prefixes: list[str]) -> None:
     if read_world().local_rank == 0:
-        with (run_dir / f"shm.{socket.gethostname()}.jsonl").open("a") as file:
-            for prefix in prefixes:
-                inode = (Path("/dev/shm") / f"{prefix}locals").stat().st_ino
-                file.write(json.dumps({"prefix": prefix, "inode": inode}) + "\n")
+        for prefix in prefixes:
+            inode = (Path("/dev/shm") / f"{prefix}locals").stat().st_ino
+            _note(run_dir, {"prefix": prefix, "inode": inode})
 
 
 def _check_disk(run_dir: Path, need_mib: int = 512) -> None:

@@ -8,6 +8,7 @@ import signal
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ SECTIONS = {
     "train": {"checkpoint_every_steps": 7, "epochs": 20, "evaluate_every_epochs": 10},
 }
 KILL_AFTER_STEP = 33
+STOP_AFTER_STEP = 52
 
 
 def embed(run: Path, data: Path) -> torch.Tensor:
@@ -53,22 +55,31 @@ def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def killed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a Ray run of which one worker got SIGKILL in mid-epoch."""
+    """The run folder of a Ray run of which one worker got SIGKILL in mid-epoch, then the driver SIGTERM, then was resumed."""
     folder = tmp_path_factory.mktemp("killed")
     config, run = write_config(folder, prepared, **SECTIONS), folder / "run"
     process = start_place("pretrain", "--config", str(config), "cluster.launcher=ray")
     wait_until(lambda: any(r["step"] >= KILL_AFTER_STEP for r in read_jsonl(run / "metrics.jsonl")), process)
     workers = next(record["workers"] for record in read_jsonl(run / "attempts.jsonl") if "workers" in record)
     os.kill(workers[1]["pid"], signal.SIGKILL)
+    wait_until(lambda: any(is_after_restart(record) for record in read_jsonl(run / "metrics.jsonl")), process)
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, out + err
+    assert process.returncode == 85, out + err
+    assert "checkpoint saved" in out
+    code, out, err = run_place("pretrain", "--config", str(config), "cluster.launcher=torchrun", processes=2)
+    assert code == 0, out + err
     return run
+
+
+def is_after_restart(record: dict[str, Any]) -> bool:
+    return record["attempt"] == 1 and record["step"] >= STOP_AFTER_STEP
 
 
 @pytest.mark.timeout(500)
 def test_a_killed_worker_leaves_no_trace_in_the_curve(killed: Path, undisturbed: Path) -> None:
     attempts = {record["attempt"] for record in read_jsonl(killed / "metrics.jsonl")}
-    assert attempts == {0, 1}, "the run was not restarted once"
+    assert attempts == {0, 1, 2}, "the run was not restarted, stopped and resumed"
     ours, theirs = (read_surviving(run / "metrics.jsonl") for run in (killed, undisturbed))
     assert [record["step"] for record in ours] == [record["step"] for record in theirs]
     for a, b in zip(ours[-10:], theirs[-10:], strict=True):
@@ -106,4 +117,4 @@ def test_the_run_folder_is_as_the_contract_says(killed: Path) -> None:
     root = killed / "checkpoints"
     assert (root / (root / "latest").read_text()).is_dir()
     assert (root / (root / "best").read_text()).is_dir()
-    assert not list(Path("/dev/shm").glob("place*"))
+    assert not list(killed.glob("node.*.jsonl")), "shared memory or a shard cache was left behind"
