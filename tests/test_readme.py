@@ -1,0 +1,68 @@
+"""The README's commands, run as written but for a smaller size; its tree names what is there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from place.cli import main
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+SMALLER = {
+    "prepare": ["--num-workers", "1"],
+    "pretrain": ["cluster.launcher=local", "engine.kind=torch", "train.max_steps=4", "train.global_batch=32"],
+    "evaluate": ["evaluation.bootstrap=20", "evaluation.gallery_size=20"],
+}
+
+
+def read_commands() -> list[list[str]]:
+    """Arguments of each `place` command in the README's code blocks."""
+    blocks = "\n".join(re.findall(r"```\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+    lines = [line.split("#")[0].split(" > ")[0] for line in blocks.splitlines() if line.startswith("place ")]
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def lay_out_real_files(folder: Path, real_data: Path) -> None:
+    """The real radiographs under the names that the README's csv command uses."""
+    (folder / "metadata.csv").symlink_to(real_data / "covid-cxr" / "metadata.csv")
+    (folder / "images").symlink_to(real_data / "covid-cxr" / "images")
+
+
+def test_the_readme_shows_every_verb() -> None:
+    assert {command[0] for command in read_commands()} == {"prepare", "pretrain", "evaluate", "runs"}
+
+
+def test_the_readme_commands_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs").symlink_to(Path(__file__).parents[1] / "configs")
+    monkeypatch.chdir(tmp_path)
+    for command in read_commands():
+        if "csv" in command:
+            continue
+        small = ["200" if word == "2000" else word for word in command]
+        small = [word for word in small if not word.startswith("train.epochs")]
+        if "--schema" not in command:
+            small += SMALLER.get(command[0], [])
+        assert main(small) == 0, command
+    assert (tmp_path / "runs/mine/evaluation/retrieval.json").is_file()
+
+
+def test_the_readme_command_for_tables_runs_on_real_radiographs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real_data: Path
+) -> None:
+    lay_out_real_files(tmp_path, real_data)
+    monkeypatch.chdir(tmp_path)
+    (command,) = [command for command in read_commands() if "csv" in command]
+    assert main([*command, *SMALLER["prepare"]]) == 0
+    counts = json.loads((tmp_path / "datasets/mine/card.json").read_text())["counts"]
+    assert counts["input"] == 135 == counts["kept"] + counts["rejected"]
+
+
+def test_the_tree_names_what_is_there() -> None:
+    root = Path(__file__).parents[1]
+    for name in re.findall(r"^(\w+)/ ", README, re.MULTILINE):
+        if name not in ("checkpoints", "tokenizer", "evaluation"):
+            assert (root / name).is_dir(), name
