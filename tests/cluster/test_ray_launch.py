@@ -55,7 +55,7 @@ def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def killed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a Ray run of which one worker got SIGKILL in mid-epoch, then the driver SIGTERM, then was resumed."""
+    """The run folder of a Ray run: a worker got SIGKILL in mid-epoch, then the driver SIGTERM, then it was resumed."""
     folder = tmp_path_factory.mktemp("killed")
     config, run = write_config(folder, prepared, **SECTIONS), folder / "run"
     process = start_place("pretrain", "--config", str(config), "cluster.launcher=ray")
