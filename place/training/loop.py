@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -53,7 +54,8 @@ def train(
     """
     run_dir, world = Path(config.run.dir), read_world()
     meter = Meter(log, plan, engine.device)
-    while progress["step"] < plan.total_steps:
+    stopping = False
+    while progress["step"] < plan.total_steps and not stopping:
         epoch, first_step = divmod(progress["step"], plan.steps_per_epoch)
         last_step = min(plan.steps_per_epoch, plan.total_steps - epoch * plan.steps_per_epoch)
         for batch in meter.time_waits(loader.read_epoch(epoch, first_step, last_step, world.world)):
@@ -69,20 +71,22 @@ def train(
             stopping = _agree((run_dir / STOP_FILE).exists(), engine.device)
             if step % config.run.log_every_steps == 0 or is_due or stopping or ends_epoch:
                 meter.write(step, epoch, losses, scales, lr, grad_norm)
-                _check_finite(losses, grad_norm, step, run_dir)
-            if stopping or (is_due and not ends_epoch):
+                values = mean_over_ranks(torch.stack([losses.total.detach(), grad_norm.to(losses.total)])).tolist()
+                _check_finite({"loss": values[0], "gradient norm": values[1]}, step, run_dir)
+            if (stopping or is_due) and not ends_epoch:
                 _save(run_dir, engine, config, plan, progress, is_best=False)
-            if stopping:
+            if stopping and not ends_epoch:
                 return "stopped"
         is_best, is_last = False, progress["step"] == plan.total_steps
         if val_loader is not None and ((epoch + 1) % config.train.evaluate_every_epochs == 0 or is_last):
             value = evaluate_loss(plan, engine, val_loader, objective, epoch, log, progress["step"])
+            _check_finite({"validation loss": value}, progress["step"], run_dir)
             is_best = progress["best_val"] is None or value < progress["best_val"]
             progress["best_val"] = value if is_best else progress["best_val"]
-        if is_best or is_last or progress["step"] % config.train.checkpoint_every_steps == 0:
+        if is_best or is_last or stopping or progress["step"] % config.train.checkpoint_every_steps == 0:
             _save(run_dir, engine, config, plan, progress, is_best)
         meter.restart()
-    return "done"
+    return "done" if progress["step"] == plan.total_steps else "stopped"
 
 
 def evaluate_loss(
@@ -178,15 +182,16 @@ def _agree(flag: bool, device: torch.device) -> bool:
     return bool(votes.item())
 
 
-def _check_finite(losses: Losses, grad_norm: Tensor, step: int, run_dir: Path) -> None:
-    values = mean_over_ranks(torch.stack([losses.total.detach(), grad_norm.to(losses.total)]))
-    if not bool(values.isfinite().all()):
-        latest = run_dir / "checkpoints" / "latest"
-        good = latest.read_text().strip() if latest.is_file() else "none"
-        raise RunError(
-            f"loss {values[0].item()}, gradient norm {values[1].item()} at step {step}: not finite; last good "
-            f"checkpoint: {good}; lower optim.lr or check the data, then start again with run.resume=auto"
-        )
+def _check_finite(values: dict[str, float], step: int, run_dir: Path) -> None:
+    if all(math.isfinite(value) for value in values.values()):
+        return
+    latest = run_dir / "checkpoints" / "latest"
+    good = latest.read_text().strip() if latest.is_file() else "none"
+    said = ", ".join(f"{name} {value:g}" for name, value in values.items())
+    raise RunError(
+        f"{said} at step {step}: not finite; last good checkpoint: {good}; lower optim.lr or check the data, "
+        "then start again with run.resume=auto"
+    )
 
 
 def _save(run_dir: Path, engine: Engine, config: Config, plan: RunPlan, progress: Progress, is_best: bool) -> None:

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib import metadata
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,8 @@ def clean_node(run_dir: Path) -> int:
         if mark.exists() and mark.stat().st_ino == record["inode"]:
             locks = Path(tempfile.gettempdir()).glob(f"{record['prefix']}*_filelock")
             for path in [*mark.parent.glob(f"{record['prefix']}*"), *locks]:
+                if record["pid"] == os.getpid() and path.parent == mark.parent:
+                    resource_tracker.unregister(f"/{path.name}", "shared_memory")
                 path.unlink(missing_ok=True)
                 removed += 1
     note.unlink(missing_ok=True)
@@ -246,7 +249,7 @@ def _note_shared_memory(run_dir: Path, prefixes: list[str]) -> None:
     if read_world().local_rank == 0:
         for prefix in prefixes:
             inode = (Path("/dev/shm") / f"{prefix}locals").stat().st_ino
-            _note(run_dir, {"prefix": prefix, "inode": inode})
+            _note(run_dir, {"prefix": prefix, "inode": inode, "pid": os.getpid()})
 
 
 def _check_disk(run_dir: Path, need_mib: int = 512) -> None:
