@@ -1,0 +1,263 @@
+"""Checkpoints: whole or invisible, checked before they are read, thinned out, and loaded without what trained them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import build_tiny_config, merge
+from torch import Tensor
+
+from place.config import Config, RunError, UsageError, dump_config
+from place.data.tokens import train_tokenizer
+from place.model.place import build_model
+from place.training import checkpoint
+from place.training.checkpoint import find_checkpoint, find_fault, load_run, read_state, write_checkpoint
+from place.training.engine import TorchEngine
+from place.training.plan import RunPlan, build_plan
+from place.training.pretrain import _resume
+
+CPU = torch.device("cpu")
+REPORT = ["No pneumothorax is seen."]
+IMAGES = torch.linspace(-1, 1, 2 * 32 * 32).view(2, 1, 32, 32)
+
+
+class StubEngine:
+    """Saves one number; enough for folders."""
+
+    device = CPU
+
+    def __init__(self) -> None:
+        self.value, self.loaded = torch.zeros(3), Path()
+
+    def save(self, folder: Path) -> None:
+        (folder / "engine").mkdir()
+        torch.save(self.value, folder / "engine" / "state.pt")
+
+    def load(self, folder: Path) -> None:
+        self.loaded = folder
+
+    def read_weights(self) -> dict[str, Tensor]:
+        return {"weight": self.value}
+
+
+def write_steps(run_dir: Path, steps: list[int], keep: int = 9, best: int | None = None) -> StubEngine:
+    """Checkpoints of these steps, in this order."""
+    engine = StubEngine()
+    for step in steps:
+        state = {"step": step, "best_val": None, "world": 1, "global_batch": 8, "seed": 0}
+        write_checkpoint(run_dir, engine, state, keep, is_best=step == best)
+    return engine
+
+
+def list_steps(run_dir: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
+
+
+def build_state(**sections: dict) -> tuple[Config, RunPlan]:
+    config = build_tiny_config(**sections)
+    return config, build_plan(config, 1, 40, 0)
+
+
+def test_a_checkpoint_is_found_with_what_was_said_of_it(tmp_path: Path) -> None:
+    write_steps(tmp_path, [3, 12])
+    folder, notes = find_checkpoint(tmp_path)
+    assert folder is not None
+    assert (folder.name, notes) == ("step_00000012", [])
+    assert read_state(folder)["step"] == 12
+    assert not list((tmp_path / "checkpoints").glob("*.partial"))
+
+
+def test_an_empty_run_has_no_checkpoint_and_no_fault(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path) == (None, [])
+
+
+def test_a_partial_folder_is_never_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_steps(tmp_path, [1])
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_steps(tmp_path, [2])
+    assert (tmp_path / "checkpoints" / "step_00000002.partial").is_dir()
+    folder, notes = find_checkpoint(tmp_path)
+    assert folder is not None
+    assert (folder.name, notes) == ("step_00000001", [])
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000001"
+
+
+def test_a_partial_folder_is_overwritten_by_the_next_try(tmp_path: Path) -> None:
+    left = tmp_path / "checkpoints" / "step_00000002.partial"
+    left.mkdir(parents=True)
+    (left / "rubbish").touch()
+    write_steps(tmp_path, [2])
+    assert find_fault(tmp_path / "checkpoints" / "step_00000002") == ""
+    assert not (tmp_path / "checkpoints" / "step_00000002" / "rubbish").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "engine/state.pt", "files.json"])
+def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
+    write_steps(tmp_path, [1])
+    folder = tmp_path / "checkpoints" / "step_00000001"
+    (folder / name).unlink()
+    assert find_fault(folder).endswith(f"step_00000001: {'' if name == 'files.json' else 'file '}{name} is missing")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "engine/state.pt"])
+@pytest.mark.parametrize("how", ["flipped", "cut"])
+def test_a_damaged_file_is_named(how: str, name: str, tmp_path: Path) -> None:
+    write_steps(tmp_path, [1])
+    folder = tmp_path / "checkpoints" / "step_00000001"
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content if how == "flipped" else content[:-1])
+    assert find_fault(folder).endswith(f"step_00000001: file {name} is damaged")
+
+
+@pytest.mark.parametrize("content", ["", '{"model.safe'])
+def test_a_damaged_listing_is_named(content: str, tmp_path: Path) -> None:
+    write_steps(tmp_path, [1])
+    folder = tmp_path / "checkpoints" / "step_00000001"
+    (folder / "files.json").write_text(content)
+    assert find_fault(folder).endswith("file files.json is damaged")
+
+
+def test_the_newest_complete_one_is_chosen_with_a_note_of_each_one_skipped(tmp_path: Path) -> None:
+    write_steps(tmp_path, [1, 2, 3, 4])
+    (tmp_path / "checkpoints" / "step_00000004" / "state.json").unlink()
+    (tmp_path / "checkpoints" / "step_00000003" / "model.safetensors").write_bytes(b"short")
+    folder, notes = find_checkpoint(tmp_path)
+    assert folder is not None
+    assert folder.name == "step_00000002"
+    assert [note.split("checkpoints/")[1] for note in notes] == [
+        "step_00000004: file state.json is missing",
+        "step_00000003: file model.safetensors is damaged",
+    ]
+
+
+def test_a_run_without_a_complete_checkpoint_is_broken(tmp_path: Path) -> None:
+    write_steps(tmp_path, [1, 2])
+    for folder in (tmp_path / "checkpoints").glob("step_*"):
+        (folder / "state.json").unlink()
+    with pytest.raises(RunError, match=r"step_00000002: file state.json is missing; no complete checkpoint is left"):
+        find_checkpoint(tmp_path)
+
+
+def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    write_steps(tmp_path, [1, 2, 3, 4, 5], keep=2, best=2)
+    assert list_steps(tmp_path) == [2, 4, 5]
+    assert (tmp_path / "checkpoints" / "best").read_text() == "step_00000002"
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000005"
+
+
+def test_a_skipped_newer_checkpoint_does_not_push_out_what_is_written_after_it(tmp_path: Path) -> None:
+    write_steps(tmp_path, [1, 9])
+    (tmp_path / "checkpoints" / "step_00000009" / "state.json").unlink()
+    write_steps(tmp_path, [2, 3], keep=1)
+    assert list_steps(tmp_path) == [3]
+    folder, notes = find_checkpoint(tmp_path)
+    assert folder is not None
+    assert (folder.name, notes) == ("step_00000003", [])
+
+
+def test_a_resume_starts_at_the_newest_complete_checkpoint(tmp_path: Path) -> None:
+    write_steps(tmp_path, [2, 5])
+    (tmp_path / "checkpoints" / "step_00000005" / "state.json").unlink()
+    config, plan = build_state(run={"dir": str(tmp_path)})
+    engine = StubEngine()
+    progress, notes = _resume(config, engine, plan)
+    assert progress["step"] == 2
+    assert engine.loaded.name == "step_00000002"
+    assert len(notes) == 2
+    assert "state.json is missing" in notes[0]
+    assert notes[1] == "resumed from step_00000002"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"train": {"global_batch": 4}}, "global_batch=8, this run has 4"),
+        ({"run": {"seed": 7}}, "seed=0, this run has 7"),
+        ({}, "world=1, this run has 2"),
+    ],
+)
+def test_a_resume_with_other_numbers_is_wrong_use(changed: dict, said: str, tmp_path: Path) -> None:
+    write_steps(tmp_path, [2])
+    config, plan = build_state(**merge({"run": {"dir": str(tmp_path)}}, changed))
+    engine = StubEngine()
+    with pytest.raises(UsageError) as caught:
+        _resume(config, engine, plan if changed else plan.model_copy(update={"world": 2}))
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert engine.loaded == Path()
+
+
+def test_another_engines_checkpoint_is_refused(tmp_path: Path) -> None:
+    write_steps(tmp_path, [2])
+    config = build_tiny_config()
+    engine = TorchEngine(torch.nn.Linear(2, 2), config, CPU)
+    with pytest.raises(RunError, match=r"was not written by engine\.kind=torch"):
+        engine.load(tmp_path / "checkpoints" / "step_00000002")
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """A run folder made by hand, with checkpoints at steps 1 (the best) and 2, and what the best one's model says."""
+    folder = tmp_path_factory.mktemp("made") / "run"
+    config = build_tiny_config(data={"path": "gone"}, run={"dir": str(folder)})
+    tokenizer = train_tokenizer(REPORT, 100, 32, 4)
+    torch.manual_seed(0)
+    model, _ = build_model(config, tokenizer.vocab_size, CPU)
+    checkpoint.write_definition(folder, config, model, tokenizer)
+    (folder / "config.yaml").write_text(dump_config(config))
+    (folder / "run.json").write_text(json.dumps({"mean": 0.25, "std": 0.125, "commit": "abcdef"}))
+    engine = TorchEngine(model, config, CPU)
+    write_checkpoint(folder, engine, {"step": 1}, keep=5, is_best=True)
+    with torch.no_grad():
+        said = model.eval().encode_image(IMAGES)._asdict()
+        model.project_image[0].weight.zero_()
+    write_checkpoint(folder, engine, {"step": 2}, keep=5, is_best=False)
+    return folder, said
+
+
+def test_a_loaded_run_has_the_model_and_all_that_reads_for_it(run_dir: tuple[Path, dict[str, Tensor]]) -> None:
+    folder, said = run_dir
+    loaded = load_run(folder)
+    assert (loaded.mean, loaded.std, loaded.step, loaded.commit) == (0.25, 0.125, 1, "abcdef")
+    assert loaded.config == build_tiny_config(data={"path": "gone"}, run={"dir": str(folder)})
+    assert loaded.tokenizer.hf.get_vocab() == train_tokenizer(REPORT, 100, 32, 4).hf.get_vocab()
+    assert not loaded.model.training
+    with torch.no_grad():
+        for name, value in loaded.model.encode_image(IMAGES)._asdict().items():
+            assert torch.equal(value, said[name]), name
+
+
+@pytest.mark.parametrize(("which", "step"), [("best", 1), ("latest", 2), ("step_00000002", 2)])
+def test_a_checkpoint_is_chosen_by_name(which: str, step: int, run_dir: tuple[Path, dict[str, Tensor]]) -> None:
+    assert load_run(run_dir[0], which).step == step
+
+
+def test_a_run_is_loaded_without_deepspeed_and_ray(run_dir: tuple[Path, dict[str, Tensor]]) -> None:
+    code = (
+        "import sys; from place.training.checkpoint import load_run; load_run(sys.argv[1]);"
+        "print([name for name in ('deepspeed', 'ray', 'xformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(run_dir[0])], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_checkpoint_that_is_not_there_is_wrong_use(run_dir: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no checkpoint 'step_7'; there are \['step_00000001', 'step_00000002'\]"):
+        load_run(run_dir[0], "step_7")
+    with pytest.raises(UsageError, match="is no run folder"):
+        load_run(tmp_path)
+
+
+def test_a_broken_checkpoint_is_not_loaded(tmp_path: Path) -> None:
+    write_steps(tmp_path, [1])
+    (tmp_path / "config.yaml").write_text(dump_config(build_tiny_config()))
+    (tmp_path / "checkpoints" / "step_00000001" / "model.safetensors").unlink()
+    with pytest.raises(RunError, match=r"model\.safetensors is missing; choose another one with --checkpoint"):
+        load_run(tmp_path)
