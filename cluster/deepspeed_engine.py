@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,15 @@ class DeepSpeedEngine:
     def step(self, lr: float) -> Tensor:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+        norm = self._read_norm()
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        return torch.as_tensor(float("nan") if norm is None else norm)
+        return torch.as_tensor(self.engine.get_global_grad_norm()) if norm is None else norm
+
+    def _read_norm(self) -> Tensor | None:
+        """At stage 0 DeepSpeed forgets the norm it clips by; its gradients are whole and averaged at this point."""
+        if self.stage:
+            return None
+        return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
 
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder / "deepspeed"), tag="state", save_latest=False)
@@ -69,7 +76,7 @@ def build_deepspeed_config(config: Config, world: int) -> dict[str, Any]:
         "train_batch_size": config.train.global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": config.train.accumulation,
-        # 0 would leave the norm uncomputed at stage 0.
+        # DeepSpeed clips at 1.0 unless told otherwise, and computes no norm where it is told 0.
         "gradient_clipping": config.optim.clip_norm or 1e30,
         "zero_optimization": {"stage": config.engine.zero_stage, "overlap_comm": torch.cuda.is_available()},
         "zero_allow_untested_optimizer": True,
@@ -89,6 +96,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     import deepspeed.comm.torch
 
     if device.type == "cpu":
-        deepspeed.comm.torch.build_shm_op = lambda: None
+        # Not `deepspeed.comm.torch`: that attribute is torch itself.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed

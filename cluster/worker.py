@@ -69,6 +69,8 @@ def run_alone(config: Config) -> str:
     with tempfile.TemporaryDirectory() as folder:
         alone = config.engine.kind == "deepspeed" and not is_distributed()
         if alone:
+            # DeepSpeed asks the environment, not the group.
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
             backend = "nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, init_method=f"file://{folder}/group", rank=0, world_size=1)
         try:
