@@ -128,13 +128,14 @@ class RunScreen:
 
     def _follow(self) -> None:
         task = self.bar.add_task("pretrain", total=self.plan.total_steps, note="workers are starting")
-        printed = 0.0
+        printed, launches = 0.0, 0
         while True:
             ended = self.ended.wait(0.5)
             for record in self._read_new("attempts.jsonl"):
                 for note in record.get("notes", []):
                     self.console.print(note)
-                if record.get("attempt") and "launch" in record:
+                launches += "launch" in record
+                if launches > 1 and "launch" in record:
                     self.console.print(f"workers started again (attempt {record['attempt']})")
             for record in self._read_new("metrics.jsonl"):
                 line = _format_metrics(record)

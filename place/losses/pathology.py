@@ -105,7 +105,8 @@ def assign(cosine_BSK: Tensor, mask_BS: Tensor) -> Tensor:
         that has more sentences than observations.
     Source: ours (scipy's linear_sum_assignment).
     """
-    cost_BSK, mask_BS = (1 - cosine_BSK).detach().float().cpu(), mask_BS.cpu()
+    # scipy refuses NaN; the loss of such features is NaN whatever the pairing, and the loop stops at that.
+    cost_BSK, mask_BS = (1 - cosine_BSK).detach().float().nan_to_num().cpu(), mask_BS.cpu()
     pairing_BS = torch.full(mask_BS.shape, -1, dtype=torch.long)
     for study, cost_SK in enumerate(cost_BSK):
         real = mask_BS[study].nonzero()[:, 0]
