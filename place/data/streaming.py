@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,6 +92,13 @@ class ReportPairs(StreamingDataset):
 
     def _ready_thread(self, it: Any) -> None:
         _leave_loudly(super()._ready_thread, it)
+
+    def on_exception(self, future: Future) -> None:
+        # streaming raises in here, which ends as a traceback on the screen; the loader names a damaged shard in one line.
+        if isinstance(future.exception(), ValueError | FileNotFoundError):
+            self._event.set()
+        else:
+            super().on_exception(future)
 
     def start_at(self, epoch: int, sample_in_epoch: int) -> None:
         """Make the next iteration begin there; call it on every rank."""

@@ -129,7 +129,7 @@ def _build_from_scratch(config: VisionConfig, size: dict[str, int | float]) -> V
 
 
 class ConvStem(nn.Sequential):
-    """Strided convolutions with a residual one after each: (B,1,Y,X) to (B,D,Y/patch,X/patch); small models gain.
+    """Strided convolutions, a residual one after each but the first: (B,1,Y,X) to (B,D,Y/patch,X/patch); small models gain.
 
     Source: inferred (Xiao et al. 2021, 'Early convolutions help transformers see better'); the residuals are ours.
     """
@@ -142,7 +142,10 @@ class ConvStem(nn.Sequential):
         channels = 1
         for step in range(steps):
             out = max(8, width >> (steps - 1 - step))
-            layers += [nn.Conv2d(channels, out, 3, 2, 1), nn.GroupNorm(1, out), nn.GELU(), ConvResidual(out)]
+            kernel = 3 if step else 5
+            layers += [nn.Conv2d(channels, out, kernel, 2, kernel // 2), nn.GroupNorm(1, out), nn.GELU()]
+            if step:  # at the first step's size a residual would cost as much as all others
+                layers.append(ConvResidual(out))
             channels = out
         super().__init__(*layers)
 

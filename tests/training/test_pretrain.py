@@ -1,0 +1,313 @@
+"""`place pretrain` on one worker: the run folder, stopping and going on, and every way it gives up in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from training import runs
+from training.runs import start_place, wait_until, write_config
+
+from place import cli
+from place.config import build_config
+from place.runlog import read_jsonl, read_surviving
+from place.training import loop
+from place.training.checkpoint import find_fault
+
+TERMS = ("total", "instance", "pathology", "correlation", "grad_norm", "lr")
+LONG = {"train": {"epochs": 12, "checkpoint_every_steps": 7, "evaluate_every_epochs": 4}}
+STEPS_PER_EPOCH = 5
+
+
+class Ended(NamedTuple):
+    """How a run in this process ended."""
+
+    code: int
+    out: str
+    err: list[str]
+
+
+@pytest.fixture
+def pretrain(capfd: pytest.CaptureFixture[str]) -> Any:
+    """`place pretrain` in this process; what loader workers and threads say is caught too."""
+
+    def run(config: Path, *overrides: str) -> Ended:
+        capfd.readouterr()
+        code = cli.main(["pretrain", "--config", str(config), *overrides])
+        said = capfd.readouterr()
+        return Ended(code, " ".join(said.out.split()), said.err.splitlines())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a run that was left alone."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert cli.main(["pretrain", "--config", str(write_config(folder, prepared, **LONG))]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def short(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one epoch with checkpoints at steps 2, 4 and 5; copy it before changing it."""
+    folder = tmp_path_factory.mktemp("short")
+    config = write_config(folder, prepared, train={"epochs": 1, "checkpoint_every_steps": 2, "keep_checkpoints": 3})
+    assert cli.main(["pretrain", "--config", str(config)]) == 0
+    return folder
+
+
+@pytest.fixture
+def resumable(short: Path, prepared: Path, tmp_path: Path) -> Path:
+    """The config of a copy of the short run that wants a second epoch."""
+    shutil.copytree(short / "run", tmp_path / "run")
+    return write_config(tmp_path, prepared, train={"epochs": 2})
+
+
+def ask_to_stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the workers see a wish to stop once, after this many steps."""
+    seen: list[bool] = []
+
+    def agree(flag: bool, _: object) -> bool:
+        seen.append(flag)
+        return len(seen) == step
+
+    monkeypatch.setattr(loop, "_agree", agree)
+
+
+def list_checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("step_*"))
+
+
+def assert_same_curve(run: Path, undisturbed: Path) -> None:
+    ours, theirs = read_surviving(run / "metrics.jsonl"), read_surviving(undisturbed / "metrics.jsonl")
+    assert [record["step"] for record in ours] == [record["step"] for record in theirs]
+    for a, b in zip(ours[-10:], theirs[-10:], strict=True):
+        for term in TERMS:
+            assert a[term] == pytest.approx(b[term], rel=1e-5), f"step {a['step']}, {term}"
+    ours, theirs = read_surviving(run / "samples.jsonl"), read_surviving(undisturbed / "samples.jsonl")
+    assert [(record["step"], record["ids"]) for record in ours] == [
+        (record["step"], record["ids"]) for record in theirs
+    ]
+
+
+def flip_byte(shard: Path) -> Path:
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    return shard
+
+
+def test_the_run_folder_is_as_the_contract_says(undisturbed: Path) -> None:
+    total = 12 * STEPS_PER_EPOCH
+    assert {path.name for path in undisturbed.iterdir()} == {
+        *("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "attempts.jsonl"),
+        *("checkpoints", "tokenizer", "model"),
+    }
+    assert build_config(undisturbed / "config.yaml").train.epochs == 12
+    about = json.loads((undisturbed / "run.json").read_text())
+    assert about["plan"]["total_steps"] == total
+    assert {"commit", "versions", "data_fingerprint", "world"} <= about.keys()
+    records = list(read_jsonl(undisturbed / "metrics.jsonl"))
+    steps = [record for record in records if "total" in record]
+    assert [record["step"] for record in steps] == list(range(1, total + 1))
+    named = {*TERMS, "temperature_instance", "temperature_pathology", "samples_per_s", "data_wait_share", "memory_mib"}
+    assert all(named <= record.keys() for record in steps)
+    assert [record["step"] for record in records if "val_total" in record] == [20, 40, 60]
+    assert all(len(record["ids"]) == 32 for record in read_jsonl(undisturbed / "samples.jsonl"))
+
+
+def test_the_loss_goes_down_and_the_best_checkpoint_is_that_of_the_least_validation_loss(undisturbed: Path) -> None:
+    records = list(read_jsonl(undisturbed / "metrics.jsonl"))
+    losses = [record["total"] for record in records if "total" in record]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    best = min((record for record in records if "val_total" in record), key=lambda record: record["val_total"])
+    root = undisturbed / "checkpoints"
+    assert (root / "best").read_text() == f"step_{best['step']:08d}"
+    assert (root / "latest").read_text() == "step_00000060"
+    assert len(list_checkpoints(undisturbed)) <= 3
+    assert not any(find_fault(root / name) for name in list_checkpoints(undisturbed))
+
+
+def test_tensorboard_events_are_written_where_asked_for(pretrain: Any, prepared: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, prepared, train={"max_steps": 1, "epochs": 1}, run={"tensorboard": True})
+    assert pretrain(config).code == 0
+    assert list((tmp_path / "run" / "events").glob("events.out.tfevents.*"))
+
+
+def test_a_terminated_run_goes_on_as_if_nothing_had_happened(
+    pretrain: Any, prepared: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temp").mkdir()
+    monkeypatch.setitem(runs.ENVIRONMENT, "TMPDIR", str(tmp_path / "temp"))
+    run = tmp_path / "run"
+    config = write_config(tmp_path, prepared, **LONG)
+    process = start_place("pretrain", "--config", str(config), "data.num_workers=1")
+    wait_until(lambda: any(record["step"] >= 18 for record in read_jsonl(run / "metrics.jsonl")), process)
+    held = [item for path in run.glob("node.*.jsonl") for item in read_jsonl(path) if "inode" in item]
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (85, ""), out + err
+    stopped = (run / "checkpoints" / "latest").read_text()
+    assert 18 <= int(stopped.removeprefix("step_")) < 60
+    assert find_fault(run / "checkpoints" / stopped) == ""
+    assert f"stopped at step {int(stopped.removeprefix('step_'))}, checkpoint saved" in out
+    assert_nothing_is_left(tmp_path / "temp", held)
+    ended = pretrain(config)
+    assert (ended.code, ended.err) == (0, [])
+    assert f"resumed from {stopped}" in ended.out
+    assert_same_curve(run, undisturbed)
+
+
+def assert_nothing_is_left(temp: Path, held: list[dict[str, Any]]) -> None:
+    """Shared memory that a run held is gone, and so is all but locks and torch's own caches in its temporary folder."""
+    assert len(held) == 2, "shared memory of the training and of the validation loader"
+    marks = [(Path("/dev/shm") / f"{item['prefix']}locals", item["inode"]) for item in held]
+    assert not [mark for mark, inode in marks if mark.exists() and mark.stat().st_ino == inode]
+    kept = ("place-streaming-", "torchinductor_")
+    assert not [path.name for path in temp.iterdir() if not path.name.startswith(kept)]
+
+
+def test_a_killed_run_goes_on_and_cleans_up_what_it_left(
+    pretrain: Any, prepared: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run, cache = tmp_path / "run", f"data.cache_dir={tmp_path / 'cache'}"
+    config = write_config(tmp_path, prepared, **LONG)
+    process = start_place("pretrain", "--config", str(config), cache)
+    wait_until(lambda: any(record["step"] >= 18 for record in read_jsonl(run / "metrics.jsonl")), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    held = [item for path in run.glob("node.*.jsonl") for item in read_jsonl(path) if "inode" in item]
+    assert list((tmp_path / "cache").iterdir()), "nothing was left that could be cleaned up"
+    ended = pretrain(config, cache)
+    assert (ended.code, ended.err) == (0, [])
+    assert_nothing_is_left(tmp_path / "cache", held)
+    assert_same_curve(run, undisturbed)
+
+
+def test_a_run_is_stopped_by_its_folder(pretrain: Any, prepared: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def stop() -> None:
+        while not any(record["step"] >= 3 for record in read_jsonl(run / "metrics.jsonl")):
+            time.sleep(0.01)
+        assert cli.main(["runs", "stop", str(run)]) == 0
+
+    asking = threading.Thread(target=stop, daemon=True)
+    asking.start()
+    ended = pretrain(write_config(tmp_path, prepared, train={"epochs": 400}))
+    asking.join(5)
+    assert (ended.code, ended.err) == (85, [])
+    assert list_checkpoints(run)
+
+
+def test_a_stop_at_the_end_of_an_epoch_still_validates_it(
+    pretrain: Any, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path, prepared, train={"epochs": 2})
+    ask_to_stop_at(monkeypatch, STEPS_PER_EPOCH)
+    assert pretrain(config).code == 85
+    assert [r["step"] for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "val_total" in r] == [5]
+    assert (tmp_path / "run" / "checkpoints" / "best").read_text() == "step_00000005"
+    assert pretrain(config).code == 0
+
+
+def test_a_stop_at_the_last_step_is_a_finished_run(
+    pretrain: Any, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask_to_stop_at(monkeypatch, STEPS_PER_EPOCH)
+    assert pretrain(write_config(tmp_path, prepared, train={"epochs": 1})).code == 0
+    assert (tmp_path / "run" / "checkpoints" / "best").read_text() == "step_00000005"
+
+
+def test_a_finished_run_is_left_as_it_is(pretrain: Any, short: Path, tmp_path: Path, prepared: Path) -> None:
+    shutil.copytree(short / "run", tmp_path / "run")
+    ended = pretrain(write_config(tmp_path, prepared, train={"epochs": 1}))
+    assert (ended.code, ended.err) == (0, [])
+    assert "all 5 steps are done already" in ended.out
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (short / "run" / "metrics.jsonl").read_text()
+
+
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(pretrain: Any, resumable: Path) -> None:
+    ended = pretrain(resumable, "optim.lr=1e30")
+    assert (ended.code, len(ended.err)) == (1, 1), ended.err
+    assert "at step 7: not finite; last good checkpoint: step_00000005; lower optim.lr" in ended.err[0]
+    assert list_checkpoints(resumable.parent / "run")[-1] == "step_00000005"
+    assert pretrain(resumable).code == 0
+
+
+def test_a_validation_loss_that_is_not_finite_never_makes_a_best_checkpoint(
+    pretrain: Any, prepared: Path, tmp_path: Path
+) -> None:
+    ended = pretrain(write_config(tmp_path, prepared), "optim.lr=1e30", "train.global_batch=128")
+    assert (ended.code, len(ended.err)) == (1, 1), ended.err
+    assert "validation loss nan at step 1: not finite; last good checkpoint: none" in ended.err[0]
+    assert list_checkpoints(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_flipped_byte_in_a_shard_is_one_line_that_names_it(
+    num_workers: int,
+    split: str,
+    pretrain: Any,
+    resumable: Path,
+    prepared: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    shutil.copytree(prepared, tmp_path / "data")
+    shard = flip_byte(next((tmp_path / "data" / split).glob("shard.*")))
+    ended = pretrain(resumable, f"data.path={tmp_path / 'data'}", f"data.num_workers={num_workers}")
+    assert (ended.code, len(ended.err)) == (1, 1), ended.err
+    assert f"shard {shard} is damaged" in ended.err[0]
+    assert not [record for record in caplog.records if record.levelname == "ERROR"], "a traceback on the screen"
+
+
+def test_a_flipped_byte_is_found_before_a_tokenizer_is_made_of_it(
+    pretrain: Any, prepared: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(prepared, tmp_path / "data")
+    shard = flip_byte(next((tmp_path / "data" / "train").glob("shard.*")))
+    ended = pretrain(write_config(tmp_path, tmp_path / "data"))
+    assert (ended.code, len(ended.err)) == (1, 1), ended.err
+    assert f"shard {shard} is damaged" in ended.err[0]
+
+
+def test_a_checkpoint_with_a_missing_file_is_skipped_with_a_line(pretrain: Any, resumable: Path) -> None:
+    (resumable.parent / "run" / "checkpoints" / "step_00000005" / "engine.pt").unlink()
+    ended = pretrain(resumable)
+    assert (ended.code, ended.err) == (0, [])
+    assert "step_00000005: file engine.pt is missing" in ended.out.replace("engine. pt", "engine.pt")
+    assert "resumed from step_00000004" in ended.out
+
+
+def test_a_run_without_a_complete_checkpoint_is_one_line(pretrain: Any, resumable: Path) -> None:
+    for folder in (resumable.parent / "run" / "checkpoints").glob("step_*"):
+        (folder / "state.json").unlink()
+    ended = pretrain(resumable)
+    assert (ended.code, len(ended.err)) == (1, 1), ended.err
+    assert "step_00000005: file state.json is missing; no complete checkpoint is left" in ended.err[0]
+
+
+def test_a_run_with_another_seed_is_refused_in_one_line(pretrain: Any, resumable: Path) -> None:
+    ended = pretrain(resumable, "run.seed=9")
+    assert (ended.code, len(ended.err)) == (2, 1), ended.err
+    assert "was written with seed=0, this run has 9" in ended.err[0]
+
+
+def test_too_little_disk_is_one_line(
+    pretrain: Any, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=100 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    ended = pretrain(write_config(tmp_path, prepared))
+    assert (ended.code, len(ended.err)) == (1, 1), ended.err
+    assert "100 MiB free, a run needs at least 512 MiB" in ended.err[0]
