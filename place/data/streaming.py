@@ -94,7 +94,7 @@ class ReportPairs(StreamingDataset):
         _leave_loudly(super()._ready_thread, it)
 
     def on_exception(self, future: Future) -> None:
-        # streaming raises in here, which ends as a traceback on the screen; the loader names a damaged shard in one line.
+        # streaming raises in here, which prints a traceback; the loader names a damaged shard in one line.
         if isinstance(future.exception(), ValueError | FileNotFoundError):
             self._event.set()
         else:

@@ -129,9 +129,9 @@ def _build_from_scratch(config: VisionConfig, size: dict[str, int | float]) -> V
 
 
 class ConvStem(nn.Sequential):
-    """Strided convolutions, a residual one after each but the first: (B,1,Y,X) to (B,D,Y/patch,X/patch). For small models.
+    """Strided convolutions, a residual one after each but the first: (B,1,Y,X) to (B,D,Y/patch,X/patch).
 
-    Source: inferred (Xiao et al. 2021, 'Early convolutions help transformers see better'); the residuals are ours.
+    Source: inferred (Xiao et al. 2021, 'Early convolutions help transformers see better'); residuals are ours.
     """
 
     def __init__(self, patch_px: int, width: int):
