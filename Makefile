@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test lint clean
 
 setup: $(READY)
 
@@ -25,10 +25,7 @@ demo: $(READY)
 	$(BIN)/place evaluate --run runs/demo --data datasets/demo --tasks all
 
 test: $(READY)
-	$(BIN)/pytest -m 'not slow and not gpu'
-
-test-slow: $(READY)
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest
 
 lint: $(READY)
 	$(BIN)/ruff check .
