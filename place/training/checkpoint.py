@@ -13,7 +13,6 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 from place.config import Config, RunError, UsageError, build_config
-from place.data.streaming import read_intensity
 from place.data.tokens import ReportTokenizer
 from place.distributed import barrier, read_world
 from place.model.place import PlaceModel, build_model
@@ -154,11 +153,6 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     os.replace(partial, path)
-
-
-def read_run_intensity(config: Config) -> tuple[float, float]:
-    """Mean and standard deviation that images are standardised with."""
-    return read_intensity(config.data.path)
 
 
 def _portable_model(config: Config, run_dir: Path) -> Any:
