@@ -18,6 +18,7 @@ from torch import Tensor
 from place.batch import Batch, Losses
 from place.config import Config, RunError
 from place.data.loader import PairLoader
+from place.data.streaming import read_card
 from place.distributed import gather, is_distributed, mean_over_ranks, read_world
 from place.runlog import RunLog
 from place.training.checkpoint import write_checkpoint
@@ -194,6 +195,17 @@ def _check_finite(values: dict[str, float], step: int, run_dir: Path) -> None:
     )
 
 
+def describe_lineage(config: Config, plan: RunPlan) -> dict[str, Any]:
+    """What must be the same when a run goes on, for its sample order and its curve to be those of one run."""
+    return {
+        "world": plan.world,
+        "global_batch": plan.global_batch,
+        "seed": config.run.seed,
+        "num_canonical_nodes": config.data.num_canonical_nodes,
+        "data_fingerprint": read_card(config.data.path)["fingerprint"],
+    }
+
+
 def _save(run_dir: Path, engine: Engine, config: Config, plan: RunPlan, progress: Progress, is_best: bool) -> None:
-    state = {**progress, "world": plan.world, "global_batch": plan.global_batch, "seed": config.run.seed}
+    state = {**progress, **describe_lineage(config, plan)}
     write_checkpoint(run_dir, engine, state, config.train.keep_checkpoints, is_best)

@@ -31,7 +31,7 @@ from place.model.place import PlaceModel, build_model
 from place.runlog import RunLog, read_jsonl
 from place.training.checkpoint import find_checkpoint, read_state, write_definition, write_text
 from place.training.engine import Engine, TorchEngine
-from place.training.loop import STOP_FILE, Progress, train
+from place.training.loop import STOP_FILE, Progress, describe_lineage, train
 from place.training.plan import RunPlan, build_plan
 
 BuildEngine = Callable[[PlaceModel, Config, torch.device], Engine]
@@ -194,8 +194,7 @@ def _resume(config: Config, engine: Engine, plan: RunPlan) -> tuple[Progress, li
     if folder is None:
         return progress, notes
     state = read_state(folder)
-    same = {"world": plan.world, "global_batch": plan.global_batch, "seed": config.run.seed}
-    for key, value in same.items():
+    for key, value in describe_lineage(config, plan).items():
         if state[key] != value:
             raise UsageError(
                 f"checkpoint {folder} was written with {key}={state[key]}, this run has {value}; "

@@ -50,6 +50,7 @@ def write_steps(run_dir: Path, steps: list[int], keep: int = 9, best: int | None
     engine = StubEngine()
     for step in steps:
         state = {"step": step, "best_val": None, "world": 1, "global_batch": 8, "seed": 0}
+        state |= {"num_canonical_nodes": 2, "data_fingerprint": "same"}
         write_checkpoint(run_dir, engine, state, keep, is_best=step == best)
     return engine
 
@@ -58,8 +59,11 @@ def list_steps(run_dir: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
 
 
-def build_state(**sections: dict) -> tuple[Config, RunPlan]:
-    config = build_tiny_config(**sections)
+def build_state(folder: Path, **sections: dict) -> tuple[Config, RunPlan]:
+    """A config of a run in `folder` on data that has nothing but a card, and its plan."""
+    (folder / "card.json").write_text('{"fingerprint": "same"}')
+    base = {"run": {"dir": str(folder)}, "data": {"path": str(folder)}}
+    config = build_tiny_config(**merge(base, sections))
     return config, build_plan(config, 1, 40, 0)
 
 
@@ -165,7 +169,7 @@ def test_a_skipped_newer_checkpoint_does_not_push_out_what_is_written_after_it(t
 def test_a_resume_starts_at_the_newest_complete_checkpoint(tmp_path: Path) -> None:
     write_steps(tmp_path, [2, 5])
     (tmp_path / "checkpoints" / "step_00000005" / "state.json").unlink()
-    config, plan = build_state(run={"dir": str(tmp_path)})
+    config, plan = build_state(tmp_path)
     engine = StubEngine()
     progress, notes = _resume(config, engine, plan)
     assert progress["step"] == 2
@@ -185,7 +189,7 @@ def test_a_resume_starts_at_the_newest_complete_checkpoint(tmp_path: Path) -> No
 )
 def test_a_resume_with_other_numbers_is_wrong_use(changed: dict, said: str, tmp_path: Path) -> None:
     write_steps(tmp_path, [2])
-    config, plan = build_state(**merge({"run": {"dir": str(tmp_path)}}, changed))
+    config, plan = build_state(tmp_path, **changed)
     engine = StubEngine()
     with pytest.raises(UsageError) as caught:
         _resume(config, engine, plan if changed else plan.model_copy(update={"world": 2}))

@@ -311,3 +311,12 @@ def test_too_little_disk_is_one_line(
     ended = pretrain(write_config(tmp_path, prepared))
     assert (ended.code, len(ended.err)) == (1, 1), ended.err
     assert "100 MiB free, a run needs at least 512 MiB" in ended.err[0]
+
+
+def test_a_run_on_other_data_is_refused_in_one_line(pretrain: Any, resumable: Path, prepared: Path) -> None:
+    other = shutil.copytree(prepared, resumable.parent / "other")
+    card = json.loads((other / "card.json").read_text())
+    (other / "card.json").write_text(json.dumps({**card, "fingerprint": "0" * 64}))
+    ended = pretrain(resumable, f"data.path={other}")
+    assert (ended.code, len(ended.err)) == (2, 1), ended.err
+    assert "this run has " + "0" * 64 in ended.err[0]
