@@ -28,6 +28,15 @@ def take_rank(batch: Batch) -> Batch:
     return batch.chunks(world.world)[world.rank]
 
 
+def read_gradients(engine: Any, config: Config) -> dict[str, torch.Tensor]:
+    """The gradient of each parameter before the first optimiser step, averaged over ranks."""
+    if config.engine.kind == "torch":
+        return {name: mean_over_ranks(p.grad) for name, p in engine.model.named_parameters()}
+    from deepspeed.utils import safe_get_full_grad
+
+    return {name: safe_get_full_grad(p).clone() for name, p in engine.model.named_parameters()}
+
+
 def run_curve(config: Config) -> dict[str, Any]:
     """A few steps: total losses, gradient norms and the weights after the last step."""
     torch.manual_seed(0)
@@ -40,9 +49,16 @@ def run_curve(config: Config) -> dict[str, Any]:
         terms, _ = backward_contrast(
             engine, batch, config.train.accumulation, lambda o, b: compute_losses(o, b, config.loss, GREY)
         )
+        if step == 0:
+            gradients = read_gradients(engine, config)
         losses.append(mean_over_ranks(torch.stack(terms).detach()))
         norms.append(engine.step(1e-3).item())
-    return {"losses": torch.stack(losses), "norms": torch.tensor(norms), "weights": engine.read_weights()}
+    return {
+        "losses": torch.stack(losses),
+        "norms": torch.tensor(norms),
+        "gradients": gradients,
+        "weights": engine.read_weights(),
+    }
 
 
 def build_case(kind: str, stage: int, accumulation: int) -> Config:
@@ -87,3 +103,14 @@ def test_zero_three_gives_the_full_weights(double: dict) -> None:
     assert three.keys() == zero.keys()
     for name, weight in zero.items():
         torch.testing.assert_close(three[name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_changes_no_gradient(stage: int, accumulation: int, double: dict, single: dict) -> None:
+    whole, chunked = (double[f"deepspeed-{stage}-{count}"]["gradients"] for count in (1, accumulation))
+    largest = max(float(gradient.abs().max()) for gradient in single["gradients"].values())
+    assert whole.keys() == chunked.keys() == single["gradients"].keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(chunked[name], gradient, rtol=1e-5, atol=1e-5 * largest, msg=name)
+        torch.testing.assert_close(gradient, single["gradients"][name], rtol=1e-4, atol=1e-5 * largest, msg=name)
