@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +15,43 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
-    """`function(*arguments)` on each of `world` ranks; results in order of ranks (tensors, numbers, dicts, lists)."""
+def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, lone_ranks: tuple[int, ...] = ()) -> list[Any]:
+    """`function(*arguments)` on each of `world` ranks; results in order of ranks (tensors, numbers, dicts, lists).
+
+    Args:
+        lone_ranks: each gets a machine of its own, as far as shared memory and temporary files tell.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_enter, (world, folder, function, arguments), nprocs=world)
+        mp.spawn(_enter, (world, folder, function, arguments, lone_ranks), nprocs=world)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
-def _enter(rank: int, world: int, folder: str, function: Callable[..., Any], arguments: tuple) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+def _enter(
+    rank: int, world: int, folder: str, function: Callable[..., Any], arguments: tuple, lone_ranks: tuple[int, ...]
+) -> None:
+    mates = [rank] if rank in lone_ranks else [mate for mate in range(world) if mate not in lone_ranks]
+    local = {"LOCAL_RANK": str(mates.index(rank)), "LOCAL_WORLD_SIZE": str(len(mates))}
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), **local)
+    if rank in lone_ranks:
+        _leave_machine(Path(folder))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
     torch.save(function(*arguments), Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def can_leave_machine() -> bool:
+    """Whether this user may have a mount namespace."""
+    return subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode == 0
+
+
+def _leave_machine(shared: Path) -> None:
+    """Shared memory and temporary files of its own, all but the folder that results go to."""
+    new_mounts, private_mounts = 0x00020000, 0x44000  # CLONE_NEWNS; MS_REC | MS_PRIVATE
+    libc, private = ctypes.CDLL(None), tempfile.mkdtemp(dir=shared)
+    assert not libc.unshare(new_mounts)
+    assert not libc.mount(b"none", b"/", None, private_mounts, None)
+    for folder in ("/dev/shm", private):
+        assert not libc.mount(b"none", folder.encode(), b"tmpfs", 0, None)
+    tempfile.tempdir = private

@@ -18,7 +18,7 @@ from place.batch import Batch
 from place.config import DataConfig, RunError
 from place.data.streaming import Pair, ReportPairs, find_split_faults
 from place.data.tokens import ReportTokenizer
-from place.distributed import barrier, read_world
+from place.distributed import Node, barrier, read_node, read_world
 
 
 class PairLoader:
@@ -39,8 +39,9 @@ class PairLoader:
         self.data, self.split = data, split
         # Here and not in the loader's workers: OpenCV's threads do not survive a fork, asking for one less would hang.
         cv2.setNumThreads(1)
-        with _alone_on_node():
-            self.dataset = ReportPairs(data, split, tokenizer, seed, local_batch, train, cache)
+        world, node = read_world(), read_node()
+        with _alone_on_node(node):
+            self.dataset = ReportPairs(data, split, tokenizer, seed, local_batch, train, cache, world, node)
         self.loader: DataLoader[Batch] = DataLoader(
             self.dataset,
             batch_size=local_batch,
@@ -89,10 +90,10 @@ class PairLoader:
 
 
 @contextmanager
-def _alone_on_node() -> Iterator[None]:
+def _alone_on_node(node: Node) -> Iterator[None]:
     """Hold a lock of this node while streaming picks names for shared memory: two runs starting at once would clash."""
-    lock = FileLock(Path(tempfile.gettempdir()) / f"place-streaming-{os.getuid()}.lock")
-    if read_world().local_rank == 0:
+    lock = FileLock(Path(tempfile.gettempdir()) / f"place-streaming-{os.getuid()}-{node.device}.lock")
+    if node.is_first:
         lock.acquire()
     barrier()
     try:

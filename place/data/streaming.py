@@ -12,8 +12,10 @@ import numpy as np
 
 from place.compat import patch_torchvision
 from place.config import DataConfig, RunError, UsageError
+from place.data.order import compute_steps, share_steps
 from place.data.tokens import ReportTokenizer, TokenizedReport
 from place.data.transforms import eval_transform, read_image, train_transform
+from place.distributed import Node, World
 
 patch_torchvision()
 from streaming import StreamingDataset  # noqa: E402
@@ -21,6 +23,7 @@ from streaming.base.compression import decompress  # noqa: E402
 from streaming.base.dataset import _ShardState  # noqa: E402
 from streaming.base.format import reader_from_json  # noqa: E402
 from streaming.base.hashing import get_hash  # noqa: E402
+from streaming.base.world import World as StreamingWorld  # noqa: E402
 
 HASH = "xxh64"
 
@@ -49,8 +52,11 @@ class ReportPairs(StreamingDataset):
         batch_size: int,
         train: bool,
         cache: Path,
+        world: World,
+        node: Node,
     ):
         self.data, self.tokenizer, self.seed, self.train = data, tokenizer, seed, train
+        self._world, self._node = world, node
         self.mean, self.std = read_intensity(data.path)
         self.epoch = 0
         super().__init__(
@@ -69,10 +75,28 @@ class ReportPairs(StreamingDataset):
             validate_hash=HASH,
         )
 
+    @property
+    def _unique_rank_world(self) -> StreamingWorld:
+        """Whom streaming waits for and shares a cache with: this node, whatever the other nodes look like."""
+        return StreamingWorld(1, self._node.size, 1, self._node.rank)
+
+    @_unique_rank_world.setter
+    def _unique_rank_world(self, detected: StreamingWorld) -> None:
+        """streaming's own guess from the environment takes all nodes to be of one size."""
+
     def _get_work(self, epoch: int, sample_in_epoch: int) -> Any:
         # The one place where streaming tells a loader worker which epoch it works on; augmentation depends on it.
         self.epoch = epoch
-        return super()._get_work(epoch, sample_in_epoch)
+        world, worker = self._world, self._unique_worker_world
+        steps_KG = compute_steps(
+            [np.arange(self.num_samples)],
+            np.repeat(np.arange(self.num_shards), self.samples_per_shard),
+            self.data.num_canonical_nodes,
+            self.batch_size * world.world,
+            sample_in_epoch,
+            (self.seed, epoch, self.data.shuffle_block_size) if self.train else None,
+        )
+        return share_steps(steps_KG, world.rank, world.world, worker.worker_of_rank, worker.workers_per_rank)
 
     def __getitem__(self, at: int | slice | list[int] | np.ndarray) -> Any:
         sample = super().__getitem__(at)
@@ -108,7 +132,6 @@ class ReportPairs(StreamingDataset):
                 "sample_in_epoch": sample_in_epoch,
                 "num_canonical_nodes": self.data.num_canonical_nodes,
                 "shuffle_seed": self.seed,
-                "initial_physical_nodes": self._parallel_rank_world.num_nodes,
             }
         )
 

@@ -58,7 +58,13 @@ def build_plan(config: Config, world: int, num_samples: int, num_val_samples: in
     total = min(total, train.max_steps or total)
     ratio = train.global_batch / optim.base_batch
     scaled = {"none": 1.0, "sqrt": ratio**0.5, "linear": ratio}[optim.lr_scaling]
-    val_local = min(train.global_batch, num_val_samples) // world
+    val_batch = compute_val_batch(train.global_batch, num_val_samples)
+    if val_batch % world:
+        raise UsageError(
+            f"split '{config.data.val_split}' has {num_val_samples} pairs, {val_batch} a batch (the largest divisor of "
+            f"train.global_batch={train.global_batch}), which {world} workers cannot share; take a number of workers "
+            f"that divides {val_batch}, a larger validation split, or data.val_split=none"
+        )
     return RunPlan(
         world=world,
         num_samples=num_samples,
@@ -72,6 +78,16 @@ def build_plan(config: Config, world: int, num_samples: int, num_val_samples: in
         warmup_steps=max(1, round(total * optim.warmup_ratio)),
         peak_lr=optim.lr * scaled,
         num_val_samples=num_val_samples,
-        val_local_batch=val_local,
-        val_steps=min(config.train.max_val_batches, num_val_samples // (val_local * world)) if val_local else 0,
+        val_local_batch=val_batch // world,
+        val_steps=min(config.train.max_val_batches, num_val_samples // val_batch) if val_batch else 0,
     )
+
+
+def compute_val_batch(global_batch: int, num_val_samples: int) -> int:
+    """Pairs of a validation batch over all workers: the global batch, or its largest divisor that the split fills.
+
+    The loss contrasts what is in a batch, so that it must not hang on the number of workers. 0 below two pairs: there
+    is nothing to contrast.
+    Source: ours.
+    """
+    return max((d for d in range(2, min(global_batch, num_val_samples) + 1) if global_batch % d == 0), default=0)

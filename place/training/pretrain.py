@@ -25,7 +25,7 @@ from place.config import Config, RunError, UsageError, dump_config
 from place.data.loader import PairLoader
 from place.data.streaming import count_samples, list_splits, read_card, read_samples, select_sentences
 from place.data.tokens import ReportTokenizer, train_tokenizer
-from place.distributed import barrier, broadcast_text, gather_objects, read_world
+from place.distributed import Node, barrier, broadcast_text, gather_objects, read_node, read_world
 from place.losses.objective import compute_losses
 from place.model.place import PlaceModel, build_model
 from place.runlog import RunLog, read_jsonl
@@ -109,7 +109,8 @@ def run_worker(config: Config, launch: str, build_engine: BuildEngine | None = N
     log = RunLog(run_dir, attempt, config.run.tensorboard, progress["step"]) if world.is_first else None
     if world.is_first:
         _write_attempt(run_dir, {"attempt": attempt, "from_step": progress["step"], "notes": [attention, *notes]})
-    cache = _make_cache(config, launch, attempt)
+    node = read_node()
+    cache = _make_cache(config, launch, attempt, node)
     build_loader = functools.partial(
         PairLoader, config.data, tokenizer=tokenizer, seed=config.run.seed, num_patches=num_patches, cache=cache
     )
@@ -118,7 +119,8 @@ def run_worker(config: Config, launch: str, build_engine: BuildEngine | None = N
         val_loader = None
         if plan.val_steps:
             val_loader = build_loader(config.data.val_split, local_batch=plan.val_local_batch, train=False)
-        _note_shared_memory(run_dir, [item.shm_prefix for item in (loader, val_loader) if item])
+        if node.is_first:
+            _note_shared_memory(run_dir, [item.shm_prefix for item in (loader, val_loader) if item])
         objective = functools.partial(_objective, config, 1 / (255 * loader.dataset.std))
         outcome = train(config, plan, engine, loader, val_loader, objective, log, progress)
         barrier()
@@ -126,7 +128,7 @@ def run_worker(config: Config, launch: str, build_engine: BuildEngine | None = N
     finally:
         if log is not None:
             log.close()
-        if world.local_rank == 0:
+        if node.is_first:
             shutil.rmtree(cache, ignore_errors=True)
 
 
@@ -233,10 +235,10 @@ def _write_attempt(run_dir: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def _make_cache(config: Config, launch: str, attempt: int) -> Path:
+def _make_cache(config: Config, launch: str, attempt: int, node: Node) -> Path:
     """A fresh folder for unpacked shards, the same for all workers of a node."""
-    cache = Path(config.data.cache_dir or tempfile.gettempdir()) / f"place-{launch}-{attempt}"
-    if read_world().local_rank == 0:
+    cache = Path(config.data.cache_dir or tempfile.gettempdir()) / f"place-{launch}-{attempt}-{node.device}"
+    if node.is_first:
         clean_node(Path(config.run.dir))
         _note(Path(config.run.dir), {"cache": str(cache)})
         cache.mkdir(parents=True)
@@ -245,10 +247,9 @@ def _make_cache(config: Config, launch: str, attempt: int) -> Path:
 
 
 def _note_shared_memory(run_dir: Path, prefixes: list[str]) -> None:
-    if read_world().local_rank == 0:
-        for prefix in prefixes:
-            inode = (Path("/dev/shm") / f"{prefix}locals").stat().st_ino
-            _note(run_dir, {"prefix": prefix, "inode": inode, "pid": os.getpid()})
+    for prefix in prefixes:
+        inode = (Path("/dev/shm") / f"{prefix}locals").stat().st_ino
+        _note(run_dir, {"prefix": prefix, "inode": inode, "pid": os.getpid()})
 
 
 def _check_disk(run_dir: Path, need_mib: int = 512) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from spawn import run_ranks
+from spawn import can_leave_machine, run_ranks
 
 from place.config import DataConfig, RunError, UsageError
 from place.data.loader import PairLoader
@@ -33,7 +33,8 @@ def read_steps(
 ) -> list:
     """What this rank gets of some steps: ids, and what augmentation made of image and report."""
     world = read_world()
-    cache = Path(broadcast_text(tempfile.mkdtemp()) or "")
+    # One a machine: the name is the same everywhere, the folder for temporary files need not be.
+    cache = Path(tempfile.gettempdir()) / Path(broadcast_text(tempfile.mkdtemp()) or "").name
     loader = PairLoader(
         build_data(Path(path), num_workers),
         "train" if train else "val",
@@ -100,6 +101,23 @@ def double(prepared: Path, tokenizer: str) -> dict[str, list[Step]]:
 def test_every_step_brings_other_samples(single: list[Step]) -> None:
     assert len(single) == STEPS
     assert len({sample for step in single for sample in step}) == STEPS * GLOBAL_BATCH
+
+
+@pytest.fixture(scope="module")
+def uneven(prepared: Path, tokenizer: str) -> dict[str, list[Step]]:
+    """Three ranks on two machines, two on the one and one on the other."""
+    if not can_leave_machine():
+        pytest.skip("this user may not have a mount namespace, which stands for another machine")
+    ranks = run_ranks(read_cases, 3, str(prepared), tokenizer, lone_ranks=(2,))
+    return {name: join([rank[name] for rank in ranks]) for name in ranks[0]}
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("case", "first"), [("whole", 0), ("workers", 0), ("resumed", 2)])
+def test_uneven_machines_get_the_global_batches_of_one_rank(
+    case: str, first: int, single: list[Step], uneven: dict[str, list[Step]]
+) -> None:
+    assert uneven[case] == single[first:]
 
 
 @pytest.mark.multiprocess

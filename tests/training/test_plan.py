@@ -54,6 +54,19 @@ def test_a_small_validation_split_makes_a_smaller_batch_and_none_makes_none() ->
     assert plan(val=1).val_steps == 0
 
 
+@pytest.mark.parametrize("val", [5, 30, 47, 100])
+def test_every_world_validates_on_the_same_pairs(val: int) -> None:
+    worlds = [plan(world, 200, val, train={"global_batch": 48, "max_val_batches": 2}) for world in (1, 2, 4)]
+    assert len({(made.val_local_batch * made.world, made.val_steps) for made in worlds}) == 1
+
+
+def test_workers_that_cannot_share_a_small_validation_split_are_told_in_one_line() -> None:
+    assert plan(3, 100, 12, train={"global_batch": 48}).val_local_batch == 4
+    with pytest.raises(UsageError, match="a number of workers that divides 8") as caught:
+        plan(3, 100, 11, train={"global_batch": 24})
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("train", "world", "words"),
     [
