@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-ray test-gpu lint clean
 
 setup: $(READY)
 
@@ -26,6 +26,13 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/pytest
+
+# A standing Ray head with a token on this machine: jobs, their stop, doctor. About 2 minutes.
+test-ray: $(READY)
+	$(BIN)/pytest -m standing tests/cluster
+
+test-gpu: $(READY)
+	$(BIN)/pytest -m gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

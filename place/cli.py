@@ -140,8 +140,10 @@ def pretrain(arguments: argparse.Namespace) -> int:
 
 def _pretrain_by_ray(config: Config) -> int:
     from place.cluster.launch import launch
+    from place.cluster.standing import check_standing
     from place.training.pretrain import new_launch, prepare_run
 
+    check_standing(config, os.environ)
     plan = prepare_run(config, config.cluster.num_workers)
     # Ray puts its own handlers in place of ours when it starts, so ours go in again.
     on_start = partial(_catch_signals, Path(config.run.dir))

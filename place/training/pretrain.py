@@ -142,13 +142,13 @@ def choose_device() -> torch.device:
 
 
 def read_commit() -> str:
-    """The commit of the checkout that runs, `unknown` outside one; `-dirty` marks uncommitted changes."""
+    """The commit of the checkout that runs, else PLACE_COMMIT; `-dirty` marks uncommitted changes."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(git, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+        return os.environ.get("PLACE_COMMIT", "unknown")
+    return done.stdout.strip() or os.environ.get("PLACE_COMMIT", "unknown")
 
 
 def clean_node(run_dir: Path) -> int:
