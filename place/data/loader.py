@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from place.batch import Batch
 from place.config import DataConfig, RunError
-from place.data.streaming import Pair, ReportPairs, find_split_faults
+from place.data.prepared import find_split_faults
+from place.data.streaming import Pair, ReportPairs
 from place.data.tokens import ReportTokenizer
 from place.distributed import Node, barrier, read_node, read_world
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from place.data.storage import Store
+
+MANIFEST_FILE, REJECTED_FILE = "manifest.parquet", "rejected.parquet"
 
 MANIFEST = pa.schema(
     [
@@ -50,41 +52,41 @@ REJECTED = pa.schema(
 )
 
 
-def write_table(path: Path, records: list[dict[str, Any]], schema: pa.Schema) -> None:
-    """Write records as one Parquet file, in one go, so that a full disk shows as a plain OSError."""
+def pack_table(records: list[dict[str, Any]], schema: pa.Schema) -> bytes:
+    """Records as the bytes of one Parquet file."""
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(records, schema=schema), buffer, compression="zstd")
-    path.write_bytes(buffer.getbuffer())
+    return buffer.getvalue()
 
 
-def concat_tables(parts: Iterable[Path], path: Path, schema: pa.Schema) -> None:
-    """Join Parquet files, a row group each, without holding more than one of them; the result appears by rename.
+def concat_tables(store: Store, parts: Iterable[str], name: str, schema: pa.Schema) -> None:
+    """Join Parquet files, a row group each, without holding more than one of them.
 
     Source: ours.
     """
-    draft = path.with_name(path.name + ".partial")
-    with draft.open("wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    with store.create(name) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for part in parts:
-            table = pq.read_table(part, schema=schema)
+            table = pq.read_table(io.BytesIO(store.read(part)), schema=schema)
             if table.num_rows:
                 writer.write_table(table)
-    os.replace(draft, path)
 
 
-def read_batches(path: Path, columns: list[str]) -> Iterator[dict[str, list[Any]]]:
-    """Some columns of a table, a row group at a time."""
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(columns=columns):
-            yield batch.to_pydict()
+def read_batches(store: Store, name: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Some columns of a table, at most a row group at a time."""
+    with store.open(name) as file, pq.ParquetFile(file) as table:
+        yield from table.iter_batches(columns=columns)
 
 
-def write_json(path: Path, tree: Any) -> None:
-    """Write JSON with sorted keys; it appears by rename."""
-    write_text(path, json.dumps(tree, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+def read_json(store: Store, name: str) -> Any:
+    """A JSON file's content. Raises FileNotFoundError."""
+    return json.loads(store.read(name))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write text; it appears by rename."""
-    draft = path.with_name(path.name + ".partial")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+def write_json(store: Store, name: str, tree: Any) -> None:
+    """Write JSON with sorted keys."""
+    write_text(store, name, json.dumps(tree, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_text(store: Store, name: str, text: str) -> None:
+    """Write text."""
+    store.write(name, text.encode())

@@ -26,9 +26,10 @@ def map_in_processes(function: Callable[[Job], Result], jobs: Iterable[Job], num
     Args:
         function: importable by name.
         jobs: read lazily.
-        num_workers: processes; 1 works in this one.
+        num_workers: processes; 1 works in this one, 0 takes one a core.
     Source: ours.
     """
+    num_workers = num_workers or count_cores()
     if num_workers == 1:
         yield from map(function, jobs)
         return

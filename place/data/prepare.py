@@ -10,27 +10,29 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from pathlib import Path
+from functools import reduce
 from typing import Any
 
 from place.config import PrepareConfig, RunError, UsageError
 from place.data.card import build_card, write_card
 from place.data.identity import SPLITS
-from place.data.manifest import MANIFEST, REJECTED, concat_tables, write_json
-from place.data.pool import count_cores, map_in_processes
+from place.data.manifest import MANIFEST, MANIFEST_FILE, REJECTED, REJECTED_FILE, concat_tables, read_json, write_json
+from place.data.pool import map_in_processes
 from place.data.rows import Table
-from place.data.shards import merge_split
+from place.data.shards import HASHES, write_index
 from place.data.sources import SOURCES
-from place.data.task import PartResult, Task, part_folder, read_result, run_task
+from place.data.storage import PARTIAL, Folder, Store, open_store
+from place.data.task import NOTHING, PARTS, PartResult, Task, add_results, find_parts, name_table, read_part, run_task
 
 MapTasks = Callable[[Callable[[Task], PartResult], Iterable[Task], int], Iterator[PartResult]]
-"""Takes a function, tasks and a number of workers; yields results in any order."""
+"""Takes a function, tasks and a number of workers (0: all there are); yields results in any order."""
 OnProgress = Callable[[int, int, int], None]
 """Takes the rows done, all rows and the rows rejected so far."""
 
-_FILES = ("manifest.parquet", "rejected.parquet", "card.json", "card.md")
-_OURS = {".parts", *SPLITS, *_FILES, *(f"{name}.partial" for name in _FILES)}
+_FILES = (MANIFEST_FILE, REJECTED_FILE, "card.json", "card.md")
+_OURS = {PARTS, *SPLITS, *_FILES, *(f"{name}{PARTIAL}" for name in _FILES)}
 _FREE = ("output", "num_workers", "input", "image_root", "salt_file")
+_REQUEST = f"{PARTS}/request.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -46,30 +48,39 @@ def run_prepare(
         map_tasks: how tasks are spread; the result does not depend on it.
         on_progress: called when a part is finished.
     Returns:
-        The data card; with `already_prepared` true if the folder held just this data set, and nothing was done.
+        The data card; with `already_prepared` true if the data set was there as asked for, and nothing was done.
     Raises:
         UsageError: a wrong column, folder or setting.
         RunError: unreadable table, full disk, no usable row.
     Source: ours.
     """
+    config = _resolve_paths(config)
+    store = open_store(config.output)
     table = SOURCES[config.source](config)
-    output = Path(config.output)
     request = build_request(config, table)
-    with _opened(output):
-        card = _read_card(output, request)
+    with _held(store):
+        card = _read_card(store, request)
         if card is not None:
-            shutil.rmtree(output / ".parts", ignore_errors=True)
+            store.delete(PARTS)
             return {**card, "already_prepared": True}
         try:
-            results = _run_parts(config, table, request, map_tasks, on_progress)
-            return _merge_parts(config, table, request, results)
+            total = _run_parts(config, table, request, store, map_tasks, on_progress)
+            return _merge_parts(config, table, request, store, total)
         except BrokenProcessPool:
             raise RunError(
                 "a worker process died, perhaps for lack of memory; run the same command again to continue, "
                 "with fewer workers or rows_per_task"
             ) from None
         except OSError as error:
-            raise RunError(_describe(error, output)) from None
+            raise RunError(_describe(error, store)) from None
+
+
+def _resolve_paths(config: PrepareConfig) -> PrepareConfig:
+    """Paths that hold in every process, wherever it was started."""
+    paths = {name: getattr(config, name) for name in ("input", "image_root", "salt_file", "output")}
+    return config.model_copy(
+        update={name: os.path.abspath(path) for name, path in paths.items() if path and "://" not in path}
+    )
 
 
 def build_request(config: PrepareConfig, table: Table) -> dict[str, Any]:
@@ -79,42 +90,54 @@ def build_request(config: PrepareConfig, table: Table) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(output: Path) -> Iterator[None]:
-    """Make the folder and hold it, so that two runs never write into one."""
+def _held(store: Store) -> Iterator[None]:
+    """Make sure that the place is ours; a folder is also made and held, so that two runs never write into one."""
+    handle = None
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        foreign = sorted({path.name for path in output.iterdir()} - _OURS)
-        handle = os.open(output, os.O_RDONLY)
+        if isinstance(store, Folder):
+            store.root.mkdir(parents=True, exist_ok=True)
+            handle = os.open(store.root, os.O_RDONLY)
+        foreign = sorted({*store.list_top()} - _OURS)
     except OSError as error:
-        raise UsageError(f"cannot write to {output}: {error.strerror}; choose another --output") from None
+        raise UsageError(f"cannot write to {store}: {error.strerror or error}; choose another --output") from None
     try:
         if foreign:
             raise UsageError(
-                f"{output} holds other files ({foreign[0]}); --output must be a new folder or a prepared data set"
+                f"{store} holds other files ({foreign[0]}); --output must be a new folder or a prepared data set"
             )
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"another prepare is writing to {output}; wait for it or choose another --output"
-            ) from None
+        if handle is not None:
+            _lock(handle, store)
         yield
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
-def _read_card(output: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+def _lock(handle: int, store: Store) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"another prepare is writing to {store}; wait for it or choose another --output") from None
+
+
+def _read_card(store: Store, request: dict[str, Any]) -> dict[str, Any] | None:
     """The card of a finished data set; checks that what is there, finished or not, is of the same request."""
-    card, begun = output / "card.json", output / ".parts" / "request.json"
-    found = json.loads(card.read_text()) if card.is_file() else None
-    before = found["request"] if found else json.loads(begun.read_text()) if begun.is_file() else request
+    found = _read_if_there(store, "card.json")
+    before = found["request"] if found else _read_if_there(store, _REQUEST) or request
     differing = sorted(name for name in {*before, *request} if before.get(name) != request.get(name))
     if differing:
         told = ", ".join(_tell_difference(name, before.get(name), request.get(name)) for name in differing)
         raise UsageError(
-            f"{output} was prepared with other settings: {told}; choose another --output or delete that folder"
+            f"{store} was prepared with other settings: {told}; choose another --output or delete that folder"
         )
     return found
+
+
+def _read_if_there(store: Store, name: str) -> dict[str, Any] | None:
+    try:
+        return read_json(store, name)
+    except FileNotFoundError:
+        return None
 
 
 def _tell_difference(name: str, before: Any, after: Any) -> str:
@@ -124,43 +147,42 @@ def _tell_difference(name: str, before: Any, after: Any) -> str:
 
 
 def _run_parts(
-    config: PrepareConfig, table: Table, request: dict[str, Any], map_tasks: MapTasks, on_progress: OnProgress | None
-) -> list[PartResult]:
-    parts_dir = Path(config.output) / ".parts"
-    _begin_parts(parts_dir, request)
-    count = -(-len(table.rows) // config.rows_per_task)
-    done = [read_result(folder) for folder in (part_folder(parts_dir, at) for at in range(count)) if folder.exists()]
-    missing = sorted(set(range(count)) - {result.number for result in done})
-    _check_disk(config, len(missing) * config.rows_per_task)
-    workers = max(1, min(config.num_workers or count_cores(), len(missing)))
-    tasks = (
-        Task(at, table.rows[at * config.rows_per_task : (at + 1) * config.rows_per_task], str(parts_dir), config)
-        for at in missing
-    )
-    results = list(done)
-    _report(on_progress, results, len(table.rows))
-    for result in map_tasks(run_task, tasks, workers):
-        results.append(result)
-        _report(on_progress, results, len(table.rows))
-    return sorted(results)
+    config: PrepareConfig,
+    table: Table,
+    request: dict[str, Any],
+    store: Store,
+    map_tasks: MapTasks,
+    on_progress: OnProgress | None,
+) -> PartResult:
+    """Finish all parts. Returns their sum."""
+    _begin_parts(store, request)
+    done, size = find_parts(store), config.rows_per_task
+    missing = sorted({*range(-(-len(table.rows) // size))} - {*done})
+    _check_disk(config, len(missing) * size)
+    tasks = (Task(at, table.rows[at * size : (at + 1) * size], config.output, config) for at in missing)
+    total = reduce(add_results, (read_part(store, number).result for number in done), NOTHING)
+    _report(on_progress, total, len(table.rows))
+    for result in map_tasks(run_task, tasks, min(config.num_workers, len(missing)) if len(missing) > 1 else 1):
+        total = add_results(total, result)
+        _report(on_progress, total, len(table.rows))
+    return total
 
 
-def _begin_parts(parts_dir: Path, request: dict[str, Any]) -> None:
+def _begin_parts(store: Store, request: dict[str, Any]) -> None:
     try:
-        parts_dir.mkdir(exist_ok=True)
-        for stale in parts_dir.glob("*.partial"):
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        write_json(parts_dir / "request.json", request)
+        if isinstance(store, Folder):
+            for stale in (store.root / PARTS).glob(f"*{PARTIAL}"):
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        write_json(store, _REQUEST, request)
     except OSError as error:
         if error.errno in _FULL:
             raise
-        raise UsageError(f"cannot write to {parts_dir.parent}: {error.strerror}; choose another --output") from None
+        raise UsageError(f"cannot write to {store}: {error.strerror or error}; choose another --output") from None
 
 
-def _report(on_progress: OnProgress | None, results: list[PartResult], total: int) -> None:
+def _report(on_progress: OnProgress | None, total: PartResult, rows: int) -> None:
     if on_progress:
-        rejected = sum(sum(result.reasons.values()) for result in results)
-        on_progress(sum(result.rows for result in results), total, rejected)
+        on_progress(total.rows, rows, sum(total.reasons.values()))
 
 
 def estimate_bytes(config: PrepareConfig, rows: int) -> int:
@@ -172,6 +194,8 @@ def estimate_bytes(config: PrepareConfig, rows: int) -> int:
 
 
 def _check_disk(config: PrepareConfig, rows: int) -> None:
+    if "://" in config.output:
+        return
     rows = min(rows, config.count) if config.source == "phantom" else rows
     free, need = shutil.disk_usage(config.output).free, estimate_bytes(config, rows)
     if need > free:
@@ -185,40 +209,52 @@ def _gib(count: int) -> str:
     return f"{count / 2**30:.3g} GiB"
 
 
-def _describe(error: OSError, output: Path) -> str:
+def _describe(error: OSError, store: Store) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{error.filename or error} is gone: the unfinished parts are damaged; delete {store} and prepare again"
     if error.errno in _FULL:
-        return (
-            f"disk full at {output} ({error.strerror}): free some and run the same command again, finished parts stay"
-        )
-    return f"cannot write to {output} ({error.strerror or error}): put that right and run the same command again"
+        return f"disk full at {store} ({error.strerror}): free some and run the same command again, finished parts stay"
+    return f"cannot write to {store} ({error.strerror or error}): put that right and run the same command again"
 
 
 def _merge_parts(
-    config: PrepareConfig, table: Table, request: dict[str, Any], results: list[PartResult]
+    config: PrepareConfig, table: Table, request: dict[str, Any], store: Store, total: PartResult
 ) -> dict[str, Any]:
     """Join the finished parts. Every step can be repeated; the card comes last: with it, all is there."""
-    output = Path(config.output)
-    parts = [part_folder(output / ".parts", result.number) for result in results]
-    concat_tables([part / "rejected.parquet" for part in parts], output / "rejected.parquet", REJECTED)
-    _check_counts(output, table, results)
-    hashes = [digest for split in SPLITS for digest in merge_split([part / split for part in parts], output / split)]
-    concat_tables([part / "manifest.parquet" for part in parts], output / "manifest.parquet", MANIFEST)
-    card = build_card(config, table, results, hashes, output / "manifest.parquet")
+    parts = find_parts(store)
+    concat_tables(store, (name_table(part, "rejected") for part in parts), REJECTED_FILE, REJECTED)
+    _check_counts(store, len(table.rows), total)
+    hashes = _merge_shards(store, parts)
+    concat_tables(store, (name_table(part, "manifest") for part in parts), MANIFEST_FILE, MANIFEST)
+    card = build_card(config, table, total, hashes, store)
     card["request"] = request
-    write_card(output, card)
-    shutil.rmtree(output / ".parts")
+    if _read_if_there(store, _REQUEST) != request:  # object storage has no lock
+        raise RunError(f"another prepare has been writing to {store}; delete it and prepare again, one at a time")
+    write_card(store, card)
+    store.delete(PARTS)
     return card
 
 
-def _check_counts(output: Path, table: Table, results: list[PartResult]) -> None:
-    done = sum(result.rows for result in results)
-    if done != len(table.rows):
-        raise RunError(f"{done} of {len(table.rows)} rows are accounted for; delete {output} and prepare again")
-    reasons: dict[str, int] = {}
-    for result in results:
-        for reason, count in result.reasons.items():
-            reasons[reason] = reasons.get(reason, 0) + count
-    if sum(reasons.values()) == done:
-        top = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1])[:3])
-        shutil.rmtree(output / ".parts")  # so that a corrected command may use the folder
-        raise RunError(f"all {done} rows were rejected ({top}); {output / 'rejected.parquet'} has the reason of each")
+def _merge_shards(store: Store, parts: list[int]) -> list[str]:
+    """Write each split's index over the shards that the parts published. Returns the hash of each one's content."""
+    shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    for part in parts:
+        for split, infos in read_part(store, part).shards.items():
+            shards[split] += infos
+    for split in SPLITS:
+        there = {*store.list(split)}
+        for info in shards[split]:
+            if info["zip_data"]["basename"] not in there:
+                raise FileNotFoundError(f"shard {split}/{info['zip_data']['basename']}")
+        write_index(store, split, shards[split])
+    return [info["raw_data"]["hashes"][HASHES[0]] for split in SPLITS for info in shards[split]]
+
+
+def _check_counts(store: Store, rows: int, total: PartResult) -> None:
+    if total.rows != rows:
+        raise RunError(f"{total.rows} of {rows} rows are accounted for; delete {store} and prepare again")
+    if sum(total.reasons.values()) == rows:
+        worst = sorted(total.reasons.items(), key=lambda item: -item[1])[:3]
+        top = ", ".join(f"{reason} {count}" for reason, count in worst)
+        store.delete(PARTS)  # so that a corrected command may use the folder
+        raise RunError(f"all {rows} rows were rejected ({top}); {store}/{REJECTED_FILE} has the reason of each")

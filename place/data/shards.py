@@ -1,15 +1,14 @@
-"""MDS shards: the stored columns, a part's shards, and how finished parts become one split."""
+"""MDS shards: the stored columns, a part's shards, and how they become one split."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from place.config import RunError
 from place.data.manifest import write_json
+from place.data.storage import Store
 
 COLUMNS = {
     "image": "bytes",
@@ -64,37 +63,30 @@ class PartWriter:
         )
 
 
-def merge_split(parts: list[Path], folder: Path) -> list[str]:
-    """Move the shards of all parts into one folder under a common index; may be repeated after a kill.
+def publish_shards(folder: Path, split: str, number: int, store: Store) -> list[dict[str, Any]]:
+    """Hand a part's shards of a split over to the data set, under names that only this part uses.
 
     Args:
-        parts: the split's folders in the finished parts, in order; some may not exist.
-        folder: the split's folder in the data set; not made where no part has samples.
+        folder: where `PartWriter` wrote.
+        number: of the part.
     Returns:
-        Hash of each shard's content.
-    Raises:
-        RunError: a part's shard is gone.
-    Source: ours; index format version 2 of mosaicml-streaming.
+        The entries for the split's index.
+    Source: ours; index format version 2 of mosaicml-streaming, which takes any basename.
     """
-    shards: list[dict[str, Any]] = []
-    for part in parts:
-        if (part / "index.json").is_file():
-            for info in json.loads((part / "index.json").read_text())["shards"]:
-                folder.mkdir(exist_ok=True)
-                shards.append(_move_shard(part, folder, info, len(shards)))
-    if shards:
-        write_json(folder / "index.json", {"version": 2, "shards": shards})
-    return [info["raw_data"]["hashes"][HASHES[0]] for info in shards]
+    index = folder / split / "index.json"
+    infos = json.loads(index.read_text())["shards"] if index.is_file() else []
+    return [
+        _publish_shard(folder / split, info, f"shard.{number:05}.{at:03}.mds", store) for at, info in enumerate(infos)
+    ]
 
 
-def _move_shard(part: Path, folder: Path, info: dict[str, Any], number: int) -> dict[str, Any]:
-    name = f"shard.{number:05}.mds"
-    source, target = part / info["zip_data"]["basename"], folder / f"{name}.{COMPRESSION}"
-    if source.exists():
-        os.replace(source, target)
-    elif not target.exists():
-        raise RunError(
-            f"{source} is gone: the unfinished parts are damaged; delete the output folder and prepare again"
-        )
-    raw, packed = dict(info["raw_data"], basename=name), dict(info["zip_data"], basename=target.name)
+def _publish_shard(folder: Path, info: dict[str, Any], name: str, store: Store) -> dict[str, Any]:
+    raw, packed = dict(info["raw_data"], basename=name), dict(info["zip_data"], basename=f"{name}.{COMPRESSION}")
+    store.put(folder / info["zip_data"]["basename"], f"{folder.name}/{packed['basename']}")
     return {**info, "raw_data": raw, "zip_data": packed}
+
+
+def write_index(store: Store, split: str, shards: list[dict[str, Any]]) -> None:
+    """Write the index that makes the published shards of a split a data set; none where there are none."""
+    if shards:
+        write_json(store, f"{split}/index.json", {"version": 2, "shards": shards})

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,21 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from place.compat import patch_torchvision
-from place.config import DataConfig, RunError, UsageError
+from place.config import DataConfig
 from place.data.order import compute_steps, share_steps
+from place.data.prepared import HASH, read_intensity
 from place.data.tokens import ReportTokenizer, TokenizedReport
 from place.data.transforms import eval_transform, read_image, train_transform
 from place.distributed import Node, World
 
 patch_torchvision()
 from streaming import StreamingDataset  # noqa: E402
-from streaming.base.compression import decompress  # noqa: E402
 from streaming.base.dataset import _ShardState  # noqa: E402
-from streaming.base.format import reader_from_json  # noqa: E402
-from streaming.base.hashing import get_hash  # noqa: E402
 from streaming.base.world import World as StreamingWorld  # noqa: E402
-
-HASH = "xxh64"
 
 
 class Pair(NamedTuple):
@@ -161,75 +156,3 @@ def select_sentences(sentences: list[dict[str, str]], sections: str) -> list[str
     """Texts of the wanted sections; a report without them keeps all of its sentences."""
     wanted = [item["text"] for item in sentences if sections in ("all", item["section"])]
     return wanted or [item["text"] for item in sentences]
-
-
-def read_card(data_dir: str | Path) -> dict[str, Any]:
-    """The data card of a prepared data set. Raises UsageError where there is none."""
-    path = Path(data_dir) / "card.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(
-            f"{data_dir} is no prepared data set (no card.json); run `place prepare --output {data_dir}`"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise RunError(f"{path} is damaged ({error}); run `place prepare` again into a new folder") from None
-
-
-def read_intensity(data_dir: str | Path) -> tuple[float, float]:
-    """Mean and standard deviation of training pixels, as shares of full scale."""
-    image = read_card(data_dir)["image"]
-    return image["mean"], image["std"]
-
-
-def count_samples(data_dir: str | Path, split: str) -> int:
-    """Image-report pairs in a split. Raises UsageError where the split is missing or empty."""
-    shards = _read_index(data_dir, split)["shards"]
-    return sum(shard["samples"] for shard in shards)
-
-
-def read_samples(data_dir: str | Path, split: str) -> Iterator[dict[str, Any]]:
-    """The stored columns of each pair, in order, every shard's hash checked. Raises RunError for a damaged shard."""
-    folder = Path(data_dir) / split
-    for info in _read_index(data_dir, split)["shards"]:
-        fault = find_shard_fault(folder, info)
-        if fault:
-            raise RunError(f"{fault}; run `place prepare` again into a new folder, or copy the shard anew")
-        shard = reader_from_json(str(folder), None, info)
-        shard.validate(allow_unsafe_types=False)
-        packed = (folder / (info["zip_data"] or info["raw_data"])["basename"]).read_bytes()
-        raw = decompress(info["compression"], packed) if info["zip_data"] else packed
-        offsets = np.frombuffer(raw, np.uint32, count=info["samples"] + 1, offset=4)
-        yield from (shard.decode_sample(raw[begin:end]) for begin, end in zip(offsets, offsets[1:]))
-
-
-def find_shard_fault(folder: Path, info: dict[str, Any]) -> str:
-    """What is wrong with a shard's stored file: missing, or not the bytes its index names; empty when it is whole."""
-    stored = info["zip_data"] or info["raw_data"]
-    path = folder / stored["basename"]
-    if not path.is_file():
-        return f"shard {path} is missing"
-    if get_hash(HASH, path.read_bytes()) != stored["hashes"][HASH]:
-        return f"shard {path} is damaged (its {HASH} differs from index.json)"
-    return ""
-
-
-def find_split_faults(data_dir: str | Path, split: str) -> list[str]:
-    """The faults of all shards of a split."""
-    folder = Path(data_dir) / split
-    return [fault for info in _read_index(data_dir, split)["shards"] if (fault := find_shard_fault(folder, info))]
-
-
-def _read_index(data_dir: str | Path, split: str) -> dict[str, Any]:
-    path = Path(data_dir) / split / "index.json"
-    if not path.is_file():
-        read_card(data_dir)
-        raise UsageError(
-            f"{data_dir} has no samples in split '{split}'; splits there are {sorted(list_splits(data_dir))}"
-        )
-    return json.loads(path.read_text())
-
-
-def list_splits(data_dir: str | Path) -> list[str]:
-    """Names of the splits that have samples."""
-    return [path.parent.name for path in Path(data_dir).glob("*/index.json")]

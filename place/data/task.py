@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import socket
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from place.config import PrepareConfig
+from place.data.identity import SPLITS
 from place.data.images import (
     GreyImage,
     ImageInfo,
@@ -24,10 +22,14 @@ from place.data.images import (
     read_image_file,
     shrink_image,
 )
-from place.data.manifest import MANIFEST, REJECTED, write_json, write_table
+from place.data.manifest import MANIFEST, REJECTED, pack_table, read_json, write_json
 from place.data.report import count_words, hash_text, split_sections, split_sentences
 from place.data.rows import Row
-from place.data.shards import PartWriter
+from place.data.shards import PartWriter, publish_shards
+from place.data.storage import Store, open_store
+
+PARTS = ".parts"
+"""Folder of what is not merged yet."""
 
 
 class Task(NamedTuple):
@@ -35,7 +37,7 @@ class Task(NamedTuple):
 
     number: int
     rows: Iterable[Row]
-    parts_dir: str
+    output: str
     config: PrepareConfig
 
 
@@ -51,41 +53,78 @@ class PartResult(NamedTuple):
     """Positive, negative, uncertain, unknown of each label, over the kept images."""
 
 
+def add_results(left: PartResult, right: PartResult) -> PartResult:
+    """What two parts, or sums of parts, say together; their order does not matter. Source: ours."""
+    labels = {
+        name: [a + b for a, b in zip(left.labels.get(name, [0] * 4), right.labels.get(name, [0] * 4))]
+        for name in sorted({*left.labels, *right.labels})
+    }
+    a, b, c = (x + y for x, y in zip(left.pixels, right.pixels))
+    reasons = dict(Counter(left.reasons) + Counter(right.reasons))
+    return PartResult(-1, left.rows + right.rows, reasons, (a, b, c), labels)
+
+
+NOTHING = PartResult(-1, 0, {}, (0, 0, 0), {})
+"""The sum of no parts."""
+
+
 class _Sample(NamedTuple):
     stored: dict[str, Any]
     record: dict[str, Any]
     image_YX: GreyImage
 
 
-def run_task(task: Task) -> PartResult:
-    """Turn the rows of a task into a finished part folder; a part that is there already is left alone.
+class Part(NamedTuple):
+    """A finished part: its result, and the entries of its shards for each split's index."""
 
+    result: PartResult
+    shards: dict[str, list[dict[str, Any]]]
+
+
+def run_task(task: Task) -> PartResult:
+    """Turn the rows of a task into a finished part; one that is there already is left alone.
+
+    Shards and tables come first and the part's record last, each whole or not at all and with the same bytes every
+    time: a part that was broken off is written again over its own remains.
     Source: ours.
     """
-    done = part_folder(task.parts_dir, task.number)
-    if done.exists():
-        return read_result(done)
-    partial = done.with_name(f"{done.name}.{socket.gethostname()}-{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    result = _write_part(task, partial)
-    write_json(partial / "part.json", result._asdict())
-    if not done.exists():
-        os.rename(partial, done)
+    store = open_store(task.output)
+    try:
+        return read_part(store, task.number).result
+    except FileNotFoundError:
+        pass
+    with store.stage(_name(task.number)) as folder:
+        result, kept, rejected = _build_part(task, folder)
+        shards = {split: publish_shards(folder, split, task.number, store) for split in SPLITS}
+    store.write(name_table(task.number, "manifest"), pack_table(kept, MANIFEST))
+    store.write(name_table(task.number, "rejected"), pack_table(rejected, REJECTED))
+    write_json(store, f"{_name(task.number)}.json", {"result": result._asdict(), "shards": shards})
     return result
 
 
-def part_folder(parts_dir: str | Path, index: int) -> Path:
-    """Where a finished part is found."""
-    return Path(parts_dir) / f"{index:05}"
+def _name(number: int) -> str:
+    return f"{PARTS}/{number:05}"
 
 
-def read_result(part: Path) -> PartResult:
-    """What a finished part wrote of itself."""
-    return PartResult(**json.loads((part / "part.json").read_text()))
+def name_table(number: int, table: str) -> str:
+    """Where a finished part keeps its rows of the manifest, or its rejected ones."""
+    return f"{_name(number)}.{table}.parquet"
 
 
-def _write_part(task: Task, folder: Path) -> PartResult:
+def read_part(store: Store, number: int) -> Part:
+    """What a finished part wrote of itself. Raises FileNotFoundError."""
+    record = read_json(store, f"{_name(number)}.json")
+    return Part(PartResult(**record["result"]), record["shards"])
+
+
+def find_parts(store: Store) -> list[int]:
+    """Numbers of the finished parts, in order."""
+    stems = (name.removesuffix(".json") for name in store.list(PARTS) if name.endswith(".json"))
+    return sorted(int(stem) for stem in stems if stem.isdigit())
+
+
+def _build_part(task: Task, folder: Path) -> tuple[PartResult, list[dict[str, Any]], list[dict[str, Any]]]:
+    """Write the shards of a part, and return what else it is: its result, its rows kept and its rows rejected."""
     kept: list[dict[str, Any]] = []
     rejected: list[dict[str, Any]] = []
     pixels = [0, 0, 0]
@@ -102,10 +141,9 @@ def _write_part(task: Task, folder: Path) -> PartResult:
             _count_labels(labels, row.labels)
             if row.split == "train":
                 pixels = [total + more for total, more in zip(pixels, _sum_pixels(sample.image_YX))]
-    write_table(folder / "manifest.parquet", kept, MANIFEST)
-    write_table(folder / "rejected.parquet", rejected, REJECTED)
     reasons = dict(Counter(item["reason"] for item in rejected))
-    return PartResult(task.number, len(kept) + len(rejected), reasons, (pixels[0], pixels[1], pixels[2]), labels)
+    rows = len(kept) + len(rejected)
+    return PartResult(task.number, rows, reasons, (pixels[0], pixels[1], pixels[2]), labels), kept, rejected
 
 
 def _read_sample(row: Row, config: PrepareConfig) -> _Sample:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from place.config import RunError
+from place.data.prepared import read_samples
 from place.data.report import hash_text
-from place.data.streaming import read_samples, select_sentences
+from place.data.streaming import select_sentences
 from place.data.transforms import eval_transform, read_image
 from place.evaluation.metrics import Array
 from place.model.place import ImageFeatures, TextFeatures

@@ -12,8 +12,9 @@ import cv2
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from place.data.prepared import read_samples
 from place.data.report import hash_text
-from place.data.streaming import read_samples, select_sentences
+from place.data.streaming import select_sentences
 from place.data.transforms import read_image
 from place.evaluation.encoder import encode_images, encode_reports
 from place.evaluation.metrics import Array

@@ -16,7 +16,7 @@ from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
 from place.config import UsageError
-from place.data.streaming import read_samples
+from place.data.prepared import read_samples
 from place.data.transforms import eval_transform, read_image
 from place.evaluation.encoder import get_units, read_units
 from place.evaluation.findings import Findings, build_targets, choose_findings, describe_findings, judge_findings

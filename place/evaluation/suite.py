@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from place.config import EvaluationConfig, RunError, UsageError
-from place.data.streaming import read_card
+from place.data.prepared import read_card
 from place.evaluation.explain import write_explanation
 from place.evaluation.metrics import TaskResult
 from place.evaluation.pixel_probe import run_pixel_probe

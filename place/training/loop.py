@@ -18,7 +18,7 @@ from torch import Tensor
 from place.batch import Batch, Losses
 from place.config import Config, RunError
 from place.data.loader import PairLoader
-from place.data.streaming import read_card
+from place.data.prepared import read_card
 from place.distributed import gather, is_distributed, mean_over_ranks, read_world
 from place.runlog import RunLog
 from place.training.checkpoint import write_checkpoint

@@ -23,7 +23,8 @@ import torch
 from place.batch import Batch, Losses, Outputs
 from place.config import Config, RunError, UsageError, dump_config
 from place.data.loader import PairLoader
-from place.data.streaming import count_samples, list_splits, read_card, read_samples, select_sentences
+from place.data.prepared import count_samples, list_splits, read_card, read_samples
+from place.data.streaming import select_sentences
 from place.data.tokens import ReportTokenizer, train_tokenizer
 from place.distributed import Node, barrier, broadcast_text, gather_objects, read_node, read_world
 from place.losses.objective import compute_losses

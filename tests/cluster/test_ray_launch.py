@@ -14,7 +14,7 @@ import pytest
 import torch
 from training.runs import run_place, start_place, wait_until, write_config
 
-from place.data.streaming import count_samples, read_samples
+from place.data.prepared import count_samples, read_samples
 from place.data.transforms import eval_transform, read_image
 from place.runlog import read_jsonl, read_surviving
 from place.training.checkpoint import load_run

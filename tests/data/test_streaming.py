@@ -14,7 +14,8 @@ from spawn import can_leave_machine, run_ranks
 
 from place.config import DataConfig, RunError, UsageError
 from place.data.loader import PairLoader
-from place.data.streaming import count_samples, list_splits, read_card, read_samples, select_sentences
+from place.data.prepared import count_samples, list_splits, read_card, read_samples
+from place.data.streaming import select_sentences
 from place.data.tokens import ReportTokenizer, train_tokenizer
 from place.distributed import barrier, broadcast_text, read_world
 

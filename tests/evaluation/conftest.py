@@ -16,8 +16,8 @@ import torch
 
 from place.compat import patch_torchvision
 from place.config import Config, check_config, dump_config
+from place.data.prepared import read_samples
 from place.data.report import hash_text
-from place.data.streaming import read_samples
 from place.data.tokens import train_tokenizer
 from place.model.place import build_model
 from place.training.checkpoint import write_checkpoint, write_definition

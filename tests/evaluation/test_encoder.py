@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from place.config import RunError, UsageError
-from place.data.streaming import read_samples
+from place.data.prepared import read_samples
 from place.evaluation.encoder import build_study, encode_reports, encode_split, read_units
 from place.training.checkpoint import load_run
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from place.config import EvaluationConfig
-from place.data.streaming import read_samples
+from place.data.prepared import read_samples
 from place.evaluation.explain import choose_samples, crop_square, explain_sample, smooth_attention
 from place.evaluation.task import Task, TaskInput
 from place.training.checkpoint import load_run
