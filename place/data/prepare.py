@@ -242,7 +242,7 @@ def _merge_shards(store: Store, parts: list[int]) -> list[str]:
         for split, infos in read_part(store, part).shards.items():
             shards[split] += infos
     for split in SPLITS:
-        there = {*store.list(split)}
+        there = {*store.list_files(split)}
         for info in shards[split]:
             if info["zip_data"]["basename"] not in there:
                 raise FileNotFoundError(f"shard {split}/{info['zip_data']['basename']}")

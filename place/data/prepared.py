@@ -107,4 +107,4 @@ def read_shard_list(data_dir: str | Path, split: str) -> list[dict[str, Any]]:
 def list_splits(data_dir: str | Path) -> list[str]:
     """Names of the splits that have samples."""
     store = open_store(data_dir)
-    return [split for split in sorted(SPLITS) if "index.json" in store.list(split)]
+    return [split for split in sorted(SPLITS) if "index.json" in store.list_files(split)]

@@ -42,7 +42,7 @@ class Store(Protocol):
     def stage(self, name: str) -> Any:
         """Context of a local folder to build files in; it is gone at the end."""
 
-    def list(self, prefix: str) -> list[str]:
+    def list_files(self, prefix: str) -> list[str]:
         """Names of the files right in a folder, sorted; none where there is no such folder."""
 
     def list_top(self) -> list[str]:
@@ -109,7 +109,7 @@ class Folder:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def list(self, prefix: str) -> list[str]:
+    def list_files(self, prefix: str) -> list[str]:
         folder = self.root / prefix
         return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
 
@@ -164,7 +164,7 @@ class Bucket:
         with tempfile.TemporaryDirectory(prefix=f"place-{Path(name).name}-") as folder:
             yield Path(folder)
 
-    def list(self, prefix: str) -> list[str]:
+    def list_files(self, prefix: str) -> list[str]:
         return sorted(item.base_name for item in self._select(f"{self.root}/{prefix}") if item.is_file)
 
     def list_top(self) -> list[str]:

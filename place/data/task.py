@@ -119,7 +119,7 @@ def read_part(store: Store, number: int) -> Part:
 
 def find_parts(store: Store) -> list[int]:
     """Numbers of the finished parts, in order."""
-    stems = (name.removesuffix(".json") for name in store.list(PARTS) if name.endswith(".json"))
+    stems = (name.removesuffix(".json") for name in store.list_files(PARTS) if name.endswith(".json"))
     return sorted(int(stem) for stem in stems if stem.isdigit())
 
 
