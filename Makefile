@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-ray test-gpu lint clean
+.PHONY: setup demo test test-ray test-kernels test-gpu lint clean
 
 setup: $(READY)
 
@@ -30,6 +30,13 @@ test: $(READY)
 # A standing Ray head with a token on this machine: jobs, their stop, doctor. About 2 minutes.
 test-ray: $(READY)
 	$(BIN)/pytest -m standing tests/cluster
+
+# Every case of the kernels in Triton's interpreter, and compilation of each configuration for Hopper. About 10 minutes.
+test-kernels: $(READY) build/triton36
+	PLACE_TRITON_36=build/triton36 $(BIN)/pytest -m 'kernels and not gpu' tests/kernels
+
+build/triton36: $(READY)
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ triton==3.6.0
 
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu

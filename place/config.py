@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 
 class UsageError(ValueError):
@@ -172,6 +172,15 @@ class CorrelationLossConfig(Section):
     """Distance between the two correlations."""
     beta: float = Field(0.1, gt=0)
     """Where smooth-L1 turns from square to linear."""
+    method: Literal["auto", "tiled", "gram", "reference"] = "auto"
+    """How it is computed: fused tiles, without N x N matrices (mse only), plain torch, or by shape (auto)."""
+
+    @field_validator("method")
+    @classmethod
+    def _fits_the_distance(cls, method: str, info: ValidationInfo) -> str:
+        if method == "gram" and info.data.get("distance") != "mse":
+            raise ValueError("gram computes distance=mse only; use auto")
+        return method
 
 
 class LossConfig(Section):

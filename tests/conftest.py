@@ -15,6 +15,9 @@ patch_torchvision()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not torch.cuda.is_available():
+    # Read when Triton is imported: its kernels then run on a CPU, in an interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -99,6 +99,7 @@ def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
         ("train.epochs.more=1", None),
         ("train=[1", "not YAML"),
         ("data=3", "data: .*got 3"),
+        ("loss.correlation={distance: smooth_l1, method: gram}", "loss.correlation.method: .*distance=mse only"),
     ],
 )
 def test_a_value_that_does_not_fit_is_one_line(override: str, words: str | None) -> None:

@@ -38,5 +38,6 @@ def correlation_loss(
         beta=config.beta,
         eps_y=grey_level if config.target == "pixels" else 1e-6,
         reduction="image",
+        method=config.method,
     )
     return total * read_world().world / sum_over_ranks(count).clamp(min=1)

@@ -98,9 +98,9 @@ def test_bf16_is_computed_in_fp32() -> None:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"method": "fast"}, "method 'fast', expected auto or one of"),
-        ({"loss": "l1"}, "loss 'l1', expected mse or smooth_l1"),
-        ({"reduction": "sum"}, "reduction 'sum', expected pairs, image or none"),
+        ({"method": "fast"}, "method 'fast', expected one of auto"),
+        ({"loss": "l1"}, "loss 'l1', expected one of mse, smooth_l1"),
+        ({"reduction": "sum"}, "reduction 'sum', expected one of pairs, image, none"),
     ],
 )
 def test_unknown_options_are_refused(options: dict, line: str) -> None:

@@ -1,0 +1,62 @@
+"""Tile sizes of the Triton kernels: a committed table by architecture, type and N. Nothing tunes at run time.
+
+`python -m place.kernels.tune` measures alternatives on a GPU and prints lines for this table.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """Blocks of rows, columns (0 where the kernel has square tiles) and the reduced dimension; warps and stages."""
+
+    rows: int
+    cols: int
+    reduced: int
+    num_warps: int
+    num_stages: int
+
+
+# Kernel -> type -> tiles in ascending order of the largest N they are for; None is for all others. `half` stands for
+# bf16 and fp16, `float` for a call with fp32 on either side.
+Table = dict[str, dict[str, list[tuple[int | None, Tile]]]]
+
+HOPPER: Table = {
+    "distance": {
+        "half": [(64, Tile(64, 0, 64, 4, 3)), (None, Tile(128, 0, 64, 8, 3))],
+        "float": [(None, Tile(64, 0, 32, 4, 2))],
+    },
+    "slope": {
+        "half": [(64, Tile(64, 0, 64, 4, 3)), (None, Tile(128, 0, 64, 8, 3))],
+        "float": [(None, Tile(64, 0, 32, 4, 2))],
+    },
+    "apply": {
+        "half": [(64, Tile(64, 64, 64, 4, 3)), (None, Tile(128, 128, 64, 8, 3))],
+        "float": [(None, Tile(64, 64, 32, 4, 2))],
+    },
+    "panel": {
+        "half": [
+            (64, Tile(64, 64, 64, 4, 3)),
+            (128, Tile(64, 128, 64, 4, 3)),
+            (256, Tile(64, 256, 64, 8, 2)),
+        ],
+        "float": [],
+    },
+}
+TABLE: dict[int, Table] = {90: HOPPER}
+PANEL_LIMIT = 256
+"""Largest N of the panel kernel."""
+
+
+def choose_tile(kernel: str, architecture: int, kind: str, patches: int) -> Tile | None:
+    """The tile for a kernel, or None where it does not serve this type or N.
+
+    Args:
+        kernel: a key of the table.
+        architecture: compute capability as major * 10 + minor; one without an entry takes Hopper's.
+        kind: `half` or `float`.
+        patches: N.
+    """
+    rows = TABLE.get(architecture, HOPPER)[kernel][kind]
+    return next((tile for limit, tile in rows if limit is None or patches <= limit), None)

@@ -1,0 +1,129 @@
+"""The registered operator: gradients, what torch checks of an operator, compilation, and its cost on a CPU."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from place.kernels.patch_correlation import choose_implementation, patch_corr_loss
+from place.kernels.patch_correlation.autograd import patch_corr, patch_corr_gradient
+from place.kernels.patch_correlation.reference import Options
+from place.kernels.testing import Case, build_inputs, compute_truth, measure_error
+from torch import Tensor
+
+METHODS = ["tiled", "gram"]
+OPTIONS = [
+    Options(normalize, loss, 0.2, exclude_diag)
+    for normalize, loss, exclude_diag in itertools.product([True, False], ["mse", "smooth_l1"], [True, False])
+]
+
+
+@pytest.mark.parametrize("focus", [False, True])
+@pytest.mark.parametrize("patches", [1, 37, 300])
+@pytest.mark.parametrize("method", ["chunked", "gram"])
+def test_implementations_in_torch_equal_the_reference(method: str, patches: int, focus: bool) -> None:
+    for options in OPTIONS:
+        if method == "gram" and options.loss != "mse":
+            continue
+        inputs = build_inputs(Case(patches, 5, 9, focus=focus, awkward=patches > 1, options=options))
+        x, y = (side.double().requires_grad_() for side in inputs[:2])
+        total_B, pairs_B = patch_corr(x, y, *inputs[2:4], *options, method)
+        (total_B * inputs.weight_B).sum().backward()
+        truth = compute_truth(inputs, options)
+        assert torch.equal(pairs_B, truth.pairs_B)
+        for ours, theirs in ((total_B, truth.total_B), (x.grad, truth.to_x), (y.grad, truth.to_y)):
+            assert ours is not None
+            assert theirs is not None
+            assert measure_error(ours, theirs) < 1e-11
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_to_both_sides_pass_gradcheck(method: str) -> None:
+    inputs = build_inputs(Case(6, 4, 5, focus=True))
+    x, y = (side.double().requires_grad_() for side in inputs[:2])
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        return patch_corr_loss(x, y, valid_BN=inputs.valid_BN, focus_BN=inputs.focus_BN, method=method)[0]
+
+    assert torch.autograd.gradcheck(run, (x, y))
+
+
+@pytest.mark.parametrize("method", ["chunked", "gram"])
+def test_the_operators_pass_opcheck(method: str) -> None:
+    inputs = build_inputs(Case(6, 4, 5, focus=True))
+    x, y, *rest = inputs[:4]
+    options = Options()
+    forward = (x.requires_grad_(), y, *rest, *options, method)
+    backward = (inputs.weight_B, x.detach(), y, *rest, *options, method)
+    for operator, arguments in ((patch_corr, forward), (patch_corr_gradient, backward)):
+        assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_compiles_into_one_graph(method: str) -> None:
+    inputs = build_inputs(Case(9, 4, 5, focus=True))
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        return patch_corr_loss(2 * x, y, valid_BN=inputs.valid_BN, focus_BN=inputs.focus_BN, method=method)[0]
+
+    gradients = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        x = inputs.x_BND.clone().requires_grad_()
+        function(x, inputs.y_BNT).backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_only_the_inputs_are_kept_for_backward() -> None:
+    inputs = build_inputs(Case(40, 8, 8))
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        patch_corr(inputs.x_BND.requires_grad_(), *inputs[1:4], *Options(), "chunked")
+    assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for tensor in inputs[:3]}
+
+
+@pytest.mark.parametrize(
+    ("shape", "loss", "method", "expected"),
+    [
+        ((2, 196, 128, 256), "mse", "auto", "chunked"),
+        ((2, 768, 128, 256), "mse", "auto", "gram"),
+        ((2, 768, 128, 256), "smooth_l1", "auto", "chunked"),
+        ((2, 196, 128, 256), "mse", "gram", "gram"),
+        ((2, 196, 128, 256), "mse", "reference", "reference"),
+    ],
+)
+def test_auto_follows_the_documented_rule(shape: tuple[int, ...], loss: str, method: str, expected: str) -> None:
+    batch, patches, width, target_width = shape
+    x, y = torch.zeros(batch, patches, width), torch.zeros(batch, patches, target_width)
+    assert choose_implementation(x, y, loss, method) == expected
+
+
+def test_gram_is_refused_for_what_it_cannot_do() -> None:
+    x = torch.randn(1, 3, 4)
+    with pytest.raises(ValueError, match="method 'gram' computes mse only"):
+        patch_corr_loss(x, x, loss="smooth_l1", method="gram")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"beta": 0.0, "loss": "smooth_l1"}, "beta 0.0, expected more than 0"),
+        ({"valid_BN": torch.ones(1, 3)}, "valid is torch.float32"),
+        ({"focus_BN": torch.ones(1, 4, dtype=torch.bool)}, r"focus is torch.bool \(1, 4\), expected bool \(1, 3\)"),
+    ],
+)
+def test_masks_and_beta_are_checked(change: dict, line: str) -> None:
+    x = torch.randn(1, 3, 4)
+    with pytest.raises(ValueError, match=line):
+        patch_corr_loss(x, x, **change)
+
+
+def test_integers_have_no_gradient() -> None:
+    with pytest.raises(ValueError, match="x is torch.int8, expected floating point"):
+        patch_corr_loss(torch.ones(1, 3, 4, dtype=torch.int8), torch.randn(1, 3, 4))
