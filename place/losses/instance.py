@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from place.distributed import gather, gather_with_grad, read_world
+from place.kernels.contrast import Pairs, contrast
 
 
 def instance_loss(
@@ -13,7 +14,8 @@ def instance_loss(
 ) -> Tensor:
     """Mean over this rank's anchors of -mean over positives of log softmax, both directions halved.
 
-    The mean over ranks is the loss of the global batch.
+    The mean over ranks is the loss of the global batch. Ranks exchange features (all-gather), not rows of logits: this
+    rank's anchors stand against all columns, and a large matrix of them is taken in tiles (`place.kernels.contrast`).
 
     Args:
         image_BE, text_BE: unit-length fp32 features of this rank.
@@ -23,20 +25,15 @@ def instance_loss(
     Source: quoted (Radford et al. 2021, CLIP) for the symmetric InfoNCE; the uniform target over positives is ours.
     """
     images_GE, texts_GE = gather_with_grad(image_BE), gather_with_grad(text_BE)
-    positive_BG = _positives(report_group_B, multi_positive)
-    forth = _cross_entropy(scale * image_BE @ texts_GE.T, positive_BG)
-    back = _cross_entropy(scale * text_BE @ images_GE.T, positive_BG)
-    return (forth + back) / 2
+    pairs = _build_pairs(report_group_B, multi_positive)
+    forth_B = contrast(image_BE, texts_GE, scale, pairs)
+    back_B = contrast(text_BE, images_GE, scale, pairs)
+    return (forth_B.mean() + back_B.mean()) / 2
 
 
-def _positives(report_group_B: Tensor, multi_positive: bool) -> Tensor:
-    if multi_positive:
-        return report_group_B[:, None] == gather(report_group_B)[None, :]
-    size, world = len(report_group_B), read_world()
-    positive_BG = torch.zeros(size, size * world.world, dtype=torch.bool, device=report_group_B.device)
-    return positive_BG.diagonal_scatter(positive_BG.new_ones(size), offset=size * world.rank)
-
-
-def _cross_entropy(logits_BG: Tensor, positive_BG: Tensor) -> Tensor:
-    target_BG = positive_BG / positive_BG.sum(1, keepdim=True)
-    return -(target_BG * logits_BG.log_softmax(1)).sum(1).mean()
+def _build_pairs(report_group_B: Tensor, multi_positive: bool) -> Pairs:
+    size = len(report_group_B)
+    own_B = torch.arange(size, device=report_group_B.device) + size * read_world().rank
+    if not multi_positive:
+        return Pairs(own_B)
+    return Pairs(own_B, report_group_B, gather(report_group_B), equal_is_positive=True)

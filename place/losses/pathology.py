@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from place.distributed import gather, gather_with_grad, read_world, sum_over_ranks
-
-TILE_COLUMNS = 16384
-TILE_ROWS = 1024
+from place.kernels.assignment import assign
+from place.kernels.contrast import Pairs, contrast
 
 
 def pathology_loss(
@@ -24,7 +21,8 @@ def pathology_loss(
 ) -> Tensor:
     """Symmetric InfoNCE over T-POR/V-POR pairs, divided by the pair count of all ranks.
 
-    The mean over ranks is the loss of the global batch. Pairs whose sentences are equal never count as negatives.
+    The mean over ranks is the loss of the global batch. Pairs whose sentences are equal never count as negatives. On a
+    GPU nothing waits for the device.
 
     Args:
         observations_BKE, sentences_BSE: unit-length fp32 V-PORs and T-PORs of this rank.
@@ -37,88 +35,42 @@ def pathology_loss(
         pairing and contrast are ours.
     """
     matched_BSE, mask_BS = PAIRINGS[pairing](observations_BKE, sentences_BSE, mask_BS, scale)
-    visual_PE, textual_PE = matched_BSE.flatten(0, 1), sentences_BSE.flatten(0, 1)
-    columns = _build_columns(visual_PE, textual_PE, mask_BS, sentence_hash_BS, negatives)
-    rows = torch.arange(len(visual_PE), device=mask_BS.device)[mask_BS.flatten()]
-    # Also a rank without a pair takes part in the gathers' backward pass.
-    total = 0 * (columns[0].sum() + columns[1].sum() + scale)
-    # Row tiles are recomputed in the backward pass once the matrix is wide, so that no more than a tile is held.
-    tiled = len(columns[0]) > TILE_COLUMNS
-    for part in rows.split(TILE_ROWS if tiled else max(1, len(rows))):
-        if tiled:
-            total = total + checkpoint(_contrast, part, visual_PE, textual_PE, scale, *columns, use_reentrant=False)
-        else:
-            total = total + _contrast(part, visual_PE, textual_PE, scale, *columns)
-    pairs = sum_over_ranks(mask_BS.sum()).clamp(min=1)
-    return total * read_world().world / pairs
+    visual_PE, textual_PE, mask_P = matched_BSE.flatten(0, 1), sentences_BSE.flatten(0, 1), mask_BS.flatten()
+    rows_R = _list_rows(mask_P)
+    pairs = _build_pairs(rows_R, mask_BS, sentence_hash_BS, negatives)
+    exchange = gather_with_grad if negatives == "global" else torch.Tensor.contiguous
+    forth_R = contrast(visual_PE[rows_R], exchange(textual_PE), scale, pairs)
+    back_R = contrast(textual_PE[rows_R], exchange(visual_PE), scale, pairs)
+    total = torch.where(mask_P[rows_R], forth_R + back_R, 0).sum() / 2
+    return total * read_world().world / sum_over_ranks(mask_P.sum()).clamp(min=1)
 
 
-def _build_columns(
-    visual_PE: Tensor, textual_PE: Tensor, mask_BS: Tensor, hash_BS: Tensor, negatives: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What a row is contrasted with: V-PORs, T-PORs, mask, hash and study of each column, study of each row, offset."""
-    batch, num_sentences = mask_BS.shape
+def _list_rows(mask_P: Tensor) -> Tensor:
+    """The rows that are contrasted: on a CPU the real ones, elsewhere all, because to count them is to wait."""
+    if mask_P.device.type == "cpu":
+        return mask_P.nonzero()[:, 0]
+    return torch.arange(len(mask_P), device=mask_P.device)
+
+
+def _build_pairs(rows_R: Tensor, mask_BS: Tensor, hash_BS: Tensor, negatives: str) -> Pairs:
+    """Which T-PORs and V-PORs, as columns, a row is contrasted with."""
     mask_P, hash_P = mask_BS.flatten(), hash_BS.flatten()
-    study_P = torch.arange(batch, device=mask_BS.device).repeat_interleave(num_sentences)
-    offset = torch.zeros((), dtype=torch.long, device=mask_BS.device)
     if negatives == "global":
-        offset = offset + read_world().rank * len(mask_P)
-        visual_PE, textual_PE = gather_with_grad(visual_PE), gather_with_grad(textual_PE)
-        mask_Q, hash_Q = gather(mask_P), gather(hash_P)
-        return visual_PE, textual_PE, mask_Q, hash_Q, hash_P, torch.zeros_like(hash_Q), offset
+        own_R = rows_R + read_world().rank * len(mask_P)
+        return Pairs(own_R, hash_P[rows_R], gather(hash_P), column_mask_G=gather(mask_P))
+    pairs = Pairs(rows_R, hash_P[rows_R], hash_P, column_mask_G=mask_P)
     if negatives == "rank":
-        return visual_PE, textual_PE, mask_P, hash_P, hash_P, torch.zeros_like(hash_P), offset
-    return visual_PE, textual_PE, mask_P, hash_P, hash_P, study_P + 1, offset
-
-
-def _contrast(
-    rows_R: Tensor,
-    visual_PE: Tensor,
-    textual_PE: Tensor,
-    scale: Tensor,
-    visual_QE: Tensor,
-    textual_QE: Tensor,
-    mask_Q: Tensor,
-    hash_Q: Tensor,
-    hash_P: Tensor,
-    study_Q: Tensor,
-    offset: Tensor,
-) -> Tensor:
-    """Sum over rows of the symmetric cross-entropy; study_Q is 0 where every study is contrasted."""
-    own_R = rows_R + offset
-    allowed_RQ = mask_Q & (hash_P[rows_R][:, None] != hash_Q[None, :]) & (study_Q[own_R][:, None] == study_Q[None, :])
-    allowed_RQ[torch.arange(len(rows_R), device=rows_R.device), own_R] = True
-    forth_RQ = scale * visual_PE[rows_R] @ textual_QE.T
-    back_RQ = scale * textual_PE[rows_R] @ visual_QE.T
-    losses = [
-        nn.functional.cross_entropy(logits_RQ.masked_fill(~allowed_RQ, -torch.inf), own_R, reduction="sum")
-        for logits_RQ in (forth_RQ, back_RQ)
-    ]
-    return (losses[0] + losses[1]) / 2
-
-
-def assign(cosine_BSK: Tensor, mask_BS: Tensor) -> Tensor:
-    """One-to-one pairing of sentences with observations by least total 1 - cos.
-
-    Returns:
-        (B,S) int64 on the CPU, the observation of each sentence; -1 for padding, and for the worst sentences of a study
-        that has more sentences than observations.
-    Source: ours (scipy's linear_sum_assignment).
-    """
-    # scipy refuses NaN; the loss of such features is NaN whatever the pairing, and the loop stops at that.
-    cost_BSK, mask_BS = (1 - cosine_BSK).detach().float().nan_to_num().cpu(), mask_BS.cpu()
-    pairing_BS = torch.full(mask_BS.shape, -1, dtype=torch.long)
-    for study, cost_SK in enumerate(cost_BSK):
-        real = mask_BS[study].nonzero()[:, 0]
-        sentence, observation = linear_sum_assignment(cost_SK[real].numpy())
-        pairing_BS[study, real[sentence]] = torch.as_tensor(observation)
-    return pairing_BS
+        return pairs
+    study_P = torch.arange(len(mask_P), device=mask_P.device) // mask_BS.shape[1]
+    return pairs._replace(row_study_R=study_P[rows_R], column_study_G=study_P)
 
 
 def _pair_by_assignment(
     observations_BKE: Tensor, sentences_BSE: Tensor, mask_BS: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    pairing_BS = assign(sentences_BSE.detach() @ observations_BKE.detach().transpose(1, 2), mask_BS).to(mask_BS.device)
+    """One-to-one, by least total 1 - cos; the worst sentences of a study with more than K are left out."""
+    cosine_BSK = sentences_BSE.detach() @ observations_BKE.detach().transpose(1, 2)
+    pairing_BS = assign(1 - cosine_BSK, mask_BS)
     return _take(observations_BKE, pairing_BS.clamp(min=0)), mask_BS & (pairing_BS >= 0)
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from itertools import permutations
-
 import pytest
 import torch
+from place.kernels import contrast
 from spawn import run_ranks
 from tiny import VOCAB, build_batch, build_tiny_config
 
-from place.batch import Outputs
+from place.batch import Batch, Outputs
 from place.distributed import mean_over_ranks, read_world
 from place.losses import pathology
 from place.losses.instance import instance_loss
 from place.losses.objective import compute_losses
-from place.losses.pathology import PAIRINGS, assign, pathology_loss
+from place.losses.pathology import PAIRINGS, pathology_loss
 from place.model.place import build_model
 
 SCALE = torch.tensor(5.0)
@@ -42,23 +41,6 @@ def test_without_multi_positive_a_pair_is_its_only_positive() -> None:
     target = torch.arange(4)
     expected = sum(torch.nn.functional.cross_entropy(side, target) for side in (logits, logits.T)) / 2
     torch.testing.assert_close(instance_loss(image, text, SCALE, torch.ones(4, dtype=torch.long), False), expected)
-
-
-def test_assignment_is_optimal_and_one_to_one() -> None:
-    cosine = torch.rand(20, 3, 5, generator=torch.Generator().manual_seed(0))
-    pairing = assign(cosine, torch.ones(20, 3, dtype=torch.bool))
-    for study in range(20):
-        chosen = pairing[study].tolist()
-        best = max(sum(cosine[study, s, k].item() for s, k in enumerate(p)) for p in permutations(range(5), 3))
-        assert len(set(chosen)) == 3
-        assert sum(cosine[study, s, k].item() for s, k in enumerate(chosen)) == pytest.approx(best)
-
-
-def test_padding_and_surplus_sentences_stay_unpaired() -> None:
-    cosine = torch.rand(1, 4, 2)
-    pairing = assign(cosine, torch.tensor([[True, True, True, False]]))[0]
-    assert (pairing >= 0).sum() == 2
-    assert pairing[3] == -1
 
 
 def plain_pathology(visual, textual, study, hashes, scale, negatives: str) -> torch.Tensor:
@@ -95,23 +77,39 @@ def test_equal_sentences_are_never_negatives() -> None:
     assert loss.item() == pytest.approx(0, abs=1e-9)
 
 
-def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    visual, textual = unit(6, 8, 6).requires_grad_(), unit(6, 4, 6, seed=1)
-    arguments = (visual, textual, torch.ones(6, 4).bool(), torch.arange(24).view(6, 4), SCALE)
-    whole = pathology_loss(*arguments)
-    monkeypatch.setattr(pathology, "TILE_COLUMNS", 3)
-    monkeypatch.setattr(pathology, "TILE_ROWS", 5)
-    tiled = pathology_loss(*arguments)
-    torch.testing.assert_close(tiled, whole)
-    torch.testing.assert_close(*(torch.autograd.grad(value, arguments[0])[0] for value in (tiled, whole)))
-
-
 def test_a_batch_without_sentences_costs_nothing_and_has_a_gradient() -> None:
     observations = unit(2, 3, 6).requires_grad_()
     loss = pathology_loss(observations, unit(2, 4, 6), torch.zeros(2, 4).bool(), torch.zeros(2, 4).long(), SCALE)
     loss.backward()
     assert loss.item() == 0
     assert observations.grad is not None
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("negatives", ["study", "rank", "global"])
+def test_the_loss_never_waits_for_the_device(pairing: str, negatives: str) -> None:
+    """On the meta device there are no values: a copy to the host, an item or a nonzero fails."""
+    with torch.device("meta"):
+        observations, sentences = torch.rand(4, 6, 8, requires_grad=True), torch.rand(4, 5, 8, requires_grad=True)
+        scale, mask = torch.ones((), requires_grad=True), torch.ones(4, 5, dtype=torch.bool)
+        hashes, groups = torch.ones(4, 5, dtype=torch.long), torch.ones(4, dtype=torch.long)
+    loss = pathology_loss(observations, sentences, mask, hashes, scale, pairing, negatives)
+    (loss + instance_loss(observations[:, 0], sentences[:, 0], scale, groups)).backward()
+    assert scale.grad is not None
+    for asked in (lambda: loss.item(), lambda: mask.nonzero(), lambda: loss.cpu()):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            asked()
+
+
+def test_a_device_that_is_not_asked_for_its_rows_gives_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    observations, sentences = unit(3, 5, 6).requires_grad_(), unit(3, 4, 6, seed=1)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]).bool()
+    arguments = (observations, sentences, mask, torch.arange(12).view(3, 4) * mask, SCALE)
+    counted = pathology_loss(*arguments)
+    monkeypatch.setattr(pathology, "_list_rows", lambda mask_P: torch.arange(len(mask_P)))
+    whole = pathology_loss(*arguments)
+    torch.testing.assert_close(whole, counted)
+    torch.testing.assert_close(*(torch.autograd.grad(value, observations)[0] for value in (whole, counted)))
 
 
 def test_the_total_is_the_weighted_sum_and_a_term_of_weight_zero_is_left_out() -> None:
@@ -124,16 +122,27 @@ def test_the_total_is_the_weighted_sum_and_a_term_of_weight_zero_is_left_out() -
     torch.testing.assert_close(losses.total, 2 * losses.instance + 0.5 * losses.correlation)
 
 
+def build_uneven_batch() -> Batch:
+    """Twelve pairs for two or three ranks, which then have different numbers of sentences and of patch pairs.
+
+    The third of three ranks has no sentence at all.
+    """
+    batch = build_batch(12)
+    batch.valid_patch_BN[:5, 3:] = False
+    batch.valid_patch_BN[0] = False
+    batch.sentence_of_token_BT[8:] = -1
+    batch.sentence_hash_BS[8:] = 0
+    return batch
+
+
 def run_term(name: str) -> dict[str, torch.Tensor]:
     """Loss of one term and its gradients by the model's parameters, averaged over ranks."""
     others = {term: {"weight": 0.0} for term in TERMS if term != name}
     config = build_tiny_config(loss=others)
     torch.manual_seed(0)
     model, _ = build_model(config, VOCAB, torch.device("cpu"))
-    world, batch = read_world(), build_batch(8)
-    batch.valid_patch_BN[:5, 3:] = False  # images of the two ranks have different numbers of pairs
-    batch.valid_patch_BN[0] = False
-    mine = batch.chunks(world.world)[world.rank]
+    world = read_world()
+    mine = build_uneven_batch().chunks(world.world)[world.rank]
     outputs: Outputs = model(mine)
     loss = compute_losses(outputs, mine, config.loss, 1 / 255).total
     loss.backward()
@@ -142,7 +151,13 @@ def run_term(name: str) -> dict[str, torch.Tensor]:
 
 
 def run_terms() -> dict[str, dict[str, torch.Tensor]]:
-    return {name: run_term(name) for name in TERMS}
+    """Each term in one piece, and the contrastive ones in tiles too."""
+    results = {f"{name} plain": run_term(name) for name in TERMS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contrast, "TILED_FROM_PAIRS", 0)
+        patch.setattr(contrast, "TILE_ROWS", 5)
+        patch.setattr(contrast, "TILE_COLUMNS", 7)
+        return results | {f"{name} tiled": run_term(name) for name in TERMS[:2]}
 
 
 @pytest.fixture(scope="module")
@@ -150,17 +165,19 @@ def single() -> dict:
     return run_terms()
 
 
-@pytest.fixture(scope="module")
-def double() -> list[dict]:
-    return run_ranks(run_terms, 2)
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request: pytest.FixtureRequest) -> list[dict]:
+    return run_ranks(run_terms, request.param)
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("term", TERMS)
-def test_two_ranks_have_the_gradients_of_one_process(term: str, single: dict, double: list[dict]) -> None:
-    assert single[term]["loss"].item() > 0
-    for rank in double:
-        assert rank[term].keys() == single[term].keys()
-        for name, value in single[term].items():
+@pytest.mark.parametrize("run", [*(f"{name} plain" for name in TERMS), "instance tiled", "pathology tiled"])
+def test_ranks_have_the_loss_and_the_gradients_of_one_process(run: str, single: dict, ranks: list[dict]) -> None:
+    expected = single[run.replace("tiled", "plain")]
+    assert expected["loss"].item() > 0
+    for rank in ranks:
+        found = rank[run]
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
             atol = 1e-5 * float(value.abs().max() + 1e-3)
-            torch.testing.assert_close(rank[term][name], value, rtol=1e-4, atol=atol, msg=name)
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=atol, msg=name)
