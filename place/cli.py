@@ -11,10 +11,10 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from place import __version__
-from place.config import Config, PrepareConfig, RunError, UsageError, build_config
+from place.config import Config, PrepareConfig, RunError, SourceName, UsageError, build_config
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 85
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -54,15 +54,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
     fields = PrepareConfig.model_fields
-    parser.add_argument("--source", required=True, choices=("phantom", "csv"), help=fields["source"].description)
+    parser.add_argument("--source", required=True, choices=get_args(SourceName), help=fields["source"].description)
     parser.add_argument("--output", required=True, help=fields["output"].description)
     parser.add_argument("--input", help=fields["input"].description)
     parser.add_argument("--image-root", help=fields["image_root"].description)
+    parser.add_argument("--reports", help=fields["reports"].description)
     parser.add_argument(
         "--column", nargs="+", action="extend", default=[], metavar="FIELD=NAME", help=fields["columns"].description
     )
     parser.add_argument("--labels", nargs="+", default=[], metavar="NAME", help=fields["label_columns"].description)
     parser.add_argument("--views", nargs="+", default=[], metavar="VIEW", help=fields["views"].description)
+    parser.add_argument("--case", choices=("keep", "lower"), default="keep", help=fields["case"].description)
     parser.add_argument(
         "--split", nargs=3, type=float, default=[0.8, 0.1, 0.1], metavar="SHARE", help=fields["split"].description
     )

@@ -296,21 +296,27 @@ class Config(Section):
     """How the encoder is judged."""
 
 
+SourceName = Literal["phantom", "csv", "mimic-cxr", "mimic-cxr-jpg", "openi", "dicom-tree", "r2gen-json"]
+
+
 class PrepareConfig(Section):
     """What `place prepare` is told."""
 
-    source: Literal["phantom", "csv"]
+    source: SourceName
     """Where studies come from."""
     output: str
     """Folder the prepared data set is written to."""
     input: str | None = None
-    """csv: the table (csv, tsv or parquet), one row an image."""
+    """csv: the table (csv, tsv or parquet), one row an image. Others: the folder of the download, or of DICOM files."""
     image_root: str | None = None
-    """csv: folder that image paths are relative to."""
+    """csv, openi, r2gen-json: folder that image paths are relative to."""
+    reports: str | None = None
+    """dicom-tree: table of reports. openi, mimic-cxr: folder of reports. None looks in the input folder."""
     columns: dict[str, str] = {}
-    """csv: our field (image, text, findings, impression, patient, study, view, split) to the table's column."""
+    """csv: our field (image, text, findings, impression, patient, study, view, split) to the table's column.
+    dicom-tree: accession, study, text, findings, impression, patient or split to the column of the reports."""
     label_columns: tuple[str, ...] = ()
-    """csv: columns with 1 positive, 0 negative, -1 uncertain, empty unknown; or text classes, one-hot by class."""
+    """Columns with 1 positive, 0 negative, -1 uncertain, empty unknown; or text classes, one-hot by class."""
     count: int = Field(2000, ge=1)
     """phantom: studies made."""
     seed: int = 0
@@ -322,7 +328,10 @@ class PrepareConfig(Section):
     jpeg_quality: int = Field(95, ge=1, le=100)
     """Quality of the stored grey JPEG."""
     views: tuple[str, ...] = ()
-    """Views that are kept, such as AP, PA; empty keeps all."""
+    """Views that are kept, such as FRONTAL, LATERAL, UNKNOWN, ALL. None keeps the frontal ones, and of csv, openi and
+    r2gen-json also the unknown."""
+    case: Literal["keep", "lower"] = "keep"
+    """Letters of the stored report: as written, or all small."""
     split: tuple[float, float, float] = (0.8, 0.1, 0.1)
     """Shares of patients in train, val and test; a split column comes first."""
     min_words: int = Field(3, ge=1)

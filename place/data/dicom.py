@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 import struct
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pydicom
@@ -139,6 +140,33 @@ def _is_eight_bit(shown: NDArray[Any]) -> bool:
     return shown.dtype == np.uint8
 
 
+class Identity(NamedTuple):
+    """What a DICOM file says of whom and what it shows; it goes no further than the keyed hashes."""
+
+    identity: str
+    patient: str
+    study: str
+    accession: str
+    view: str
+
+
+def read_identity(path: str | os.PathLike[str]) -> Identity | None:
+    """Ids and view of a file, from its header alone; empty where it has none. None if it is no DICOM file.
+
+    Source: ours.
+    """
+    names = ("SOPInstanceUID", "PatientID", "StudyInstanceUID", "AccessionNumber", "ViewPosition")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            dataset = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(names))
+            image, patient, study, accession = (" ".join(str(dataset.get(name) or "").split()) for name in names[:-1])
+            view = _code(dataset, "ViewPosition")
+            return Identity(image, patient, study, accession, view) if len(dataset) else None
+        except Exception:  # noqa: BLE001 - whatever a broken header raises, the file is counted as no DICOM
+            return None
+
+
 def read_info(dataset: Dataset) -> ImageInfo:
     """What the allow-list takes from a header; a value that is no plain code is left out. Source: ours."""
     laterality = _code(dataset, "ImageLaterality") or _code(dataset, "Laterality")
@@ -149,6 +177,7 @@ def read_info(dataset: Dataset) -> ImageInfo:
         _code(dataset, "Modality"),
         _code(dataset, "PhotometricInterpretation", r"[A-Z_0-9]{1,16}"),
         spacing,
+        _code(dataset, "BurnedInAnnotation") == "YES",
     )
 
 

@@ -36,16 +36,18 @@ class ImageInfo(NamedTuple):
     photometric: str = ""
     spacing_mm: tuple[float, float] | None = None
     """Distance of rows and of columns, in mm."""
+    is_annotated: bool = False
+    """The header says that text is burned into the picture."""
 
 
-def read_image_file(path: str) -> bytes:
+def read_file(path: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
     """The bytes of a regular file of sensible size. Raises Rejected. Source: ours."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise Rejected("missing_image", "not a regular file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise Rejected("too_large", f"more than {MAX_FILE_BYTES >> 20} MiB")
+        if status.st_size > max_bytes:
+            raise Rejected("too_large", f"more than {max_bytes >> 20} MiB")
         with open(path, "rb") as file:
             return file.read()
     except PermissionError:

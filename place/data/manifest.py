@@ -20,6 +20,7 @@ MANIFEST = pa.schema(
         pa.field("row", pa.int64(), nullable=False),
         pa.field("patient", pa.string(), nullable=False),
         pa.field("study", pa.string(), nullable=False),
+        pa.field("study_id", pa.int64(), nullable=False),
         pa.field("split", pa.string(), nullable=False),
         pa.field("view", pa.string(), nullable=False),
         pa.field("laterality", pa.string(), nullable=False),
@@ -33,14 +34,17 @@ MANIFEST = pa.schema(
         pa.field("spacing_x_mm", pa.float64()),
         pa.field("num_words", pa.int32(), nullable=False),
         pa.field("report_group", pa.int64(), nullable=False),
+        pa.field("near_group", pa.int64(), nullable=False),
         pa.field("sentences", pa.list_(pa.struct([("section", pa.string()), ("text", pa.string())])), nullable=False),
         pa.field("labels", pa.string(), nullable=False),
         pa.field("boxes", pa.string(), nullable=False),
+        pa.field("warnings", pa.list_(pa.string()), nullable=False),
         pa.field("source_sha256", pa.string(), nullable=False),
     ]
 )
 """Sizes and spacing are of the stored image, but for `source_*`; `row` counts the input's rows from 0; `labels` and
-`boxes` are JSON, as in the shards."""
+`boxes` are JSON, as in the shards; `study_id` is the number that shards give a study; rows of one `report_group`
+have the same report, those of one `near_group` nearly the same."""
 
 REJECTED = pa.schema(
     [

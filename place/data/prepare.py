@@ -31,7 +31,7 @@ OnProgress = Callable[[int, int, int], None]
 
 _FILES = (MANIFEST_FILE, REJECTED_FILE, "card.json", "card.md")
 _OURS = {PARTS, *SPLITS, *_FILES, *(f"{name}{PARTIAL}" for name in _FILES)}
-_FREE = ("output", "num_workers", "input", "image_root", "salt_file")
+_FREE = ("output", "num_workers", "input", "image_root", "reports", "salt_file")
 _REQUEST = f"{PARTS}/request.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -1,10 +1,11 @@
-"""A report as sections and sentences, and the hashes by which identical ones are known."""
+"""A report as sentences, and the hashes by which identical ones are known."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import unicodedata
+from collections.abc import Iterable
 
 # Reports are cut at a full stop only if the word before it is none of these.
 _TITLES = {"dr", "drs", "mr", "mrs", "ms", "prof", "st"}
@@ -16,45 +17,12 @@ _MARKER = re.compile(r"(?<!\S)(\d{1,2})[.)](?=\s+[A-Z_])")
 _BREAK = re.compile(r"\n\s*\n|\n\s*(?=\d{1,2}[.)]\s|[-*•]\s)")
 _BULLET = re.compile(r"^[-*•]\s+")
 _WORD = re.compile(r"[^\W\d_]|_{3}")
-_LEADING_MARK = re.compile(r"^(?:\d{1,2}[.)]|[-*•])\s+")
-
-_SECTIONS = {
-    "finding": "findings",
-    "findings": "findings",
-    "impression": "impression",
-    "impressions": "impression",
-    "conclusion": "impression",
-    "findings and impression": "findings",
-    "findings/impression": "findings",
-}
-_HEADING = re.compile(
-    r"(?:^|(?<=[.:\n!?]))[ \t]*((?i:findings?(?:(?: and |/)impression)?|impressions?|conclusion"
-    r"|indications?|comparisons?|techniques?|history|clinical (?:history|information)"
-    r"|examination|exam|procedure|recommendations?)"
-    r"|(?<=\n)[A-Z][A-Z/ ]{2,40}[A-Z])[ \t]*:",
-    re.MULTILINE,
+# They carry no finding; "no", "not" and "without" do, and stay.
+_FILLING = re.compile(
+    r"x{2,}|an?|the|is|are|was|were|be|been|being|there|this|that|these|its?|ha[sd]|have|of|in|on|at|to|for|with|within"
+    r"|and|or|as|by|from|seen|noted|identified|demonstrated|present|evidence|definite|again|also|appears?|which"
 )
-
-
-def split_sections(text: str) -> list[tuple[str, str]]:
-    """Cut free text at its headings.
-
-    Args:
-        text: a whole report.
-    Returns:
-        (section, text) pairs: `findings` and `impression` where the report has such headings (its other sections, such
-        as history or technique, say nothing of the image and are left out), else the whole text as `report`.
-    Source: ours.
-    """
-    marks = list(_HEADING.finditer(text))
-    ends = [mark.start() for mark in marks[1:]] + [len(text)]
-    found: dict[str, list[str]] = {}
-    for mark, end in zip(marks, ends):
-        section = _SECTIONS.get(" ".join(mark[1].lower().split()))
-        body = text[mark.end() : end].strip()
-        if section and body:
-            found.setdefault(section, []).append(body)
-    return [(section, "\n\n".join(bodies)) for section, bodies in found.items()] or [("report", text.strip())]
+_LEADING_MARK = re.compile(r"^(?:\d{1,2}[.)]|[-*•])\s+")
 
 
 def split_sentences(text: str) -> list[str]:
@@ -135,6 +103,26 @@ def hash_text(text: str) -> int:
     """Positive 63-bit hash of the normalised text; never 0, which marks an empty place. Source: ours."""
     digest = hashlib.sha256(normalize_text(text).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1 or 1
+
+
+def hash_near(sentences: Iterable[str]) -> int:
+    """Positive 63-bit hash by which reports that say nearly the same are known: one number, in any order of reports.
+
+    Sentences are taken as sets of words without case, order, plural, filling words, numbers and the marks of
+    de-identification, and the report as the set of its sentences. Chosen over shingles with locality-sensitive
+    hashing, because it holds nothing in memory, does not hang on what else is in the archive, and never chains
+    reports that differ into one group.
+    Source: ours.
+    """
+    cores = {" ".join(sorted(core)) for sentence in sentences if (core := _core_words(sentence))}
+    digest = hashlib.sha256("\n".join(sorted(cores)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1 or 1
+
+
+def _core_words(sentence: str) -> set[str]:
+    words = re.findall(r"[^\W\d_]+", unicodedata.normalize("NFKC", sentence).lower())
+    kept = (word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in words)
+    return {word for word in kept if not _FILLING.fullmatch(word)}
 
 
 def count_words(text: str) -> int:

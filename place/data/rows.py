@@ -20,10 +20,13 @@ class Row(NamedTuple):
     sections: tuple[tuple[str, str], ...]
     """(section, text); the section `text` is free text, still to be cut at its headings."""
     view: str
+    """Upper case; empty if the source does not know it, and the file is asked."""
     labels: dict[str, int | None]
     boxes: tuple[dict[str, Any], ...] = ()
     reject: str = ""
     """Reason for which the row is dropped already."""
+    report_path: str = ""
+    """File with the report, read in the task: free text, or XML as of Open-i; its sections come after `sections`."""
 
 
 class Rows(Protocol):

@@ -16,6 +16,7 @@ COLUMNS = {
     "labels": "json",
     "view": "str",
     "sample_id": "int",
+    "study_id": "int",
     "report_group": "int",
     "boxes": "json",
 }

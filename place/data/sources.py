@@ -6,7 +6,19 @@ from collections.abc import Callable
 
 from place.config import PrepareConfig
 from place.data.csv_source import open_csv
+from place.data.dicom_tree_source import open_dicom_tree
+from place.data.mimic_source import open_mimic
+from place.data.openi_source import open_openi
 from place.data.phantom_source import open_phantom
+from place.data.r2gen_source import open_r2gen
 from place.data.rows import Table
 
-SOURCES: dict[str, Callable[[PrepareConfig], Table]] = {"phantom": open_phantom, "csv": open_csv}
+SOURCES: dict[str, Callable[[PrepareConfig], Table]] = {
+    "phantom": open_phantom,
+    "csv": open_csv,
+    "mimic-cxr": open_mimic,
+    "mimic-cxr-jpg": open_mimic,
+    "openi": open_openi,
+    "dicom-tree": open_dicom_tree,
+    "r2gen-json": open_r2gen,
+}

@@ -9,14 +9,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
-from pyarrow import csv
+from pyarrow import compute, csv
 from pyarrow import parquet as pq
 
 from place.config import RunError, UsageError
 
 FIELDS = ("image", "text", "findings", "impression", "patient", "study", "view", "split")
+REPORT_FIELDS = ("accession", "study", "text", "findings", "impression", "patient", "split")
+TEXT = pd.StringDtype("pyarrow", na_value=np.nan)
 _SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 _MAX_CLASSES = 64
 _SIGNS = {
@@ -55,19 +58,20 @@ def read_table(path: Path, columns: dict[str, str], label_columns: Iterable[str]
         path: csv, tsv (also .gz) or parquet.
         columns: our field to the table's column.
         label_columns: columns with labels.
+    Returns:
+        A table whose text is held by Arrow, not as Python objects.
     Raises:
-        UsageError: no such file, unknown kind, unknown field or column.
+        UsageError: no such file, unknown kind or column.
         RunError: the file is not what its name says, or has no rows.
     Source: ours.
     """
-    check_fields(columns)
     if not path.is_file():
-        raise UsageError(f"table {path}: no such file; give --input the path of a csv, tsv or parquet table")
+        raise UsageError(f"table {path}: no such file; give the path of a csv, tsv or parquet table")
     if not path.name.endswith(_SUFFIXES):
         raise UsageError(f"table {path.name}: unknown kind; expected a name that ends in {', '.join(_SUFFIXES)}")
     wanted = {**columns, **{f"label:{name}": name for name in label_columns}}
     try:
-        present = _read_header(path)
+        present = read_header(path)
         for column in wanted.values():
             _check_column(column, present)
         frame = _read_cells(path, sorted(set(wanted.values())))
@@ -85,14 +89,28 @@ def _describe_fault(error: Exception) -> str:
 
 
 def check_fields(columns: dict[str, str]) -> None:
-    """Refuse a mapping that names unknown fields, or lacks an image or a report. Raises UsageError."""
-    for field in columns:
-        if field not in FIELDS:
-            raise UsageError(
-                f"unknown field '{field}' in --column{_nearest(field, FIELDS)}; fields are {', '.join(FIELDS)}"
-            )
+    """Refuse a mapping of a table of images that names unknown fields, or lacks one. Raises UsageError."""
+    _check_known(columns, FIELDS)
     if "image" not in columns:
         raise UsageError("no column for the image: say --column image=NAME")
+    _check_report(columns)
+
+
+def check_report_fields(columns: dict[str, str]) -> None:
+    """Refuse a mapping of a table of reports that names unknown fields, or lacks one. Raises UsageError."""
+    _check_known(columns, REPORT_FIELDS)
+    _check_report(columns)
+
+
+def _check_known(columns: dict[str, str], fields: tuple[str, ...]) -> None:
+    for field in columns:
+        if field not in fields:
+            raise UsageError(
+                f"unknown field '{field}' in --column{_nearest(field, fields)}; fields are {', '.join(fields)}"
+            )
+
+
+def _check_report(columns: dict[str, str]) -> None:
     sections = {"findings", "impression"} & columns.keys()
     if not sections and "text" not in columns:
         raise UsageError("no column for the report: say --column text=NAME, or findings=NAME and impression=NAME")
@@ -100,6 +118,15 @@ def check_fields(columns: dict[str, str]) -> None:
         raise UsageError(
             f"both text and {' and '.join(sorted(sections))} are mapped: a report is one text or its sections"
         )
+
+
+def find_column(names: Iterable[str], present: list[str]) -> str | None:
+    """The first column that is called so, whatever its case, spaces and underscores."""
+    return next((column for name in names for column in present if _squeeze(column) == _squeeze(name)), None)
+
+
+def _squeeze(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).lower()
 
 
 def _check_column(column: str, present: list[str]) -> None:
@@ -113,7 +140,8 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean '{spelled[0]}'?)" if spelled else ""
 
 
-def _read_header(path: Path) -> list[str]:
+def read_header(path: Path) -> list[str]:
+    """Names of a table's columns."""
     if path.suffix == ".parquet":
         return list(pq.read_schema(path).names)
     return list(csv.open_csv(path, parse_options=_parse_options(path)).schema.names)
@@ -122,10 +150,12 @@ def _read_header(path: Path) -> list[str]:
 def _read_cells(path: Path, columns: list[str]) -> pd.DataFrame:
     if path.suffix == ".parquet":
         frame = pq.read_table(path, columns=columns).to_pandas(integer_object_nulls=True)
-        return frame.map(_to_text).reset_index(drop=True)
+        return frame.map(_to_text).reset_index(drop=True).astype(TEXT)
     # pyarrow refuses a line with too many or too few fields, where pandas would cut or fill it without a word.
     convert = csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()), include_columns=columns)
-    return csv.read_csv(path, parse_options=_parse_options(path), convert_options=convert).to_pandas().map(str.strip)
+    table = csv.read_csv(path, parse_options=_parse_options(path), convert_options=convert)
+    stripped = {name: compute.utf8_trim_whitespace(table[name]) for name in table.column_names}
+    return pa.table(stripped).to_pandas(types_mapper={pa.string(): TEXT}.get)
 
 
 def _parse_options(path: Path) -> csv.ParseOptions:

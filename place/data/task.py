@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,14 +19,18 @@ from place.data.images import (
     Rejected,
     decode_image,
     encode_grey_jpeg,
-    read_image_file,
+    read_file,
     shrink_image,
 )
 from place.data.manifest import MANIFEST, REJECTED, pack_table, read_json, write_json
-from place.data.report import count_words, hash_text, split_sections, split_sentences
+from place.data.privacy import has_name
+from place.data.report import count_words, hash_near, hash_text, split_sentences
+from place.data.report_files import read_report
 from place.data.rows import Row
+from place.data.sections import split_sections
 from place.data.shards import PartWriter, publish_shards
 from place.data.storage import Store, open_store
+from place.data.views import check_view, resolve_views
 
 PARTS = ".parts"
 """Folder of what is not merged yet."""
@@ -149,12 +153,15 @@ def _build_part(task: Task, folder: Path) -> tuple[PartResult, list[dict[str, An
 def _read_sample(row: Row, config: PrepareConfig) -> _Sample:
     if row.reject:
         raise Rejected(row.reject)
-    sentences = read_sentences(row.sections, config.min_words)
-    _check_view(row.view, config.views, known=bool(row.view))
-    data = row.image if isinstance(row.image, bytes) else read_image_file(row.image)
+    kept_views = resolve_views(config)
+    if row.view:
+        check_view(row.view, kept_views)
+    sections = (*row.sections, *(read_report(row.report_path) if row.report_path else ()))
+    sentences = read_sentences(sections, config.min_words, config.case == "lower")
+    data = row.image if isinstance(row.image, bytes) else read_file(row.image)
     source_YX, info = decode_image(data)
     view = row.view or info.view
-    _check_view(view, config.views, known=True)
+    check_view(view, kept_views)
     image_YX = shrink_image(source_YX, config.size_px)
     scale = image_YX.shape[0] / source_YX.shape[0], image_YX.shape[1] / source_YX.shape[1]
     stored = {
@@ -163,6 +170,7 @@ def _read_sample(row: Row, config: PrepareConfig) -> _Sample:
         "labels": row.labels,
         "view": view,
         "sample_id": row.sample_id,
+        "study_id": int(row.study, 16) >> 1 or 1,
         "report_group": hash_text(" ".join(item["text"] for item in sentences)),
         "boxes": [_scale_box(box, scale) for box in row.boxes],
     }
@@ -175,7 +183,7 @@ def _build_record(
 ) -> dict[str, Any]:
     spacing = info.spacing_mm or (None, None)
     return {
-        **{name: stored[name] for name in ("sample_id", "view", "report_group", "sentences")},
+        **{name: stored[name] for name in ("sample_id", "study_id", "view", "report_group", "sentences")},
         "row": row.number,
         "patient": row.patient,
         "study": row.study,
@@ -189,14 +197,19 @@ def _build_record(
         "source_width_px": source[1],
         "spacing_y_mm": spacing[0] and spacing[0] * source[0] / shape[0],
         "spacing_x_mm": spacing[1] and spacing[1] * source[1] / shape[1],
+        "near_group": hash_near(item["text"] for item in stored["sentences"]),
+        "warnings": list(_find_warnings(stored["sentences"], info)),
         "num_words": sum(count_words(item["text"]) for item in stored["sentences"]),
         "labels": json.dumps(stored["labels"], ensure_ascii=False),
         "boxes": json.dumps(stored["boxes"]),
     }
 
 
-def read_sentences(sections: Iterable[tuple[str, str]], min_words: int) -> list[dict[str, str]]:
-    """Sentences of a report with their section. Raises Rejected: `empty_report`, `short_report`. Source: ours."""
+def read_sentences(sections: Iterable[tuple[str, str]], min_words: int, lower: bool = False) -> list[dict[str, str]]:
+    """Sentences of a report with their section, on request in small letters.
+
+    Raises Rejected: `empty_report`, `short_report`, `contradictory_report`. Source: ours.
+    """
     cut = [pair for name, text in sections for pair in (split_sections(text) if name == "text" else [(name, text)])]
     sentences = [{"section": name, "text": sentence} for name, text in cut for sentence in split_sentences(text)]
     words = sum(count_words(item["text"]) for item in sentences)
@@ -204,12 +217,16 @@ def read_sentences(sections: Iterable[tuple[str, str]], min_words: int) -> list[
         raise Rejected("empty_report")
     if words < min_words:
         raise Rejected("short_report", f"{words} words, at least {min_words} wanted")
+    if lower:
+        sentences = [{**item, "text": item["text"].lower()} for item in sentences]
     return sentences
 
 
-def _check_view(view: str, wanted: tuple[str, ...], known: bool) -> None:
-    if wanted and known and view not in {name.upper() for name in wanted}:
-        raise Rejected("view_excluded", view or "view unknown")
+def _find_warnings(sentences: list[dict[str, str]], info: ImageInfo) -> Iterator[str]:
+    if info.is_annotated:
+        yield "burned_in_annotation"
+    if any(has_name(item["text"]) for item in sentences):
+        yield "name_in_report"
 
 
 def _scale_box(box: dict[str, Any], scale: tuple[float, float]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 from small_sets import draw_image, encode
 
 from place.data.dicom import decode_dicom
-from place.data.images import ImageInfo, Rejected, decode_image, encode_grey_jpeg, read_image_file, shrink_image
+from place.data.images import ImageInfo, Rejected, decode_image, encode_grey_jpeg, read_file, shrink_image
 
 
 def build_dicom(stored: np.ndarray, **elements) -> bytes:
@@ -236,7 +236,7 @@ def test_every_colour_mode_becomes_grey(mode):
 def test_only_regular_files_are_read(tmp_path):
     for path in (tmp_path / "none.jpg", tmp_path, "/dev/zero", "a\0b", ""):
         with pytest.raises(Rejected, match="missing_image"):
-            read_image_file(str(path))
+            read_file(str(path))
 
 
 def test_the_short_side_shrinks_to_size_and_never_grows():

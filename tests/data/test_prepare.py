@@ -99,7 +99,7 @@ def test_every_row_is_kept_or_rejected_with_its_reason(tmp_path):
         7: "view_excluded",
         8: "missing_image",
         9: "blank_image",
-        10: "view_excluded",
+        10: "view_unknown",
     }
     assert [row["row"] for row in read_rows(config, "manifest.parquet")] == [0, 11, 12, 13]
     assert (card["counts"]["input"], card["counts"]["kept"], card["counts"]["rejected"]) == (14, 4, 10)
@@ -123,6 +123,7 @@ def test_shards_hold_the_contract_and_the_manifest_lists_them_in_order(tmp_path)
             "labels",
             "view",
             "sample_id",
+            "study_id",
             "report_group",
             "boxes",
         }

@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from place.data.report import hash_text, normalize_text, split_sections, split_sentences
+from place.data.report import hash_text, normalize_text, split_sentences
+from place.data.sections import split_sections
 
 
 @pytest.mark.parametrize(

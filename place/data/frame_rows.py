@@ -1,0 +1,80 @@
+"""Rows out of a table of images: the one way in which every source but the phantoms hands over its studies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from place.data.identity import IdHasher
+from place.data.rows import Row
+from place.data.table import Label
+
+SECTIONS = ("findings", "impression", "text")
+
+
+class FrameRows:
+    """A table of images; ids are hashed when a slice is taken, so that no raw one reaches a task.
+
+    Columns: `number` (position in the input), `identity` (of the image), `patient`, `study`, `split`; and where the
+    source has them: `image` and `report` (paths below their roots), `findings`, `impression`, `text`, `view`, `reject`
+    (a reason, else empty), `label:NAME`. All but `number` are text.
+    """
+
+    def __init__(
+        self, frame: pd.DataFrame, labels: list[Label], ids: IdHasher, image_root: str = "", report_root: str = ""
+    ):
+        self.frame, self.labels, self.ids = frame, labels, ids
+        self.image_root, self.report_root = image_root, report_root
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def __iter__(self) -> Iterator[Row]:
+        for begin in range(0, len(self), 1024):  # a table of hundreds of thousands is never all Python objects
+            yield from self[begin : begin + 1024]
+
+    def __getitem__(self, where: slice) -> list[Row]:
+        return [self._build_row(cells) for cells in self.frame.iloc[where].to_dict("records")]
+
+    def _build_row(self, cells: dict[Any, Any]) -> Row:
+        image, report = cells.get("image"), cells.get("report")
+        return Row(
+            number=int(cells["number"]),
+            sample_id=self.ids.number("image", cells["identity"]),
+            patient=self.ids.code("patient", cells["patient"]),
+            study=self.ids.code("study", cells["study"]),
+            split=cells["split"],
+            image=os.path.join(self.image_root, image) if image else "",
+            report_path=os.path.join(self.report_root, report) if report else "",
+            sections=tuple((name, cells[name]) for name in SECTIONS if cells.get(name)),
+            view=" ".join(cells.get("view", "").upper().split()),
+            labels={label.name: label.read(cells[f"label:{label.column}"]) for label in self.labels},
+            reject=cells.get("reject", ""),
+        )
+
+
+def order_by_patient(frame: pd.DataFrame) -> pd.DataFrame:
+    """A patient's studies side by side, and a study's images; each where its first one is. Source: ours."""
+    patient = frame.groupby("patient", sort=False).ngroup().to_numpy()
+    study = frame.groupby("study", sort=False).ngroup().to_numpy()
+    return frame.iloc[np.lexsort((np.arange(len(frame)), study, patient))]
+
+
+def mark_rejects(frame: pd.DataFrame, rows: Any, reason: str) -> None:
+    """Give `rows` (a mask) the reason, where they have none yet."""
+    if "reject" not in frame:
+        frame["reject"] = ""
+    frame["reject"] = frame["reject"].mask(np.asarray(rows, dtype=bool) & (frame["reject"] == ""), reason)
+
+
+def mark_mixed_studies(frame: pd.DataFrame) -> None:
+    """Reject the studies whose images are of several patients: one of them is filed wrongly, and nobody can say which.
+
+    Source: ours.
+    """
+    patients = frame["patient"].groupby(frame["study"]).transform("nunique")
+    mark_rejects(frame, patients > 1, "patient_mismatch")
