@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -112,11 +113,11 @@ def _read_names(path: Path) -> list[str]:
 def _scan(root: Path, table: Path, config: PrepareConfig) -> pd.DataFrame:
     """The identity of every file, read from its header alone, in the order of the paths."""
     names = _walk(root, table)
-    jobs = (
-        (number, root, block) for number, block in enumerate(iter(lambda: list(islice(names, _FILES_PER_SCAN)), []))
-    )
-    workers = config.num_workers or count_cores()
-    blocks = dict(map_in_processes(_scan_files, jobs, workers))
+    jobs = enumerate(iter(lambda: list(islice(names, _FILES_PER_SCAN)), []))
+    scan = partial(_scan_files, root)
+    blocks = dict(map(scan, islice(jobs, 4)))  # a small folder is not worth the start of processes
+    if len(blocks) == 4:
+        blocks |= dict(map_in_processes(scan, jobs, config.num_workers or count_cores()))
     if not blocks:
         raise RunError(f"{root} holds no files")
     frame = pd.concat([blocks[number] for number in sorted(blocks)], ignore_index=True)
@@ -133,8 +134,8 @@ def _walk(root: Path, table: Path) -> Iterator[str]:
                 yield str(path.relative_to(root))
 
 
-def _scan_files(job: tuple[int, Path, Iterable[str]]) -> tuple[int, pd.DataFrame]:
-    number, root, names = job
+def _scan_files(root: Path, job: tuple[int, list[str]]) -> tuple[int, pd.DataFrame]:
+    number, names = job
     rows = [_read_row(root, name) for name in names]
     return number, pd.DataFrame(rows, columns=["image", "reject", *Identity._fields], dtype=TEXT)
 
@@ -169,5 +170,6 @@ def _join(frame: pd.DataFrame, reports: pd.DataFrame, keys: list[str]) -> list[s
         )
         frame["patient"] = frame["patient"].where(frame["patient"] != "", theirs)
     frame[list(joined.columns)] = joined
-    unused = len(reports) - row[~missing].nunique()
+    used = pd.concat([reports[key].isin(frame[key]) & (reports[key] != "") for key in keys], axis=1).any(axis=1)
+    unused = int((~used).sum())
     return [f"{unused} rows of the reports table belong to no image"] if unused else []

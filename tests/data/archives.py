@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
+import pydicom
 from small_sets import draw_image, encode
 
 from place.config import PrepareConfig
@@ -32,10 +33,20 @@ MIMIC_REPORT = """                                 FINAL REPORT
  
  No acute cardiopulmonary process.
 """
-METADATA = (
-    "dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns,StudyDate,StudyTime,"
-    "ProcedureCodeSequence_CodeMeaning,ViewCodeSequence_CodeMeaning,PatientOrientationCodeSequence_CodeMeaning"
-).split(",")
+METADATA = [
+    "dicom_id",
+    "subject_id",
+    "study_id",
+    "PerformedProcedureStepDescription",
+    "ViewPosition",
+    "Rows",
+    "Columns",
+    "StudyDate",
+    "StudyTime",
+    "ProcedureCodeSequence_CodeMeaning",
+    "ViewCodeSequence_CodeMeaning",
+    "PatientOrientationCodeSequence_CodeMeaning",
+]
 
 
 def settings(source: str, folder: Path, **changes: Any) -> PrepareConfig:
@@ -70,22 +81,8 @@ def write_mimic(folder: Path, suffix: str = ".jpg", num_studies: int = 6, patien
                 encode(image) if suffix == ".jpg" else build_dicom(image, view, str(subject), f"{study}{view}", 0.139)
             )
             (report.with_suffix("") / f"{name}{suffix}").write_bytes(data)
-            rows.append(
-                [
-                    name,
-                    subject,
-                    study,
-                    "CHEST (PA AND LAT)",
-                    view,
-                    3056,
-                    2544,
-                    21800506,
-                    "213014.531",
-                    "",
-                    meaning,
-                    "Erect",
-                ]
-            )
+            taken = ["CHEST (PA AND LAT)", view, 3056, 2544, 21800506, "213014.531", "", meaning, "Erect"]
+            rows.append([name, subject, study, *taken])
     frame = pd.DataFrame(rows, columns=METADATA)
     write_gz(folder / "mimic-cxr-2.0.0-metadata.csv.gz", frame)
     names = {0: "train", 1: "validate", 2: "test"}
@@ -108,8 +105,9 @@ def write_openi_report(path: Path, name: str, images: list[str], findings: str, 
     path.parent.mkdir(parents=True, exist_ok=True)
     figures = "".join(f'<parentImage id="{image}"><figureId>F1</figureId></parentImage>' for image in images)
     path.write_text(
-        f'<?xml version="1.0" encoding="utf-8"?>\n<eCitation><meta type="rr"/><uId id="{name}"/><MedlineCitation><Article>'
-        f'<Abstract><AbstractText Label="COMPARISON">None.</AbstractText><AbstractText Label="INDICATION"/>'
+        f'<?xml version="1.0" encoding="utf-8"?>\n<eCitation><meta type="rr"/><uId id="{name}"/>'
+        f'<MedlineCitation><Article><Abstract><AbstractText Label="COMPARISON">None.</AbstractText>'
+        f'<AbstractText Label="INDICATION"/>'
         f'<AbstractText Label="FINDINGS">{findings}</AbstractText>'
         f'<AbstractText Label="IMPRESSION">{impression}</AbstractText></Abstract></Article></MedlineCitation>'
         f"{figures}</eCitation>"
@@ -128,20 +126,9 @@ def write_r2gen(folder: Path, entries: dict[str, list[dict[str, Any]]]) -> None:
 
 def write_dicom(path: Path, seed: int = 0, **elements: Any) -> None:
     """A radiograph of 12 bits with the given header elements."""
-    import io
-
-    import pydicom
-
     data = build_dicom(draw_image(seed), "PA", "P1", f"study {seed}", 0.15)
     dataset = pydicom.dcmread(io.BytesIO(data))
     for name, value in elements.items():
         setattr(dataset, name, value)
     path.parent.mkdir(parents=True, exist_ok=True)
     dataset.save_as(path, enforce_file_format=True)
-
-
-def grey(samples: list[dict[str, Any]]) -> np.ndarray:
-    """Mean brightness of each stored picture."""
-    from place.data.images import decode_picture
-
-    return np.array([decode_picture(sample["image"]).mean() for sample in samples])
