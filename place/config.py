@@ -305,7 +305,7 @@ class PrepareConfig(Section):
     source: SourceName
     """Where studies come from."""
     output: str
-    """Folder the prepared data set is written to."""
+    """Folder the prepared data set is written to, shared by all hosts, or s3://BUCKET/PREFIX."""
     input: str | None = None
     """csv: the table (csv, tsv or parquet), one row an image. Others: the folder of the download, or of DICOM files."""
     image_root: str | None = None
@@ -336,8 +336,12 @@ class PrepareConfig(Section):
     """Shares of patients in train, val and test; a split column comes first."""
     min_words: int = Field(3, ge=1)
     """Reports with fewer words are rejected."""
+    launcher: Literal["ray", "local"] = "ray"
+    """Who spreads the work: Ray, or processes of this host without it. The result is the same."""
+    address: str | None = None
+    """Ray cluster to work on; none takes RAY_ADDRESS, or starts a Ray on this host."""
     num_workers: int = Field(0, ge=0)
-    """Processes; 0 takes the number of cores."""
+    """Processes; 0 takes one a core of all hosts."""
     rows_per_task: int = Field(512, ge=1)
     """Rows a task turns into one finished part; a killed run loses at most the parts under way."""
     shard_mib: int = Field(32, ge=1)
