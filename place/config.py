@@ -219,7 +219,9 @@ class TrainConfig(Section):
     global_batch: int = Field(1024, ge=2)
     """Image-report pairs an optimiser step contrasts, over all workers."""
     accumulation: int = Field(1, ge=1)
-    """Chunks a worker's share is cut into (GradCache: the loss still sees the whole global batch)."""
+    """Least number of chunks a worker's share is cut into (GradCache: the loss still sees the whole global batch)."""
+    max_micro_batch: int | None = Field(None, ge=1)
+    """Most pairs a worker holds at once: a larger share is cut into more chunks, at each world size; none: no limit."""
     epochs: int = Field(50, ge=1)
     """Passes over the training split."""
     max_steps: int | None = Field(None, ge=1)
