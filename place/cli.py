@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_pretrain(verbs.add_parser("pretrain", help="train a model on prepared data"))
     _add_evaluate(verbs.add_parser("evaluate", help="judge a trained model"))
     _add_runs(verbs.add_parser("runs", help="stop a run at its next step"))
+    _add_doctor(verbs.add_parser("doctor", help="check this machine or cluster before the first run"))
     return parser
 
 
@@ -103,6 +104,16 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 def _add_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("stop",))
     parser.add_argument("run", help="run folder")
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="also looks at the data and folders of this run")
+    parser.add_argument(
+        "--address", default=os.environ.get("RAY_ADDRESS"), help="HOST:PORT of a standing Ray head; default RAY_ADDRESS"
+    )
+    parser.add_argument("--timeout", type=float, default=30.0, metavar="S", help="longest wait for a check; default 30")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as data.path=DIR run.dir=DIR")
 
 
 def prepare(arguments: argparse.Namespace) -> int:
@@ -255,11 +266,28 @@ def runs(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def doctor(arguments: argparse.Namespace) -> int:
+    """`place doctor`: one line a finding; 1 when anything failed."""
+    from place.cluster.doctor.findings import exit_code
+    from place.cluster.doctor.run import Options, run_doctor
+    from place.screen import print_findings
+
+    config = build_config(arguments.config, arguments.overrides)
+    with_data = arguments.config is not None or any(item.startswith("data.path=") for item in arguments.overrides)
+    findings = run_doctor(Options(config, with_data, arguments.address, arguments.timeout))
+    if arguments.json and findings:
+        print(json.dumps([finding._asdict() for finding in findings], indent=1))
+    elif findings:  # of the ranks of torchrun or srun only the first one speaks
+        print_findings(findings)
+    return exit_code(findings)
+
+
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "prepare": prepare,
     "pretrain": pretrain,
     "evaluate": evaluate,
     "runs": runs,
+    "doctor": doctor,
 }
 
 if __name__ == "__main__":

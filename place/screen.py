@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -169,6 +170,19 @@ class RunScreen:
             if number >= self.seen[name]:
                 self.seen[name] = number + 1
                 yield record
+
+
+def print_findings(findings: list[Any]) -> None:
+    """What `place doctor` found, a line each, with what to do below it."""
+    console, colours = build_console(), {"OK": "green", "WARN": "yellow", "FAIL": "red", "SKIP": "dim"}
+    for finding in findings:
+        where = f"  [{', '.join(finding.hosts)}]" if finding.hosts else ""
+        state = f"[{colours[finding.state]}]{finding.state:<4}[/]"
+        console.print(f"{state}  {finding.check:<14}  {escape(finding.text + where)}", soft_wrap=True)
+        if finding.advice:
+            console.print(f"{'':22}-> {escape(finding.advice)}", soft_wrap=True)
+    counts = {state: sum(finding.state == state for finding in findings) for state in colours}
+    console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count))
 
 
 def read_epoch_means(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:

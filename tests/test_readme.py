@@ -15,6 +15,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 SMALLER = {
     "prepare": ["--num-workers", "1", "--launcher", "local"],
     "pretrain": ["cluster.launcher=local", "engine.kind=torch", "train.max_steps=4", "train.global_batch=32"],
+    "doctor": ["--timeout", "100"],
     "evaluate": ["evaluation.bootstrap=20", "evaluation.gallery_size=20"],
 }
 
@@ -33,7 +34,7 @@ def lay_out_real_files(folder: Path, real_data: Path) -> None:
 
 
 def test_the_readme_shows_every_verb() -> None:
-    assert {command[0] for command in read_commands()} == {"prepare", "pretrain", "evaluate", "runs"}
+    assert {command[0] for command in read_commands()} == {"prepare", "doctor", "pretrain", "evaluate", "runs"}
 
 
 def test_the_readme_commands_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
