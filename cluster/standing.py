@@ -78,7 +78,7 @@ def check_standing(config: Config, environ: Mapping[str, str]) -> None:
     if JOB_MARK not in environ:
         return
     for key, value in (("run.dir", config.run.dir), ("data.path", config.data.path)):
-        if not Path(value).is_absolute():
+        if not Path(value).is_absolute() and "://" not in value:
             raise UsageError(
                 f"{key}={value} is relative, and a Ray job runs in a copy of the working directory that Ray deletes; "
                 "give an absolute path that every node sees"

@@ -51,7 +51,8 @@ def check_first_batch(config: Config, timeout_s: float) -> list[Finding]:
 def measure_first_batch(config: Config, cache: Path) -> dict[str, Any]:
     """Seconds to the first training batch from nothing, and pairs a second of the next ones."""
     from place.data.loader import PairLoader
-    from place.data.streaming import count_samples, read_samples, select_sentences
+    from place.data.prepared import count_samples, read_samples
+    from place.data.streaming import select_sentences
     from place.data.tokens import ReportTokenizer, train_tokenizer
 
     data, text = config.data, config.model.text

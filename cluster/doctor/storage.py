@@ -40,8 +40,11 @@ def check_writing(folder: Path, size_mib: int = 64, budget_s: float = 3.0) -> li
     return [Finding("storage", OK, text)]
 
 
-def check_reading(folder: Path, size_mib: int = 256, budget_s: float = 3.0) -> list[Finding]:
+def check_reading(path: str, size_mib: int = 256, budget_s: float = 3.0) -> list[Finding]:
     """Read shards of the data set, asking the kernel to forget them first; a server's own cache still helps."""
+    if "://" in path:
+        return [Finding("data", SKIP, f"data.path {path} is remote: the first batch tells how fast it comes")]
+    folder = Path(path)
     shards = sorted(folder.glob("*/*.mds*"), key=lambda path: path.stat().st_atime)
     if not shards:
         return [Finding("data", SKIP, f"data.path {folder}: no shards there", "place prepare writes them")]

@@ -158,8 +158,10 @@ def test_a_disk_that_fills_up_under_the_test_fails(tmp_path: Path, monkeypatch: 
 
 
 def test_a_data_folder_without_shards_is_skipped_with_the_reason(tmp_path: Path) -> None:
-    (finding,) = storage.check_reading(tmp_path)
+    (finding,) = storage.check_reading(str(tmp_path))
     assert (finding.state, "no shards" in finding.text) == (SKIP, True)
+    (finding,) = storage.check_reading("s3://bucket/set")
+    assert (finding.state, "is remote" in finding.text) == (SKIP, True)
 
 
 def test_a_run_folder_that_another_node_does_not_see_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,7 @@ def test_a_relative_path_in_a_job_is_refused(key: str) -> None:
     section, field = key.split(".")
     paths = {"run": {"dir": "/shared/run"}, "data": {"path": "/shared/data"}}
     check_standing(build_tiny_config(**paths), {JOB_MARK: "{}"})
+    check_standing(build_tiny_config(**{**paths, "data": {"path": "s3://bucket/set"}}), {JOB_MARK: "{}"})
     paths[section] = {field: "here"}
     check_standing(build_tiny_config(**paths), {})
     with pytest.raises(UsageError, match=f"{key}=here is relative.*every node sees"):
