@@ -26,6 +26,8 @@ class Node(NamedTuple):
     cpus: int
     gpus: int
     sockets: int = 0
+    ray_id: str = ""
+    """What Ray calls it; empty where Ray does not run."""
 
 
 class Topology(NamedTuple):
@@ -69,6 +71,7 @@ def read_ray(nodes: list[dict[str, Any]]) -> Topology:
                 node["NodeManagerAddress"],
                 int(node["Resources"].get("CPU", 0)),
                 int(node["Resources"].get("GPU", 0)),
+                ray_id=node["NodeID"],
             )
             for node in alive
         ],
@@ -95,26 +98,34 @@ def read_sockets(root: Path = Path("/sys/devices/system/cpu")) -> list[list[int]
     return list(by_socket.values())
 
 
+def count_rooms(topology: Topology, cpus_per_worker: int) -> list[int]:
+    """How many workers fit on each node: one a GPU where there are GPUs, else by cores."""
+    with_gpus = any(node.gpus for node in topology.nodes)
+    by_cores = [node.cpus // cpus_per_worker for node in topology.nodes]
+    return [min(cores, node.gpus) if with_gpus else cores for cores, node in zip(by_cores, topology.nodes)]
+
+
 def place_workers(topology: Topology, num_workers: int, cpus_per_worker: int) -> list[int]:
-    """Workers of each node: as few nodes as hold them, equally many on each; one worker a GPU where there are GPUs.
+    """Workers of each node, equally many on each that has any.
+
+    As few nodes as hold them where there are GPUs, whose links inside a node are fast; else as many as there are.
 
     Raises:
-        UsageError: they do not fit, or not equally: streaming and DeepSpeed count on nodes of equal size.
+        UsageError: they do not fit, or not equally: DeepSpeed's groups inside a node want nodes of equal size.
     Source: ours.
     """
-    with_gpus = any(node.gpus for node in topology.nodes)
-    room = [
-        min(node.cpus // cpus_per_worker, node.gpus if with_gpus else node.cpus // cpus_per_worker)
-        for node in topology.nodes
-    ]
-    for count in range(1, len(room) + 1):
+    rooms = count_rooms(topology, cpus_per_worker)
+    counts = list(range(1, len(rooms) + 1))
+    if not any(node.gpus for node in topology.nodes):
+        counts.reverse()
+    for count in counts:
         per_node = num_workers // count
-        chosen = [index for index, fits in enumerate(room) if fits >= per_node][:count]
+        chosen = [index for index, room in enumerate(rooms) if room >= per_node > 0][:count]
         if num_workers % count == 0 and len(chosen) == count:
-            return [per_node if index in chosen else 0 for index in range(len(room))]
+            return [per_node if index in chosen else 0 for index in range(len(rooms))]
     raise UsageError(
         f"cluster.num_workers={num_workers} of {cpus_per_worker} CPU cores do not fit equally on "
-        f"{topology.describe()}; there is room for {room} workers a node"
+        f"{topology.describe()}; there is room for {rooms} workers a node"
     )
 
 

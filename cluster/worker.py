@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from place.cluster.deepspeed_engine import DeepSpeedEngine
+from place.cluster.topology import read_sockets, share_cores
 
 from place.config import Config, RunError, UsageError
 from place.distributed import World, broadcast_text, is_distributed, read_world
@@ -32,6 +33,7 @@ def run_guarded(config: Config, launch: str) -> None:
     if _has_failed(path, launch):
         return
     torch.set_num_threads(config.cluster.cpus_per_worker)
+    _bind_cores(config)
     try:
         outcome = {"outcome": run_worker(config, launch, ENGINES[config.engine.kind])}
     except (UsageError, RunError) as error:
@@ -42,6 +44,13 @@ def run_guarded(config: Config, launch: str) -> None:
         raise
     if read_world().is_first:
         write_text(path, json.dumps({"launch": launch, "pid": os.getpid(), **outcome}))
+
+
+def _bind_cores(config: Config) -> None:
+    """On a host with GPUs, keep this worker and its loader processes to cores of their own."""
+    world = read_world()
+    if config.cluster.bind_cores and torch.cuda.is_available() and world.local_world > 1:
+        os.sched_setaffinity(0, share_cores(read_sockets(), world.local_rank, world.local_world))
 
 
 def _has_failed(path: Path, launch: str) -> bool:

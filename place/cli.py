@@ -72,10 +72,6 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--phantom-format", choices=("jpeg", "dicom"), default="jpeg", help=fields["phantom_format"].description
     )
-    parser.add_argument(
-        "--launcher", choices=("ray", "local"), default=fields["launcher"].default, help=fields["launcher"].description
-    )
-    parser.add_argument("--address", metavar="HOST:PORT", help=fields["address"].description)
     numbers = ("count", "seed", "size-px", "jpeg-quality", "min-words", "num-workers", "rows-per-task", "shard-mib")
     for name, kind in (*((name, int) for name in numbers), ("salt-file", str)):
         field = fields[name.replace("-", "_")]
@@ -123,24 +119,9 @@ def prepare(arguments: argparse.Namespace) -> int:
 
     config = build_prepare_config(arguments)
     with PrepareProgress() as progress:
-        card = run_prepare(config, PREPARERS[config.launcher](config), progress.update)
+        card = run_prepare(config, on_progress=progress.update)
     progress.print_card(card, config.output)
     return DONE
-
-
-def _prepare_by_ray(config: PrepareConfig) -> Any:
-    from place.cluster.prepare import map_over_ray
-
-    return partial(map_over_ray, address=config.address)
-
-
-def _prepare_here(_: PrepareConfig) -> Any:
-    from place.data.pool import map_in_processes
-
-    return map_in_processes
-
-
-PREPARERS: dict[str, Callable[[PrepareConfig], Any]] = {"ray": _prepare_by_ray, "local": _prepare_here}
 
 
 def build_prepare_config(arguments: argparse.Namespace) -> PrepareConfig:
@@ -212,8 +193,8 @@ LAUNCHERS: dict[str, Callable[[Config], int]] = {
 
 def _watch(config: Config, plan: Any, run: Callable[[], str]) -> int:
     """Run with the progress on the screen; a signal asks the run to stop at its next step."""
+    from place.node import clean_node
     from place.screen import RunScreen
-    from place.training.pretrain import clean_node
 
     run_dir = Path(config.run.dir)
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
@@ -227,16 +208,28 @@ def _watch(config: Config, plan: Any, run: Callable[[], str]) -> int:
             for number, handler in before.items():
                 signal.signal(number, handler)
     screen.print_end(outcome)
-    return STOPPED if outcome == "stopped" else DONE
+    if outcome == "stopped":
+        _note_requeue(run_dir)
+        return STOPPED
+    return DONE
+
+
+def _note_requeue(run_dir: Path) -> None:
+    """Tell slurm/pretrain.sh why another start of the job would go on, where one would."""
+    from place.training.stop import ANOTHER_START, read_stop
+
+    note, why = os.environ.get("PLACE_REQUEUE_NOTE"), read_stop(run_dir)
+    if note and why.startswith(ANOTHER_START):
+        Path(note).write_text(why + "\n")
 
 
 def _catch_signals(run_dir: Path) -> None:
     """Turn signals that ask this process to end into a stop file, which the workers read at each step."""
-    from place.training.loop import STOP_FILE
+    from place.training.stop import ask_to_stop
 
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: (run_dir / STOP_FILE).touch())
+            signal.signal(number, lambda got, _: ask_to_stop(run_dir, signal.Signals(got).name))
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -258,10 +251,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def runs(arguments: argparse.Namespace) -> int:
     """`place runs stop RUN`: ask a run to save a checkpoint at its next step and end with 85."""
+    from place.training.stop import ask_to_stop
+
     run = Path(arguments.run)
     if not (run / "config.yaml").is_file():
         raise UsageError(f"{run} is no run folder (no config.yaml)")
-    (run / "stop").touch()
+    ask_to_stop(run, "place runs stop")
     print(f"{run}: asked to stop at the next step")
     return DONE
 

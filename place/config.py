@@ -219,9 +219,7 @@ class TrainConfig(Section):
     global_batch: int = Field(1024, ge=2)
     """Image-report pairs an optimiser step contrasts, over all workers."""
     accumulation: int = Field(1, ge=1)
-    """Least number of chunks a worker's share is cut into (GradCache: the loss still sees the whole global batch)."""
-    max_micro_batch: int | None = Field(None, ge=1)
-    """Most pairs a worker holds at once: a larger share is cut into more chunks, at each world size; none: no limit."""
+    """Chunks a worker's share is cut into (GradCache: the loss still sees the whole global batch)."""
     epochs: int = Field(50, ge=1)
     """Passes over the training split."""
     max_steps: int | None = Field(None, ge=1)
@@ -257,9 +255,21 @@ class ClusterConfig(Section):
     cpus_per_worker: int = Field(1, ge=1)
     """CPU cores a worker reserves."""
     max_failures: int = Field(3, ge=0)
-    """Worker failures survived by a restart from the newest checkpoint."""
+    """Failures in a row, without a new checkpoint between them, after which the run gives up."""
+    start_timeout_s: int = Field(300, ge=0)
+    """Longest wait for all nodes of a standing cluster at the start, in seconds."""
+    rejoin_timeout_s: int = Field(60, ge=0)
+    """Longest wait for a lost node to come back, in seconds; then see `min_nodes`."""
+    min_nodes: int | None = Field(None, ge=1)
+    """Go on with fewer workers on at least so many nodes, at the same global batch; none stops with a checkpoint."""
+    grow_after_s: int = Field(60, ge=1)
+    """A run that goes on with fewer workers restarts with more once nodes have been back for so long, in seconds."""
+    hang_timeout_s: int = Field(600, ge=1)
+    """Longest step; then every rank writes its stacks to RUN/stacks and the workers start again, in seconds."""
     timeout_s: int = Field(1800, ge=10)
     """Longest wait in a collective, in seconds."""
+    bind_cores: bool = True
+    """On nodes with GPUs, give each worker cores of its own, of one CPU socket where they divide."""
 
 
 class EvaluationConfig(Section):
@@ -307,7 +317,7 @@ class PrepareConfig(Section):
     source: SourceName
     """Where studies come from."""
     output: str
-    """Folder the prepared data set is written to, shared by all hosts, or s3://BUCKET/PREFIX."""
+    """Folder the prepared data set is written to."""
     input: str | None = None
     """csv: the table (csv, tsv or parquet), one row an image. Others: the folder of the download, or of DICOM files."""
     image_root: str | None = None
@@ -338,12 +348,8 @@ class PrepareConfig(Section):
     """Shares of patients in train, val and test; a split column comes first."""
     min_words: int = Field(3, ge=1)
     """Reports with fewer words are rejected."""
-    launcher: Literal["ray", "local"] = "ray"
-    """Who spreads the work: Ray, or processes of this host without it. The result is the same."""
-    address: str | None = None
-    """Ray cluster to work on; none takes RAY_ADDRESS, or starts a Ray on this host."""
     num_workers: int = Field(0, ge=0)
-    """Processes; 0 takes one a core of all hosts."""
+    """Processes; 0 takes the number of cores."""
     rows_per_task: int = Field(512, ge=1)
     """Rows a task turns into one finished part; a killed run loses at most the parts under way."""
     shard_mib: int = Field(32, ge=1)

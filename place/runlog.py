@@ -68,3 +68,20 @@ def read_surviving(path: Path) -> list[dict[str, Any]]:
         if "step" in record and "val_total" not in record:
             by_step[record["step"]] = record
     return [by_step[step] for step in sorted(by_step)]
+
+
+def write_attempt(run_dir: Path, record: dict[str, Any]) -> None:
+    """A line of attempts.jsonl: a start of the workers, or notes about one."""
+    with (run_dir / "attempts.jsonl").open("a") as file:
+        file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+
+
+def count_attempts(run_dir: Path) -> int:
+    """Worker groups started so far in the life of the run."""
+    return sum("launch" in record for record in read_jsonl(run_dir / "attempts.jsonl"))
+
+
+def read_newest_step(run_dir: Path) -> int | None:
+    """Step of the checkpoint that `latest` names, unchecked; None before the first one."""
+    latest = run_dir / "checkpoints" / "latest"
+    return int(latest.read_text().removeprefix("step_")) if latest.is_file() else None

@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from place.config import Config
-from place.runlog import read_jsonl, read_surviving
+from place.runlog import read_jsonl, read_newest_step, read_surviving
 
 PLAIN_INTERVAL_S = 5.0
 
@@ -33,8 +32,7 @@ class PrepareProgress:
         self.console = build_console()
         self.bar = _build_bar(self.console, "{task.fields[note]}")
         self.task = self.bar.add_task("prepare", total=None, note="")
-        self.printed = 0.0
-        self.began: tuple[float, int] | None = None
+        self.began, self.printed = time.perf_counter(), 0.0
 
     def __enter__(self) -> PrepareProgress:
         if self.console.is_terminal:
@@ -47,14 +45,12 @@ class PrepareProgress:
 
     def update(self, done: int, total: int, rejected: int) -> None:
         """Rows done of all, and how many were rejected."""
-        self.began = self.began or (time.perf_counter(), done)
-        rate, eta_s = compute_pace(time.perf_counter() - self.began[0], done - self.began[1], total - done)
+        rate = done / max(1e-9, time.perf_counter() - self.began)
         note = f"{rate:,.0f} rows/s, {rejected:,} rejected"
         self.bar.update(self.task, completed=done, total=total, note=note)
         if not self.console.is_terminal and (time.perf_counter() - self.printed > PLAIN_INTERVAL_S or done == total):
             self.printed = time.perf_counter()
-            left = "" if eta_s is None or done == total else f", {timedelta(seconds=round(eta_s))} left"
-            self.console.print(f"prepare  {done:,}/{total:,} rows  {note}{left}")
+            self.console.print(f"prepare  {done:,}/{total:,} rows  {note}")
 
     def print_card(self, card: dict[str, Any], output: str) -> None:
         """The counts of the data card."""
@@ -70,15 +66,6 @@ class PrepareProgress:
         for split, row in ((name, value) for name, value in counts.items() if isinstance(value, dict)):
             table.add_row(split, *(f"{row[key]:,}" for key in ("images", "studies", "patients", "unique_reports")))
         self.console.print(table)
-
-
-def compute_pace(elapsed_s: float, done: int, left: int) -> tuple[float, float | None]:
-    """Rows a second, counting only those of this run and not what it found finished; seconds left, if that is known.
-
-    Source: ours.
-    """
-    rate = done / elapsed_s if elapsed_s > 0 else 0.0
-    return rate, left / rate if rate else None
 
 
 class RunScreen:
@@ -109,10 +96,12 @@ class RunScreen:
 
     def print_end(self, outcome: str) -> None:
         """How the run ended and where its files are."""
-        first, last = read_epoch_means(self.run_dir)
         if outcome == "stopped":
-            self.console.print(f"stopped at step {last['step']}, checkpoint saved; the same command goes on from there")
+            step = read_newest_step(self.run_dir)
+            where = "before the first checkpoint" if step is None else f"at step {step}, checkpoint saved"
+            self.console.print(f"stopped {where}; the same command goes on from there")
             return
+        first, last = read_epoch_means(self.run_dir)
         self.console.print(
             f"total train loss {first['total']:.3f} (epoch {first['epoch'] + 1}) -> "
             f"{last['total']:.3f} (epoch {last['epoch'] + 1})"

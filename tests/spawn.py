@@ -1,8 +1,4 @@
-"""Run a function in several gloo processes and collect what each returns.
-
-They are forked from a server that has imported what is slow to import; the test process itself cannot fork once it has
-run a backward pass.
-"""
+"""Run a function in several gloo processes and collect what each returns."""
 
 from __future__ import annotations
 
@@ -18,8 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PRELOAD = ["place.cluster.worker", "place.losses.objective", "deepspeed"]
-
 
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, lone_ranks: tuple[int, ...] = ()) -> list[Any]:
     """`function(*arguments)` on each of `world` ranks; results in order of ranks (tensors, numbers, dicts, lists).
@@ -28,10 +22,7 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, lone_ra
         lone_ranks: each gets a machine of its own, as far as shared memory and temporary files tell.
     """
     with tempfile.TemporaryDirectory() as folder:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        mp.get_context("forkserver").set_forkserver_preload(PRELOAD)
-        arguments = (world, folder, function, arguments, lone_ranks)
-        mp.start_processes(_enter, arguments, nprocs=world, start_method="forkserver")
+        mp.spawn(_enter, (world, folder, function, arguments, lone_ranks), nprocs=world)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 

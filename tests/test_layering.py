@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["place.kernels", "place.compat"],
     ["place.config"],
-    ["place", "place.batch", "place.distributed", "place.runlog"],
+    ["place", "place.batch", "place.distributed", "place.node", "place.runlog"],
     ["place.data", "place.model", "place.losses"],
     # What a checkpoint is written from belongs to its layer: the engine and its optimiser.
-    ["place.training.optim", "place.training.engine", "place.training.state", "place.training.checkpoint"],
+    ["place.training.optim", "place.training.engine", "place.training.checkpoint"],
     ["place.evaluation"],
     ["place.training"],
     ["place.export"],

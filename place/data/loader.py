@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import cv2
 import torch
-from filelock import FileLock
 from torch.utils.data import DataLoader
 
 from place.batch import Batch
@@ -92,15 +92,18 @@ class PairLoader:
 
 @contextmanager
 def _alone_on_node(node: Node) -> Iterator[None]:
-    """Hold a lock of this node while streaming picks names for shared memory: two runs starting at once would clash."""
-    lock = FileLock(Path(tempfile.gettempdir()) / f"place-streaming-{os.getuid()}-{node.device}.lock")
-    if node.is_first:
-        lock.acquire()
-    barrier()
+    """Hold this node's shared memory while streaming picks names in it: two runs starting at once would clash.
+
+    The lock is on the folder itself: temporary folders, where a lock file would be, differ between runs.
+    """
+    folder = os.open("/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir(), os.O_RDONLY)
     try:
+        if node.is_first:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        barrier()
         yield
     finally:
-        lock.release()
+        os.close(folder)
 
 
 class _Collate:

@@ -13,9 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib import metadata
-from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
 
 import cv2
 import torch
@@ -29,11 +27,14 @@ from place.data.tokens import ReportTokenizer, train_tokenizer
 from place.distributed import Node, barrier, broadcast_text, gather_objects, read_node, read_world
 from place.losses.objective import compute_losses
 from place.model.place import PlaceModel, build_model
-from place.runlog import RunLog, read_jsonl
-from place.training.checkpoint import agree_on_checkpoint, read_state, write_definition, write_text
+from place.node import clean_node, note_cache, note_shared_memory
+from place.runlog import RunLog, count_attempts, write_attempt
+from place.training.checkpoint import find_checkpoint, read_state, write_definition, write_text
 from place.training.engine import Engine, TorchEngine
-from place.training.loop import STOP_FILE, Progress, describe_lineage, train
+from place.training.loop import Progress, describe_lineage, train
 from place.training.plan import RunPlan, build_plan
+from place.training.stop import withdraw_stop
+from place.training.watchdog import Watchdog
 
 BuildEngine = Callable[[PlaceModel, Config, torch.device], Engine]
 VERSIONS = ("torch", "deepspeed", "transformers", "timm", "ray", "mosaicml-streaming", "xformers", "numpy")
@@ -69,8 +70,7 @@ def prepare_run(config: Config, world: int) -> RunPlan:
         "plan": plan.model_dump(),
     }
     write_text(run_dir / "run.json", json.dumps(record, indent=1))
-    for leftover in (STOP_FILE, "failure.json"):
-        (run_dir / leftover).unlink(missing_ok=True)
+    withdraw_stop(run_dir)
     return plan
 
 
@@ -109,9 +109,10 @@ def run_worker(config: Config, launch: str, build_engine: BuildEngine | None = N
         notes.append(f"all {plan.total_steps} steps are done already: nothing to train")
     log = RunLog(run_dir, attempt, config.run.tensorboard, progress["step"]) if world.is_first else None
     if world.is_first:
-        _write_attempt(run_dir, {"attempt": attempt, "from_step": progress["step"], "notes": [attention, *notes]})
+        write_attempt(run_dir, {"attempt": attempt, "from_step": progress["step"], "notes": [attention, *notes]})
     node = read_node()
     cache = _make_cache(config, launch, attempt, node)
+    watchdog = Watchdog(run_dir, attempt, world.rank, config.cluster.hang_timeout_s)
     build_loader = functools.partial(
         PairLoader, config.data, tokenizer=tokenizer, seed=config.run.seed, num_patches=num_patches, cache=cache
     )
@@ -121,12 +122,13 @@ def run_worker(config: Config, launch: str, build_engine: BuildEngine | None = N
         if plan.val_steps:
             val_loader = build_loader(config.data.val_split, local_batch=plan.val_local_batch, train=False)
         if node.is_first:
-            _note_shared_memory(run_dir, [item.shm_prefix for item in (loader, val_loader) if item])
+            note_shared_memory(run_dir, [item.shm_prefix for item in (loader, val_loader) if item])
         objective = functools.partial(_objective, config, 1 / (255 * loader.dataset.std))
-        outcome = train(config, plan, engine, loader, val_loader, objective, log, progress)
+        outcome = train(config, plan, engine, loader, val_loader, objective, log, watchdog, progress)
         barrier()
         return outcome
     finally:
+        watchdog.close()
         if log is not None:
             log.close()
         if node.is_first:
@@ -152,48 +154,13 @@ def read_commit() -> str:
     return done.stdout.strip() or os.environ.get("PLACE_COMMIT", "unknown")
 
 
-def clean_node(run_dir: Path) -> int:
-    """Remove the shared memory and the shard cache that workers of this run left on this host, and nobody else's.
-
-    Returns:
-        How many segments of shared memory and lock files were removed.
-    """
-    note = _node_note(run_dir)
-    removed = 0
-    for record in read_jsonl(note):
-        if "cache" in record:
-            shutil.rmtree(record["cache"], ignore_errors=True)
-            continue
-        # Names are used again once they are free: the inode tells whether it is still ours.
-        mark = Path("/dev/shm") / f"{record['prefix']}locals"
-        if mark.exists() and mark.stat().st_ino == record["inode"]:
-            locks = Path(tempfile.gettempdir()).glob(f"{record['prefix']}*_filelock")
-            for path in [*mark.parent.glob(f"{record['prefix']}*"), *locks]:
-                if record["pid"] == os.getpid() and path.parent == mark.parent:
-                    resource_tracker.unregister(f"/{path.name}", "shared_memory")
-                path.unlink(missing_ok=True)
-                removed += 1
-    note.unlink(missing_ok=True)
-    return removed
-
-
-def _node_note(run_dir: Path) -> Path:
-    """Where the workers of this host note what they will leave behind if they are killed."""
-    return run_dir / f"node.{socket.gethostname()}.jsonl"
-
-
-def _note(run_dir: Path, record: dict[str, Any]) -> None:
-    with _node_note(run_dir).open("a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
 def _objective(config: Config, grey_level: float, outputs: Outputs, batch: Batch) -> Losses:
     return compute_losses(outputs, batch, config.loss, grey_level)
 
 
 def _resume(config: Config, engine: Engine, plan: RunPlan) -> tuple[Progress, list[str]]:
-    progress = Progress(step=0, best_val=None, best_step=None)
-    folder, notes = agree_on_checkpoint(Path(config.run.dir))
+    progress = Progress(step=0, best_val=None)
+    folder, notes = find_checkpoint(Path(config.run.dir))
     if folder is None:
         return progress, notes
     state = read_state(folder)
@@ -203,10 +170,8 @@ def _resume(config: Config, engine: Engine, plan: RunPlan) -> tuple[Progress, li
                 f"checkpoint {folder} was written with {key}={state[key]}, this run has {value}; "
                 "resume with the same value or choose another run.dir"
             )
-    engine.load(folder, state["numbers"])
+    engine.load(folder)
     progress.update({key: state[key] for key in progress})
-    if state["world"] != plan.world:
-        notes.append(f"{folder.name} was written by {state['world']} workers, {plan.world} go on")
     return progress, [*notes, f"resumed from {folder.name}"]
 
 
@@ -227,15 +192,9 @@ def _open_attempt(run_dir: Path, launch: str) -> int:
     workers = gather_objects({"host": socket.gethostname(), "pid": os.getpid()})
     if not read_world().is_first:
         return int(broadcast_text(None) or 0)
-    started = sum("launch" in record for record in read_jsonl(run_dir / "attempts.jsonl"))
-    record = {"attempt": started, "launch": launch, "time": round(time.time(), 3), "workers": workers}
-    _write_attempt(run_dir, record)
+    started = count_attempts(run_dir)
+    write_attempt(run_dir, {"attempt": started, "launch": launch, "workers": workers})
     return int(broadcast_text(str(started)) or 0)
-
-
-def _write_attempt(run_dir: Path, record: dict[str, Any]) -> None:
-    with (run_dir / "attempts.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def _make_cache(config: Config, launch: str, attempt: int, node: Node) -> Path:
@@ -243,16 +202,10 @@ def _make_cache(config: Config, launch: str, attempt: int, node: Node) -> Path:
     cache = Path(config.data.cache_dir or tempfile.gettempdir()) / f"place-{launch}-{attempt}-{node.device}"
     if node.is_first:
         clean_node(Path(config.run.dir))
-        _note(Path(config.run.dir), {"cache": str(cache)})
+        note_cache(Path(config.run.dir), cache)
         cache.mkdir(parents=True)
     barrier()
     return cache
-
-
-def _note_shared_memory(run_dir: Path, prefixes: list[str]) -> None:
-    for prefix in prefixes:
-        inode = (Path("/dev/shm") / f"{prefix}locals").stat().st_ino
-        _note(run_dir, {"prefix": prefix, "inode": inode, "pid": os.getpid()})
 
 
 def _check_disk(run_dir: Path, need_mib: int = 512) -> None:

@@ -6,18 +6,16 @@ import json
 import os
 import signal
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training.runs import run_place, start_place, wait_until, write_config
+from training.runs import embed, run_place, start_place, wait_until, write_config
 
 from place.data.prepared import count_samples, read_samples
-from place.data.transforms import eval_transform, read_image
+from place.node import note_path
 from place.runlog import read_jsonl, read_surviving
-from place.training.checkpoint import load_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.multiprocess]
 SECTIONS = {
@@ -27,20 +25,6 @@ SECTIONS = {
 }
 KILL_AFTER_STEP = 33
 STOP_AFTER_STEP = 52
-
-
-def embed(run: Path, data: Path) -> torch.Tensor:
-    """Image and report features of the first 64 validation pairs."""
-    loaded = load_run(run, "latest")
-    samples = list(islice(read_samples(data, "val"), 64))
-    assert len(samples) == 64
-    size = loaded.config.data.image_size_px
-    images = torch.stack([eval_transform(read_image(s["image"]), size, loaded.mean, loaded.std) for s in samples])
-    reports = [loaded.tokenizer.encode([item["text"] for item in s["sentences"]]) for s in samples]
-    ids, attention, owner, _ = loaded.tokenizer.collate(reports)
-    with torch.no_grad():
-        text_BE = loaded.model.encode_text(ids, attention, owner).text_BE
-        return torch.cat([loaded.model.encode_image(images).image_BE, text_BE], 1)
 
 
 @pytest.fixture(scope="module")
@@ -117,4 +101,4 @@ def test_the_run_folder_is_as_the_contract_says(killed: Path) -> None:
     root = killed / "checkpoints"
     assert (root / (root / "latest").read_text()).is_dir()
     assert (root / (root / "best").read_text()).is_dir()
-    assert not list(killed.glob("node.*.jsonl")), "shared memory or a shard cache was left behind"
+    assert not note_path(killed).exists(), "shared memory or a shard cache was left behind"

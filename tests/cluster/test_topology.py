@@ -65,7 +65,13 @@ def test_outside_a_slurm_job_there_is_no_slurm_topology() -> None:
 
 def test_a_ray_cluster_tells_its_living_nodes_with_the_head_first() -> None:
     def build_node(name: str, alive: bool, **resources: float) -> dict:
-        return {"NodeManagerHostname": name, "NodeManagerAddress": name + "-ip", "Alive": alive, "Resources": resources}
+        return {
+            "NodeID": name + "-id",
+            "NodeManagerHostname": name,
+            "NodeManagerAddress": name + "-ip",
+            "Alive": alive,
+            "Resources": resources,
+        }
 
     found = read_ray(
         [
@@ -74,7 +80,7 @@ def test_a_ray_cluster_tells_its_living_nodes_with_the_head_first() -> None:
             build_node("z", True, CPU=8.0, **{"node:__internal_head__": 1.0}),
         ]
     )
-    assert found.nodes == [Node("z", "z-ip", 8, 0), Node("a", "a-ip", 4, 2)]
+    assert found.nodes == [Node("z", "z-ip", 8, 0, ray_id="z-id"), Node("a", "a-ip", 4, 2, ray_id="a-id")]
 
 
 def test_this_host_counts_the_cores_it_may_use() -> None:
@@ -99,10 +105,11 @@ def test_cores_are_grouped_by_the_socket_the_kernel_names(tmp_path: Path) -> Non
         ([(8, 4), (8, 4), (8, 4)], 4, [4, 0, 0]),
         ([(8, 4), (2, 1), (8, 4)], 8, [4, 0, 4]),
         ([(4, 0), (4, 0)], 8, [4, 4]),
-        ([(4, 0), (4, 0), (4, 0)], 6, [3, 3, 0]),
+        ([(4, 0), (4, 0), (4, 0)], 6, [2, 2, 2]),
+        ([(4, 0), (4, 0), (1, 0)], 6, [3, 3, 0]),
     ],
 )
-def test_workers_go_equally_to_as_few_nodes_as_hold_them(sizes: list, workers: int, layout: list[int]) -> None:
+def test_workers_go_to_few_nodes_with_gpus_and_to_many_without(sizes: list, workers: int, layout: list[int]) -> None:
     assert place_workers(build_topology(*sizes), workers, 1) == layout
 
 

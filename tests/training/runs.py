@@ -7,10 +7,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
+import torch
 import yaml
 from tiny import TINY, merge
+
+from place.data.prepared import read_samples
+from place.data.transforms import eval_transform, read_image
+from place.training.checkpoint import load_run
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -52,3 +58,17 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen, timeout
             raise AssertionError(f"ended with {process.returncode} before the condition held:\n{out}\n{err}")
         assert time.monotonic() < deadline, "condition did not hold in time"
         time.sleep(0.02)
+
+
+def embed(run: Path, data: Path) -> torch.Tensor:
+    """Image and report features of the first 64 validation pairs."""
+    loaded = load_run(run, "latest")
+    samples = list(islice(read_samples(data, "val"), 64))
+    assert len(samples) == 64
+    size = loaded.config.data.image_size_px
+    images = torch.stack([eval_transform(read_image(s["image"]), size, loaded.mean, loaded.std) for s in samples])
+    reports = [loaded.tokenizer.encode([item["text"] for item in s["sentences"]]) for s in samples]
+    ids, attention, owner, _ = loaded.tokenizer.collate(reports)
+    with torch.no_grad():
+        text_BE = loaded.model.encode_text(ids, attention, owner).text_BE
+        return torch.cat([loaded.model.encode_image(images).image_BE, text_BE], 1)

@@ -17,6 +17,7 @@ from training.runs import start_place, wait_until, write_config
 
 from place import cli
 from place.config import build_config
+from place.node import note_path
 from place.runlog import read_jsonl, read_surviving
 from place.training import loop
 from place.training.checkpoint import find_fault
@@ -151,7 +152,8 @@ def test_a_terminated_run_goes_on_as_if_nothing_had_happened(
     config = write_config(tmp_path, prepared, **LONG)
     process = start_place("pretrain", "--config", str(config), "data.num_workers=1")
     wait_until(lambda: any(record["step"] >= 18 for record in read_jsonl(run / "metrics.jsonl")), process)
-    held = [item for path in run.glob("node.*.jsonl") for item in read_jsonl(path) if "inode" in item]
+    (note,) = (tmp_path / "temp").glob(note_path(run).name)
+    held = read_held(note)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (85, ""), out + err
@@ -166,12 +168,17 @@ def test_a_terminated_run_goes_on_as_if_nothing_had_happened(
     assert_same_curve(run, undisturbed)
 
 
+def read_held(note: Path) -> list[dict[str, Any]]:
+    """The shared memory that workers of this host noted."""
+    return [record for record in read_jsonl(note) if "inode" in record]
+
+
 def assert_nothing_is_left(temp: Path, held: list[dict[str, Any]]) -> None:
     """Shared memory that a run held is gone, and so is all but locks and torch's own caches in its temporary folder."""
     assert len(held) == 2, "shared memory of the training and of the validation loader"
     marks = [(Path("/dev/shm") / f"{item['prefix']}locals", item["inode"]) for item in held]
     assert not [mark for mark, inode in marks if mark.exists() and mark.stat().st_ino == inode]
-    kept = ("place-streaming-", "torchinductor_")
+    kept = ("torchinductor_",)
     assert not [path.name for path in temp.iterdir() if not path.name.startswith(kept)]
 
 
@@ -184,7 +191,7 @@ def test_a_killed_run_goes_on_and_cleans_up_what_it_left(
     wait_until(lambda: any(record["step"] >= 18 for record in read_jsonl(run / "metrics.jsonl")), process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
-    held = [item for path in run.glob("node.*.jsonl") for item in read_jsonl(path) if "inode" in item]
+    held = read_held(note_path(run))
     assert list((tmp_path / "cache").iterdir()), "nothing was left that could be cleaned up"
     ended = pretrain(config, cache)
     assert (ended.code, ended.err) == (0, [])
@@ -282,10 +289,10 @@ def test_a_flipped_byte_is_found_before_a_tokenizer_is_made_of_it(
 
 
 def test_a_checkpoint_with_a_missing_file_is_skipped_with_a_line(pretrain: Any, resumable: Path) -> None:
-    (resumable.parent / "run" / "checkpoints" / "step_00000005" / "state.json").unlink()
+    (resumable.parent / "run" / "checkpoints" / "step_00000005" / "engine.pt").unlink()
     ended = pretrain(resumable)
     assert (ended.code, ended.err) == (0, [])
-    assert "step_00000005: file state.json is missing" in ended.out.replace("state. json", "state.json")
+    assert "step_00000005: file engine.pt is missing" in ended.out.replace("engine. pt", "engine.pt")
     assert "resumed from step_00000004" in ended.out
 
 
