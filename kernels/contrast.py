@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# From here on `auto` takes tiles: `plain` would hold about 1 GiB (place.kernels.contrast_benchmark measures both).
-TILED_FROM_PAIRS = 1 << 25
+# From here on `auto` takes tiles: on a CPU they are then the faster way too, and `plain` would hold half a GiB
+# (place.kernels.contrast_benchmark measures both).
+TILED_FROM_PAIRS = 1 << 24
 TILE_ROWS, TILE_COLUMNS = 1024, 4096
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from place.config import CorrelationConfig
+from place.kernels.attention import Blocks, Packing, build_full_packing, pack
 from place.model.projection import CrossBlock, init_weights
 
 
@@ -22,8 +23,15 @@ class CorrelationHead(nn.Module):
         self.project = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.width))
         self.apply(init_weights)
 
-    def forward(self, patches_BND: Tensor, tokens_BTD: Tensor, attention_BT: Tensor) -> Tensor:
-        """z (B,N,E) in fp32, conditioned on the report."""
+    def forward(
+        self, patches_BND: Tensor, tokens_BTD: Tensor, attention_BT: Tensor, packing: Packing | None = None
+    ) -> Tensor:
+        """z (B,N,E) in fp32, conditioned on the report; with a packing of `attention_BT` padding costs nothing."""
+        x, keys = patches_BND, tokens_BTD
+        where: Tensor | Blocks = attention_BT
+        if packing is not None:
+            queries = build_full_packing(patches_BND.shape[0], patches_BND.shape[1], patches_BND.device)
+            x, keys, where = pack(x, queries)[None], pack(keys, packing)[None], Blocks(queries, packing)
         for block in self.blocks:
-            patches_BND, _ = block(patches_BND, tokens_BTD, attention_BT)
-        return self.project(patches_BND).float()
+            x, _ = block(x, keys, where)
+        return self.project(x.view_as(patches_BND)).float()

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from place.batch import Batch, Outputs
 from place.config import Config, UsageError
-from place.kernels.attention import choose_backend
+from place.kernels.attention import Packing, build_packing, choose_backend
 from place.model.correlation import CorrelationHead
 from place.model.observations import ObservationExtractor
 from place.model.projection import Projection, mean_by_sentence
@@ -43,6 +43,7 @@ class PlaceModel(nn.Module):
         super().__init__()
         model = config.model
         self.vision, self.text = vision, text
+        vision.attention = text.attention = self.attention = attention
         self.mask_ratio = model.correlation.mask_ratio
         self.max_sentences = config.data.max_sentences
         self.max_logit_scale = config.loss.max_logit_scale
@@ -62,10 +63,11 @@ class PlaceModel(nn.Module):
         """See `place.batch.Outputs`."""
         hidden_BN = self._draw_hidden(batch) if self.training and self.mask_ratio else None
         image_BD, patches_BND = self._encode(self.vision, batch.image_BCYX, hidden_BN)
-        report_BD, tokens_BTD = self._encode(self.text, batch.token_ids_BT, batch.attention_BT)
+        packing = self._pack(batch.attention_BT)
+        report_BD, tokens_BTD = self._encode(self.text, batch.token_ids_BT, batch.attention_BT, packing)
         observations_BKD, attention_BKN = self.observe(patches_BND)
         means_BSD, mask_BS = mean_by_sentence(tokens_BTD, batch.sentence_of_token_BT, self.max_sentences)
-        z_BNE = self.correlate(patches_BND, tokens_BTD, batch.attention_BT)
+        z_BNE = self.correlate(patches_BND, tokens_BTD, batch.attention_BT, packing)
         pixels = self.target == "pixels"
         target_BND = patchify(batch.image_BCYX, self.vision.patch_px) if pixels else patches_BND.detach().float()
         return Outputs(
@@ -89,11 +91,17 @@ class PlaceModel(nn.Module):
 
     def encode_text(self, token_ids_BT: Tensor, attention_BT: Tensor, sentence_of_token_BT: Tensor) -> TextFeatures:
         """Features of reports alone."""
-        report_BD, tokens_BTD = self.text(token_ids_BT, attention_BT)
+        report_BD, tokens_BTD = self.text(token_ids_BT, attention_BT, self._pack(attention_BT))
         means_BSD, mask_BS = mean_by_sentence(tokens_BTD, sentence_of_token_BT, self.max_sentences)
         return TextFeatures(self.project_text(report_BD), self.project_sentence(means_BSD), mask_BS)
 
-    def _encode(self, encoder: nn.Module, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _pack(self, attention_BT: Tensor) -> Packing | None:
+        """The packing of the reports, where attention is not to be the definition and the encoder can be given one."""
+        if self.attention == "eager" or self.text.first_position is None:
+            return None
+        return build_packing(attention_BT)
+
+    def _encode(self, encoder: nn.Module, *inputs: Tensor | Packing | None) -> tuple[Tensor, Tensor]:
         if self.recompute and self.training:
             return checkpoint(encoder, *inputs, use_reentrant=False)
         return encoder(*inputs)
@@ -124,12 +132,15 @@ def build_model(
         UsageError: parts that cannot be built, or do not fit together.
     Source: ours.
     """
+    vision = build_image_encoder(config.model.vision, config.data.image_size_px, with_weights=definition is None)
+    text = build_report_encoder(config.model.text, vocab_size, config.model.attention, definition)
+    heads = config.model.observations.num_heads, config.model.correlation.num_heads
+    head_sizes = {vision.head_size, text.head_size, *(vision.width // count for count in heads)}
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     try:
-        attention, reason = choose_backend(config.model.attention, device)
+        attention, reason = choose_backend(config.model.attention, device, dtype, head_sizes)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    vision = build_image_encoder(
-        config.model.vision, config.data.image_size_px, attention, with_weights=definition is None
-    )
-    text = build_report_encoder(config.model.text, vocab_size, attention, definition)
-    return PlaceModel(config, vision, text, attention), f"attention: {attention} ({reason})"
+    model = PlaceModel(config, vision, text, attention)
+    packed = "padded reports" if model.text.first_position is None or attention == "eager" else "packed reports"
+    return model, f"attention: {attention}, {packed} ({reason})"

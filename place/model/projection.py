@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from place.config import UsageError
-from place.kernels.attention import attend, attention_weights
+from place.kernels.attention import Blocks, attend, attention_weights
 
 
 class Projection(nn.Sequential):
@@ -32,9 +32,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(
-        self, x_BQD: Tensor, keys_BKD: Tensor, mask_BK: Tensor | None = None, want_weights: bool = False
+        self, x_BQD: Tensor, keys_BKD: Tensor, where: Tensor | Blocks | None = None, want_weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """The attended states (B,Q,D) and, if wanted, the weights averaged over heads (B,Q,K) in fp32."""
+        """The attended states (B,Q,D) and, if wanted, the weights averaged over heads (B,Q,K) in fp32.
+
+        `where` is as `attend` takes it; the wanted weights are those over all keys.
+        """
         q = self._heads(self.query(x_BQD))
         k, v = (self._heads(part) for part in self.key_value(keys_BKD).chunk(2, -1))
         weights_BQK = None
@@ -43,7 +46,7 @@ class Attention(nn.Module):
             attended = weights_BHQK.to(v.dtype) @ v
             weights_BQK = weights_BHQK.mean(1)
         else:
-            attended = attend(q, k, v, mask_BK, self.backend)
+            attended = attend(q, k, v, where, self.backend)
         return self.out(attended.transpose(1, 2).flatten(2)), weights_BQK
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
@@ -63,14 +66,12 @@ class CrossBlock(nn.Module):
         self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(
-        self, x_BQD: Tensor, keys_BKD: Tensor, mask_BK: Tensor | None = None, want_weights: bool = False
+        self, x_BQD: Tensor, keys_BKD: Tensor, where: Tensor | Blocks | None = None, want_weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         if self.attend_self is not None and self.norm_self is not None:
             normed = self.norm_self(x_BQD)
             x_BQD = x_BQD + self.attend_self(normed, normed)[0]
-        crossed, weights_BQK = self.attend_cross(
-            self.norm_cross(x_BQD), self.norm_keys(keys_BKD), mask_BK, want_weights
-        )
+        crossed, weights_BQK = self.attend_cross(self.norm_cross(x_BQD), self.norm_keys(keys_BKD), where, want_weights)
         x_BQD = x_BQD + crossed
         return x_BQD + self.feed_forward(self.norm_out(x_BQD)), weights_BQK
 

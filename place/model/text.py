@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from place.compat import patch_torchvision
 from place.config import TextConfig, UsageError
+from place.kernels.attention import Blocks, Packing, RoutedAttention, pack, unpack
+from place.kernels.attention.packing import number_positions
 
 if TYPE_CHECKING:
-    from transformers import BertConfig, PreTrainedModel
+    from transformers import BertConfig, PretrainedConfig, PreTrainedModel
 
 
 class ReportTokens(NamedTuple):
@@ -24,19 +27,62 @@ class ReportTokens(NamedTuple):
 class ReportEncoder(nn.Module):
     """A Hugging Face encoder that gives a summary of the report and a state for each token."""
 
+    attention = "sdpa"
+    """Backend of its attention, a key of `place.kernels.attention`'s."""
+
     def __init__(self, encoder: PreTrainedModel, pooling: str):
         super().__init__()
         self.encoder = encoder
         self.pooling = pooling
         self.width: int = encoder.config.hidden_size
+        self.head_size = self.width // encoder.config.num_attention_heads
+        self.first_position = _read_first_position(encoder.config)
 
-    def forward(self, token_ids_BT: Tensor, attention_BT: Tensor) -> ReportTokens:
-        """Encode token ids (B,T), of which `attention_BT` (bool) marks the real ones."""
-        tokens_BTD = self.encoder(input_ids=token_ids_BT, attention_mask=attention_BT.long()).last_hidden_state
+    def forward(self, token_ids_BT: Tensor, attention_BT: Tensor, packing: Packing | None = None) -> ReportTokens:
+        """Encode token ids (B,T), of which `attention_BT` (bool) marks the real ones.
+
+        Args:
+            packing: of `attention_BT`: the encoder then sees the real tokens end to end and works on no other; states
+                of padding are 0. Only where `first_position` is known.
+        """
+        if packing is None:
+            with RoutedAttention(self.attention):
+                tokens_BTD = self.encoder(input_ids=token_ids_BT, attention_mask=attention_BT.long()).last_hidden_state
+        else:
+            tokens_BTD = unpack(self._encode_packed(pack(token_ids_BT, packing), packing), packing)
         if self.pooling == "cls":
             return ReportTokens(tokens_BTD[:, 0], tokens_BTD)
         weights_BT1 = attention_BT[..., None].to(tokens_BTD.dtype)
         return ReportTokens((tokens_BTD * weights_BT1).sum(1) / weights_BT1.sum(1), tokens_BTD)
+
+    def _encode_packed(self, token_ids_P: Tensor, packing: Packing) -> Tensor:
+        """States (P,D) of packed tokens, each at its position in its own report."""
+        assert self.first_position is not None
+        position_P = number_positions(packing) + self.first_position
+        with RoutedAttention(self.attention, Blocks(packing, packing)) as route:
+            states_1PD = self.encoder(
+                input_ids=token_ids_P[None],
+                attention_mask=torch.ones_like(token_ids_P)[None],
+                token_type_ids=torch.zeros_like(token_ids_P)[None],
+                position_ids=position_P[None],
+            ).last_hidden_state
+        assert route.calls, "the report encoder's attention was not routed: its reports would see each other"
+        return states_1PD[0]
+
+
+def _read_first_position(config: PretrainedConfig) -> int | None:
+    """Number of a report's first position, for encoders known to take packed reports with their positions; else None.
+
+    Source: inferred (transformers, the embeddings of each architecture).
+    """
+    absolute = getattr(config, "position_embedding_type", "absolute") == "absolute"
+    if not absolute or config._attn_implementation != "sdpa":
+        return None
+    if config.model_type == "bert":
+        return 0
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        return config.pad_token_id + 1
+    return None
 
 
 def build_report_encoder(
@@ -46,7 +92,7 @@ def build_report_encoder(
 
     Args:
         vocab_size: of the tokenizer; must fit the encoder.
-        attention: attention backend; transformers knows `eager` and `sdpa`, the latter also stands in for xformers.
+        attention: as asked for; `eager` takes transformers' own, all others the `sdpa` that is routed to ours.
         definition: folder with a config.json of which the architecture alone is built: a checkpoint is loaded next.
     Raises:
         UsageError: the source holds no encoder or not all of its weights, or the tokenizer does not fit it.

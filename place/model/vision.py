@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from place.compat import patch_torchvision
 from place.config import UsageError, VisionConfig
-from place.kernels.attention import patch_timm_attention
+from place.kernels.attention import RoutedAttention
 
 if TYPE_CHECKING:
     from timm.models import VisionTransformer
@@ -28,6 +28,9 @@ class VisionTokens(NamedTuple):
 class ImageEncoder(nn.Module):
     """A timm ViT that gives a summary of the image and its patch tokens, and can hide patches."""
 
+    attention = "sdpa"
+    """Backend of its attention, a key of `place.kernels.attention`'s."""
+
     def __init__(self, vit: VisionTransformer, patch_px: int, pooling: str):
         super().__init__()
         self.vit = vit
@@ -36,11 +39,17 @@ class ImageEncoder(nn.Module):
         self.patch_px, self.pooling = patch_px, pooling
         self.width: int = vit.embed_dim
 
+    @property
+    def head_size(self) -> int:
+        """Width of an attention head."""
+        return self.vit.blocks[0].attn.head_dim
+
     def forward(self, image_BCYX: Tensor, hidden_BN: Tensor | None = None) -> VisionTokens:
         """Encode (B,1,Y,X); patches where `hidden_BN` is true are shown as the mean grey, which is 0."""
         if hidden_BN is not None:
             image_BCYX = image_BCYX * ~_to_pixels(hidden_BN, image_BCYX, self.patch_px)
-        tokens = self.vit(image_BCYX)
+        with RoutedAttention(self.attention):
+            tokens = self.vit(image_BCYX)
         patches_BND = tokens[:, self.vit.num_prefix_tokens :]
         return VisionTokens(tokens[:, 0] if self.pooling == "cls" else patches_BND.mean(1), patches_BND)
 
@@ -57,13 +66,10 @@ def patchify(image_BCYX: Tensor, patch_px: int) -> Tensor:
     return nn.functional.unfold(image_BCYX, patch_px, stride=patch_px).transpose(1, 2)
 
 
-def build_image_encoder(
-    config: VisionConfig, image_size_px: int, attention: str, with_weights: bool = True
-) -> ImageEncoder:
+def build_image_encoder(config: VisionConfig, image_size_px: int, with_weights: bool = True) -> ImageEncoder:
     """Build the image encoder from `timm:NAME`, a local folder or from scratch.
 
     Args:
-        attention: backend that every attention is routed through.
         with_weights: false builds the architecture alone, because a checkpoint is loaded next.
     Raises:
         UsageError: no weights where asked for, an unknown architecture, or a patch that does not divide the image.
@@ -74,10 +80,6 @@ def build_image_encoder(
     patch_px = int(vit.patch_embed.feat_ratio(as_scalar=True))
     if image_size_px % patch_px:
         raise UsageError(f"data.image_size_px={image_size_px} is not divisible by the encoder's patch of {patch_px} px")
-    try:
-        patch_timm_attention(vit, attention)
-    except ValueError as error:
-        raise UsageError(f"model.vision.source={config.source}: {error}") from None
     return ImageEncoder(vit, patch_px, config.pooling)
 
 

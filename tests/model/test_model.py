@@ -233,7 +233,7 @@ def test_a_temperature_at_its_cap_keeps_its_gradient() -> None:
 def test_images_are_pooled_as_configured(pooling: str) -> None:
     torch.manual_seed(0)
     config = build_tiny_config(model={"vision": {"pooling": pooling}}).model.vision
-    encoder = build_image_encoder(config, 32, "sdpa").eval()
+    encoder = build_image_encoder(config, 32).eval()
     image_BCYX = torch.randn(2, 1, 32, 32)
     tokens = encoder.vit.forward_features(image_BCYX)
     seen = encoder(image_BCYX)
@@ -255,7 +255,7 @@ def test_reports_are_pooled_as_configured(pooling: str) -> None:
 
 
 def test_a_timm_folder_gives_its_weights_and_features(vit_folder: Path) -> None:
-    encoder = build_image_encoder(VisionConfig(source=str(vit_folder)), 32, "sdpa").eval()
+    encoder = build_image_encoder(VisionConfig(source=str(vit_folder)), 32).eval()
     theirs = timm.create_model(f"local-dir:{vit_folder}", pretrained=True).eval()
     for name, weight in theirs.state_dict().items():
         torch.testing.assert_close(encoder.vit.state_dict()[name], weight, msg=name)
@@ -266,14 +266,14 @@ def test_a_timm_folder_gives_its_weights_and_features(vit_folder: Path) -> None:
 def test_a_timm_folder_for_colour_is_summed_to_grey(tmp_path: Path) -> None:
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **SHAPE).eval()
     timm.models.save_for_hf(vit, tmp_path / "vit", model_args=SHAPE, safe_serialization=True)
-    encoder = build_image_encoder(VisionConfig(source=str(tmp_path / "vit")), 32, "sdpa").eval()
+    encoder = build_image_encoder(VisionConfig(source=str(tmp_path / "vit")), 32).eval()
     image_BCYX = torch.randn(2, 1, 32, 32)
     seen = vit.forward_features(image_BCYX.expand(-1, 3, -1, -1))
     torch.testing.assert_close(encoder(image_BCYX).image_BD, seen[:, 0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_timm_folder_is_read_at_another_image_size(vit_folder: Path) -> None:
-    encoder = build_image_encoder(VisionConfig(source=str(vit_folder)), 64, "sdpa")
+    encoder = build_image_encoder(VisionConfig(source=str(vit_folder)), 64)
     assert encoder(torch.randn(1, 1, 64, 64)).patches_BND.shape == (1, 64, 32)
 
 
@@ -335,7 +335,7 @@ SPOILT = ["no weights", "cut weights", "no config", "no folder"]
 def test_a_spoilt_image_encoder_is_wrong_use(how: str, vit_folder: Path, tmp_path: Path) -> None:
     source = str(spoil(vit_folder, tmp_path / "vit", how))
     with pytest.raises(UsageError, match=r"^model\.vision\.source=.*/vit") as caught:
-        build_image_encoder(VisionConfig(source=source), 32, "sdpa")
+        build_image_encoder(VisionConfig(source=source), 32)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -350,7 +350,7 @@ def test_a_spoilt_report_encoder_is_wrong_use(how: str, bert_folder: Path, tmp_p
 def test_weights_of_another_image_architecture_are_wrong_use(vit_folder: Path) -> None:
     config = VisionConfig(source=str(vit_folder), overrides={"depth": 2})
     with pytest.raises(UsageError, match=r"model\.vision\.source=.*blocks\.1"):
-        build_image_encoder(config, 32, "sdpa")
+        build_image_encoder(config, 32)
 
 
 def test_weights_of_another_report_architecture_are_wrong_use(bert_folder: Path, tmp_path: Path) -> None:
@@ -379,7 +379,7 @@ def test_a_tokenizer_larger_than_the_encoder_is_wrong_use(bert_folder: Path) -> 
 
 def test_a_conv_stem_is_refused_where_it_cannot_be(vit_folder: Path) -> None:
     with pytest.raises(UsageError, match="stem=conv needs"):
-        build_image_encoder(VisionConfig(source=str(vit_folder), stem="conv"), 32, "sdpa")
+        build_image_encoder(VisionConfig(source=str(vit_folder), stem="conv"), 32)
     config = build_tiny_config(model={"vision": {"stem": "conv", "overrides": {"patch_size": 6}}})
     with pytest.raises(UsageError, match="needs a power of two"):
-        build_image_encoder(config.model.vision, 36, "sdpa")
+        build_image_encoder(config.model.vision, 36)
