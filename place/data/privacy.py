@@ -17,7 +17,7 @@ _NAMES = re.compile(
     r"|\b(?:MRN|DOB|SSN|(?i:patient name|patient id|date of birth|medical record number))\b[ \t]*[:#=][ \t]*"
     rf"{_MARKED}\w"
     # addresses and telephone numbers.
-    r"|\b[\w.+-]+@[\w-]+\.\w{2,}\b|(?<!\d)\(?\d{3}\)?[-. ]\d{3}[-. ]\d{4}(?!\d)"
+    r"|\b[\w.+-]{1,64}@[\w-]{1,64}\.\w{2,}\b|(?<!\d)\(?\d{3}\)?[-. ]\d{3}[-. ]\d{4}(?!\d)"
 )
 
 

@@ -7,12 +7,13 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
+_LOOK_BACK = 64
 # Reports are cut at a full stop only if the word before it is none of these.
 _TITLES = {"dr", "drs", "mr", "mrs", "ms", "prof", "st"}
 _ABBREVIATIONS = _TITLES | {"vs", "approx", "ca", "cf", "e.g", "i.e", "eg", "ie", "fig", "figs", "resp", "incl", "dept"}
 _BEFORE_NUMBER = {"no", "nos", "fig", "figs", "ser", "se", "im", "pt", "vol"}
 
-_STOP = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)|(?<=[a-z]{2})\.(?=[A-Z])|(?<=[a-z]{2})\.(?=\d{1,2}[.)]\s)")
+_STOP = re.compile(r"(?<![.!?])[.!?]+[\"')\]]*(?=\s|$)|(?<=[a-z]{2})\.(?=[A-Z])|(?<=[a-z]{2})\.(?=\d{1,2}[.)]\s)")
 _MARKER = re.compile(r"(?<!\S)(\d{1,2})[.)](?=\s+[A-Z_])")
 _BREAK = re.compile(r"\n\s*\n|\n\s*(?=\d{1,2}[.)]\s|[-*•]\s)")
 _BULLET = re.compile(r"^[-*•]\s+")
@@ -59,7 +60,8 @@ def _enumeration(text: str) -> list[tuple[int, int]]:
     """Spans of '1.', '2.', ... that count up from the first; 'on image 2. The heart' counts nothing."""
     spans, expected = [], 1
     for mark in _MARKER.finditer(text):
-        opens = not text[: mark.start()].strip() or text[: mark.start()].rstrip()[-1] in ".:!?"
+        before = text[max(0, mark.start() - 2) : mark.start()].rstrip()
+        opens = not before or before[-1] in ".:!?"
         if int(mark[1]) == expected and (opens or expected > 1):
             spans.append(mark.span())
             expected += 1
@@ -69,14 +71,17 @@ def _enumeration(text: str) -> list[tuple[int, int]]:
 def _is_abbreviation(text: str, position: int, end: int) -> bool:
     if text[position] != ".":
         return False
-    words = text[:position].split()
+    words = text[
+        max(0, position - _LOOK_BACK) : position
+    ].split()  # not all of it: reports of any length take their time
+    is_first = position <= _LOOK_BACK and len(words) == 1
     word = words[-1].lstrip("(['\"").lower() if words else ""
-    following = text[end:].lstrip()
+    following = text[end : end + 2].lstrip()
     if word in _BEFORE_NUMBER and following[:1].isdigit():
         return True
     if len(word) == 1 and word.isalpha() and len(words) > 1:
         return words[-2].lower().rstrip(".") in _TITLES
-    return word in _ABBREVIATIONS or (len(words) == 1 and word.isdigit() and len(word) <= 2 and bool(following))
+    return word in _ABBREVIATIONS or (is_first and word.isdigit() and len(word) <= 2 and bool(following))
 
 
 def _join_wordless(sentences: list[str]) -> list[str]:

@@ -144,4 +144,4 @@ def _last_paragraphs(sections: list[tuple[str, str]]) -> list[str]:
     if not told:
         return []
     paragraphs = re.split(r"\n[ \t]*\n", told[-1][1])[1:]
-    return ["\n\n".join(paragraphs)] if paragraphs else []
+    return ["\n\n".join(paragraphs).strip()] if paragraphs else []

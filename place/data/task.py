@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from place.config import PrepareConfig
+from place.data.consistency import find_contradiction
 from place.data.identity import SPLITS
 from place.data.images import (
     GreyImage,
@@ -32,6 +33,7 @@ from place.data.shards import PartWriter, publish_shards
 from place.data.storage import Store, open_store
 from place.data.views import check_view, resolve_views
 
+MAX_REPORT_CHARS = 100_000
 PARTS = ".parts"
 """Folder of what is not merged yet."""
 
@@ -208,8 +210,11 @@ def _build_record(
 def read_sentences(sections: Iterable[tuple[str, str]], min_words: int, lower: bool = False) -> list[dict[str, str]]:
     """Sentences of a report with their section, on request in small letters.
 
-    Raises Rejected: `empty_report`, `short_report`, `contradictory_report`. Source: ours.
+    Raises Rejected: `long_report`, `empty_report`, `short_report`, `contradictory_report`. Source: ours.
     """
+    sections = list(sections)
+    if sum(len(text) for _, text in sections) > MAX_REPORT_CHARS:
+        raise Rejected("long_report", f"more than {MAX_REPORT_CHARS} characters: no report of one study")
     cut = [pair for name, text in sections for pair in (split_sections(text) if name == "text" else [(name, text)])]
     sentences = [{"section": name, "text": sentence} for name, text in cut for sentence in split_sentences(text)]
     words = sum(count_words(item["text"]) for item in sentences)
@@ -217,6 +222,9 @@ def read_sentences(sections: Iterable[tuple[str, str]], min_words: int, lower: b
         raise Rejected("empty_report")
     if words < min_words:
         raise Rejected("short_report", f"{words} words, at least {min_words} wanted")
+    torn = find_contradiction((item["section"], item["text"]) for item in sentences)
+    if torn:
+        raise Rejected("contradictory_report", f"one of findings and impression has {torn}, the other has none")
     if lower:
         sentences = [{**item, "text": item["text"].lower()} for item in sentences]
     return sentences
