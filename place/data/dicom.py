@@ -8,6 +8,7 @@ import os
 import re
 import struct
 import warnings
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +40,8 @@ def decode_dicom(data: bytes) -> tuple[GreyImage, ImageInfo]:
     Returns:
         (Y, X) uint8, white is dense; view, laterality, modality, photometric interpretation and spacing.
     Raises:
-        Rejected: `multi_frame`, `truncated_image`, `too_large`, `unsupported_compression`, `unreadable_image`.
+        Rejected: `multi_frame`, `truncated_image`, `too_large`, `unsupported_compression`, `unsupported_photometric`,
+            `unsupported_bit_depth`, `unreadable_image`.
     Source: ours.
     """
     with warnings.catch_warnings():
@@ -73,11 +75,14 @@ def _check_pixel_header(dataset: Dataset) -> None:
         if frames > 1:
             raise Rejected("multi_frame", f"{frames} frames")
         check_pixel_count(int(dataset.Rows), int(dataset.Columns))
+        bits = int(dataset.BitsAllocated)
         photometric = str(dataset.PhotometricInterpretation)
     except Rejected:
         raise
     except Exception:  # noqa: BLE001 - missing or malformed elements
         raise Rejected("unreadable_image", "pixel description is missing or malformed") from None
+    if bits not in (8, 16):
+        raise Rejected("unsupported_bit_depth", "expected 8 to 16 bits a pixel")
     if photometric not in ("MONOCHROME1", "MONOCHROME2", *_COLOUR):
         raise Rejected("unsupported_photometric", "expected MONOCHROME1, MONOCHROME2, RGB or YBR")
 
@@ -97,7 +102,8 @@ def _decode_pixels(dataset: Dataset) -> NDArray[Any]:
         raise
     except BaseException as error:  # noqa: BLE001 - decoders raise anything; the one in Rust panics past Exception
         text = str(error).lower()
-        if syntax in _NEEDS_EXTRA and ("missing dependencies" in text or "does not support" in text):
+        lacks_extra = find_spec("libjpeg") is None
+        if syntax in _NEEDS_EXTRA and lacks_extra and ("missing dependencies" in text or "does not support" in text):
             hint = f"{_NEEDS_EXTRA[syntax]}: install place-cxr[dicom-gpl]"
             raise Rejected("unsupported_compression", hint) from None
         if any(word in text for word in ("truncated", "less than", "incomplete", "unexpected end", "not enough")):
@@ -117,27 +123,53 @@ def _render(dataset: Dataset, stored: NDArray[Any]) -> GreyImage:
     if stored.ndim == 3 and stored.shape[-1] == 3 and stored.dtype == np.uint8:
         return np.asarray(Image.fromarray(stored).convert("L"))
     if stored.ndim != 2:
-        raise Rejected("unreadable_image", f"pixel array of {stored.ndim} dimensions")
+        raise Rejected("unsupported_bit_depth", "colour of more than 8 bits")
+    first = int(stored.min())
+    values = np.arange(first, int(stored.max()) + 1).astype(stored.dtype)
+    grey = _grey_of_values(dataset, values, _find_present(stored, first, len(values)))
+    image_YX = np.empty(stored.shape, np.uint8)
+    for line, row in zip(image_YX, stored):
+        line[:] = grey[row.astype(np.intp) - first]
+    return image_YX
+
+
+def _find_present(stored: NDArray[Any], first: int, count: int) -> NDArray[np.bool_]:
+    """Which values, counted from the first, occur in the picture."""
+    present = np.zeros(count, bool)
+    for row in stored:
+        present[row.astype(np.intp) - first] = True
+    return present
+
+
+def _grey_of_values(dataset: Dataset, values: NDArray[Any], present: NDArray[np.bool_]) -> GreyImage:
+    """Grey level of each stored value. All that is done to a pixel depends on its value alone: 65,536 at most."""
     inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
-    shown = apply_voi_lut(apply_modality_lut(stored, dataset), dataset)
-    padding = _padding_mask(dataset, stored)
-    if padding.any() and not padding.all():
-        inside = shown[~padding]
+    shown = show_values(dataset, values)
+    padding = _find_padding(dataset, values)
+    inside = shown[present & ~padding]
+    if len(inside):
         shown = np.where(padding, inside.max() if inverted else inside.min(), shown)  # black once shown
-    grey = shown.astype(np.uint8) if _is_eight_bit(shown) else scale_to_uint8(shown)
+    else:
+        inside = shown[present]
+    grey = shown if shown.dtype == np.uint8 else scale_to_uint8(shown, inside.min(), inside.max())
     return np.invert(grey) if inverted else grey
 
 
-def _padding_mask(dataset: Dataset, stored: NDArray[Any]) -> NDArray[np.bool_]:
+def show_values(dataset: Dataset, stored: NDArray[Any]) -> NDArray[Any]:
+    """Stored values to those of a display: modality LUT or rescale, then VOI LUT or the first window.
+
+    Overlays are not drawn. MONOCHROME1 is not inverted yet.
+    Source: PS3.3 C.11.1 and C.11.2, as pydicom applies them.
+    """
+    return apply_voi_lut(apply_modality_lut(stored, dataset), dataset)
+
+
+def _find_padding(dataset: Dataset, values: NDArray[Any]) -> NDArray[np.bool_]:
     value = dataset.get("PixelPaddingValue")
     if value is None:
-        return np.zeros(stored.shape, dtype=bool)
+        return np.zeros(values.shape, dtype=bool)
     limit = dataset.get("PixelPaddingRangeLimit", value)
-    return (stored >= min(value, limit)) & (stored <= max(value, limit))
-
-
-def _is_eight_bit(shown: NDArray[Any]) -> bool:
-    return shown.dtype == np.uint8
+    return (values >= min(value, limit)) & (values <= max(value, limit))
 
 
 class Identity(NamedTuple):

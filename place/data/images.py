@@ -109,19 +109,18 @@ def check_pixel_count(height: int, width: int) -> None:
 
 def _to_grey(picture: Image.Image) -> GreyImage:
     if picture.mode.startswith(("I", "F")):
-        return scale_to_uint8(np.asarray(picture))
+        values_YX = np.asarray(picture)
+        low, high = values_YX.min(), values_YX.max()
+        return np.stack([scale_to_uint8(row, low, high) for row in values_YX])  # all at once takes 24 bytes a pixel
     return np.asarray(picture.convert("L"), dtype=np.uint8)
 
 
-def scale_to_uint8(values_YX: NDArray[np.generic]) -> GreyImage:
-    """Map the range of the values linearly to 0..255. Source: ours."""
-    values = values_YX.astype(np.float64)
-    low, high = float(values.min()), float(values.max())
+def scale_to_uint8(values: NDArray[np.generic], low: float, high: float) -> GreyImage:
+    """Map low..high linearly to 0..255, and what lies beyond to the nearer end. Source: ours."""
     if not np.isfinite([low, high]).all():
         raise Rejected("unreadable_image", "pixels are not finite")
-    values -= low
-    values *= 255.0 / ((high - low) or 1.0)
-    return np.rint(values, out=values).astype(np.uint8)
+    scaled = (values.astype(np.float64) - float(low)) * (255.0 / ((float(high) - float(low)) or 1.0))
+    return np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
 
 
 def shrink_image(image_YX: GreyImage, size_px: int) -> GreyImage:

@@ -74,7 +74,9 @@ NOTHING = PartResult(-1, 0, {}, (0, 0, 0), {})
 """The sum of no parts."""
 
 
-class _Sample(NamedTuple):
+class Sample(NamedTuple):
+    """A kept row: what goes into the shard, what into the manifest, and the stored picture (Y, X) before encoding."""
+
     stored: dict[str, Any]
     record: dict[str, Any]
     image_YX: GreyImage
@@ -138,7 +140,7 @@ def _build_part(task: Task, folder: Path) -> tuple[PartResult, list[dict[str, An
     with PartWriter(folder, task.config.shard_mib) as writer:
         for row in task.rows:
             try:
-                sample = _read_sample(row, task.config)
+                sample = read_sample(row, task.config)
             except Rejected as drop:
                 rejected.append(dict(zip(REJECTED.names, (row.number, row.sample_id, drop.reason, drop.detail))))
                 continue
@@ -152,7 +154,8 @@ def _build_part(task: Task, folder: Path) -> tuple[PartResult, list[dict[str, An
     return PartResult(task.number, rows, reasons, (pixels[0], pixels[1], pixels[2]), labels), kept, rejected
 
 
-def _read_sample(row: Row, config: PrepareConfig) -> _Sample:
+def read_sample(row: Row, config: PrepareConfig) -> Sample:
+    """Read, check and shrink what a row names. Raises Rejected, with the reason. Source: ours."""
     if row.reject:
         raise Rejected(row.reject)
     kept_views = resolve_views(config)
@@ -177,7 +180,7 @@ def _read_sample(row: Row, config: PrepareConfig) -> _Sample:
         "boxes": [_scale_box(box, scale) for box in row.boxes],
     }
     record = _build_record(row, stored, info, source_YX.shape, image_YX.shape)
-    return _Sample(stored, {**record, "source_sha256": hashlib.sha256(data).hexdigest()}, image_YX)
+    return Sample(stored, {**record, "source_sha256": hashlib.sha256(data).hexdigest()}, image_YX)
 
 
 def _build_record(
