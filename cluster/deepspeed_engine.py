@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from place.batch import Batch, Outputs
-from place.config import Config, RunError
+from place.config import Config
 from place.distributed import read_world
 from place.training.optim import build_optimizer
+from place.training.plan import compute_accumulation
+from place.training.state import Piece, Share, copy_share, list_whole, load_share, read_layout
 
 
 class DeepSpeedEngine:
@@ -22,7 +24,7 @@ class DeepSpeedEngine:
 
     def __init__(self, model: nn.Module, config: Config, device: torch.device):
         deepspeed = _import_deepspeed(device)
-        self.device, self.model = device, model.to(device)
+        self.device, self.model, self.layout = device, model.to(device), read_layout(model)
         self.stage, self.clip_norm = config.engine.zero_stage, config.optim.clip_norm
         self.engine, *_ = deepspeed.initialize(
             model=self.model,
@@ -55,27 +57,68 @@ class DeepSpeedEngine:
             return None
         return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
 
-    def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder / "deepspeed"), tag="state", save_latest=False)
+    def copy_share(self) -> Share:
+        world, pieces = read_world(), self._list_pieces()
+        if not self.stage:
+            pieces = pieces[world.rank :: world.world]
+        return copy_share(self.model, pieces, self._read_adam())
 
-    def load(self, folder: Path) -> None:
-        if not (folder / "deepspeed").is_dir():
-            raise RunError(f"{folder} was not written by engine.kind=deepspeed; resume with the engine that wrote it")
-        self.engine.load_checkpoint(str(folder / "deepspeed"), tag="state")
-
-    def read_weights(self) -> dict[str, Tensor]:
+    def load(self, folder: Path, numbers: dict[str, float]) -> None:
+        zero = self.engine.optimizer
         if self.stage == 3:
-            return self.engine._zero3_consolidated_16bit_state_dict() or {}
-        return {name: tensor.detach().cpu() for name, tensor in self.engine.module.state_dict().items()}
+            zero.checkpoint_event_prologue()
+        load_share(folder, self.model, self._list_pieces(), self._read_adam(), numbers)
+        if self.stage in (1, 2):
+            zero.update_lp_params()
+        if self.stage == 3:
+            for group in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            zero.invalidate_secondary_tensor()
+            zero.checkpoint_event_epilogue()
+
+    def _read_adam(self) -> torch.optim.Optimizer:
+        return self.engine.optimizer.optimizer if self.stage else self.engine.optimizer
+
+    def _list_pieces(self) -> list[Piece]:
+        """What this rank updates, and where in DeepSpeed's flat fp32 partitions it lies."""
+        if not self.stage:
+            return list_whole(self.model)
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return (_list_pieces_3 if self.stage == 3 else _list_pieces_12)(self.engine.optimizer, names)
+
+
+def _list_pieces_12(zero: Any, names: dict[int, str]) -> list[Piece]:
+    """Stages 1 and 2: a rank's flat partition begins and ends anywhere in a parameter."""
+    pieces = []
+    for group, owner in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+        for parameter in group:
+            if (mapping := parameter._hp_mapping) is not None:
+                start, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
+                pieces.append(Piece(names[id(parameter)], start, mapping.lp_fragment_address.numel, owner, offset))
+    return pieces
+
+
+def _list_pieces_3(zero: Any, names: dict[int, str]) -> list[Piece]:
+    """Stage 3: each parameter is cut into equal parts, the last one padded."""
+    pieces = []
+    for parameters, owner in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+        offset = 0
+        for parameter in parameters:
+            start = parameter.partition_numel() * zero._get_param_partition_rank(parameter)
+            length = min(parameter.partition_numel(), parameter.ds_numel - start)
+            if length > 0:
+                pieces.append(Piece(names[id(parameter)], start, length, owner, offset))
+            offset += parameter.partition_numel()
+    return pieces
 
 
 def build_deepspeed_config(config: Config, world: int) -> dict[str, Any]:
     """DeepSpeed's configuration from ours, with the raw keys of `engine.deepspeed` laid over it. Source: ours."""
-    micro_batch = config.train.global_batch // world // config.train.accumulation
+    accumulation = compute_accumulation(config.train, world)
     ours: dict[str, Any] = {
         "train_batch_size": config.train.global_batch,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": config.train.accumulation,
+        "train_micro_batch_size_per_gpu": config.train.global_batch // world // accumulation,
+        "gradient_accumulation_steps": accumulation,
         # DeepSpeed clips at 1.0 unless told otherwise, and computes no norm where it is told 0.
         "gradient_clipping": config.optim.clip_norm or 1e30,
         "zero_optimization": {"stage": config.engine.zero_stage, "overlap_comm": torch.cuda.is_available()},

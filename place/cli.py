@@ -72,6 +72,10 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--phantom-format", choices=("jpeg", "dicom"), default="jpeg", help=fields["phantom_format"].description
     )
+    parser.add_argument(
+        "--launcher", choices=("ray", "local"), default=fields["launcher"].default, help=fields["launcher"].description
+    )
+    parser.add_argument("--address", metavar="HOST:PORT", help=fields["address"].description)
     numbers = ("count", "seed", "size-px", "jpeg-quality", "min-words", "num-workers", "rows-per-task", "shard-mib")
     for name, kind in (*((name, int) for name in numbers), ("salt-file", str)):
         field = fields[name.replace("-", "_")]
@@ -119,9 +123,24 @@ def prepare(arguments: argparse.Namespace) -> int:
 
     config = build_prepare_config(arguments)
     with PrepareProgress() as progress:
-        card = run_prepare(config, on_progress=progress.update)
+        card = run_prepare(config, PREPARERS[config.launcher](config), progress.update)
     progress.print_card(card, config.output)
     return DONE
+
+
+def _prepare_by_ray(config: PrepareConfig) -> Any:
+    from place.cluster.prepare import map_over_ray
+
+    return partial(map_over_ray, address=config.address)
+
+
+def _prepare_here(_: PrepareConfig) -> Any:
+    from place.data.pool import map_in_processes
+
+    return map_in_processes
+
+
+PREPARERS: dict[str, Callable[[PrepareConfig], Any]] = {"ray": _prepare_by_ray, "local": _prepare_here}
 
 
 def build_prepare_config(arguments: argparse.Namespace) -> PrepareConfig:

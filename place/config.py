@@ -219,7 +219,9 @@ class TrainConfig(Section):
     global_batch: int = Field(1024, ge=2)
     """Image-report pairs an optimiser step contrasts, over all workers."""
     accumulation: int = Field(1, ge=1)
-    """Chunks a worker's share is cut into (GradCache: the loss still sees the whole global batch)."""
+    """Least number of chunks a worker's share is cut into (GradCache: the loss still sees the whole global batch)."""
+    max_micro_batch: int | None = Field(None, ge=1)
+    """Most pairs a worker holds at once: a larger share is cut into more chunks, at each world size; none: no limit."""
     epochs: int = Field(50, ge=1)
     """Passes over the training split."""
     max_steps: int | None = Field(None, ge=1)
@@ -317,7 +319,7 @@ class PrepareConfig(Section):
     source: SourceName
     """Where studies come from."""
     output: str
-    """Folder the prepared data set is written to."""
+    """Folder the prepared data set is written to, shared by all hosts, or s3://BUCKET/PREFIX."""
     input: str | None = None
     """csv: the table (csv, tsv or parquet), one row an image. Others: the folder of the download, or of DICOM files."""
     image_root: str | None = None
@@ -348,8 +350,12 @@ class PrepareConfig(Section):
     """Shares of patients in train, val and test; a split column comes first."""
     min_words: int = Field(3, ge=1)
     """Reports with fewer words are rejected."""
+    launcher: Literal["ray", "local"] = "ray"
+    """Who spreads the work: Ray, or processes of this host without it. The result is the same."""
+    address: str | None = None
+    """Ray cluster to work on; none takes RAY_ADDRESS, or starts a Ray on this host."""
     num_workers: int = Field(0, ge=0)
-    """Processes; 0 takes the number of cores."""
+    """Processes; 0 takes one a core of all hosts."""
     rows_per_task: int = Field(512, ge=1)
     """Rows a task turns into one finished part; a killed run loses at most the parts under way."""
     shard_mib: int = Field(32, ge=1)

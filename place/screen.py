@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ class PrepareProgress:
         self.console = build_console()
         self.bar = _build_bar(self.console, "{task.fields[note]}")
         self.task = self.bar.add_task("prepare", total=None, note="")
-        self.began, self.printed = time.perf_counter(), 0.0
+        self.printed = 0.0
+        self.began: tuple[float, int] | None = None
 
     def __enter__(self) -> PrepareProgress:
         if self.console.is_terminal:
@@ -45,12 +47,14 @@ class PrepareProgress:
 
     def update(self, done: int, total: int, rejected: int) -> None:
         """Rows done of all, and how many were rejected."""
-        rate = done / max(1e-9, time.perf_counter() - self.began)
+        self.began = self.began or (time.perf_counter(), done)
+        rate, eta_s = compute_pace(time.perf_counter() - self.began[0], done - self.began[1], total - done)
         note = f"{rate:,.0f} rows/s, {rejected:,} rejected"
         self.bar.update(self.task, completed=done, total=total, note=note)
         if not self.console.is_terminal and (time.perf_counter() - self.printed > PLAIN_INTERVAL_S or done == total):
             self.printed = time.perf_counter()
-            self.console.print(f"prepare  {done:,}/{total:,} rows  {note}")
+            left = "" if eta_s is None or done == total else f", {timedelta(seconds=round(eta_s))} left"
+            self.console.print(f"prepare  {done:,}/{total:,} rows  {note}{left}")
 
     def print_card(self, card: dict[str, Any], output: str) -> None:
         """The counts of the data card."""
@@ -66,6 +70,15 @@ class PrepareProgress:
         for split, row in ((name, value) for name, value in counts.items() if isinstance(value, dict)):
             table.add_row(split, *(f"{row[key]:,}" for key in ("images", "studies", "patients", "unique_reports")))
         self.console.print(table)
+
+
+def compute_pace(elapsed_s: float, done: int, left: int) -> tuple[float, float | None]:
+    """Rows a second, counting only those of this run and not what it found finished; seconds left, if that is known.
+
+    Source: ours.
+    """
+    rate = done / elapsed_s if elapsed_s > 0 else 0.0
+    return rate, left / rate if rate else None
 
 
 class RunScreen:

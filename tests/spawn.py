@@ -1,4 +1,8 @@
-"""Run a function in several gloo processes and collect what each returns."""
+"""Run a function in several gloo processes and collect what each returns.
+
+They are forked from a server that has imported what is slow to import; the test process itself cannot fork once it has
+run a backward pass.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+PRELOAD = ["place.cluster.worker", "place.losses.objective", "deepspeed"]
+
 
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, lone_ranks: tuple[int, ...] = ()) -> list[Any]:
     """`function(*arguments)` on each of `world` ranks; results in order of ranks (tensors, numbers, dicts, lists).
@@ -22,7 +28,10 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, lone_ra
         lone_ranks: each gets a machine of its own, as far as shared memory and temporary files tell.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_enter, (world, folder, function, arguments, lone_ranks), nprocs=world)
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        mp.get_context("forkserver").set_forkserver_preload(PRELOAD)
+        arguments = (world, folder, function, arguments, lone_ranks)
+        mp.start_processes(_enter, arguments, nprocs=world, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 

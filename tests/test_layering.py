@@ -15,7 +15,7 @@ LAYERS = [
     ["place", "place.batch", "place.distributed", "place.node", "place.runlog"],
     ["place.data", "place.model", "place.losses"],
     # What a checkpoint is written from belongs to its layer: the engine and its optimiser.
-    ["place.training.optim", "place.training.engine", "place.training.checkpoint"],
+    ["place.training.optim", "place.training.engine", "place.training.state", "place.training.checkpoint"],
     ["place.evaluation"],
     ["place.training"],
     ["place.export"],

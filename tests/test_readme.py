@@ -13,7 +13,7 @@ from place.cli import main
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SMALLER = {
-    "prepare": ["--num-workers", "1"],
+    "prepare": ["--num-workers", "1", "--launcher", "local"],
     "pretrain": ["cluster.launcher=local", "engine.kind=torch", "train.max_steps=4", "train.global_batch=32"],
     "doctor": ["--timeout", "100"],
     "evaluate": ["evaluation.bootstrap=20", "evaluation.gallery_size=20"],

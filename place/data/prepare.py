@@ -31,7 +31,7 @@ OnProgress = Callable[[int, int, int], None]
 
 _FILES = (MANIFEST_FILE, REJECTED_FILE, "card.json", "card.md")
 _OURS = {PARTS, *SPLITS, *_FILES, *(f"{name}{PARTIAL}" for name in _FILES)}
-_FREE = ("output", "num_workers", "input", "image_root", "reports", "salt_file")
+_FREE = ("output", "launcher", "address", "num_workers", "input", "image_root", "reports", "salt_file")
 _REQUEST = f"{PARTS}/request.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -77,7 +77,7 @@ def run_prepare(
 
 def _resolve_paths(config: PrepareConfig) -> PrepareConfig:
     """Paths that hold in every process, wherever it was started."""
-    paths = {name: getattr(config, name) for name in ("input", "image_root", "salt_file", "output")}
+    paths = {name: getattr(config, name) for name in ("input", "image_root", "reports", "salt_file", "output")}
     return config.model_copy(
         update={name: os.path.abspath(path) for name, path in paths.items() if path and "://" not in path}
     )

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from place.config import UsageError
+from place.config import RunError, UsageError
 
 S3 = "s3://"
 PARTIAL = ".partial"
@@ -103,6 +103,11 @@ class Folder:
     def stage(self, name: str) -> Iterator[Path]:
         folder = self.root / f"{name}.{socket.gethostname()}-{os.getpid()}{PARTIAL}"
         shutil.rmtree(folder, ignore_errors=True)
+        if not folder.parent.is_dir():
+            raise RunError(
+                f"{socket.gethostname()} has no folder {folder.parent}: workers on other hosts need an output that all "
+                "of them see, or s3://BUCKET/PREFIX"
+            )
         folder.mkdir()
         try:
             yield folder

@@ -1,25 +1,23 @@
-"""Checkpoints: written whole or not at all, checked before they are read, thinned out, found again."""
+"""Checkpoints: checked before they are read, found again, and loaded without what trained them."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import xxhash
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from place.config import Config, RunError, UsageError, build_config
 from place.data.tokens import ReportTokenizer
-from place.distributed import barrier, read_world
+from place.distributed import broadcast_text, read_world
 from place.model.place import PlaceModel, build_model
 from place.model.vision import read_model_args
-from place.training.engine import Engine
+from place.training.state import WEIGHTS
 
-WEIGHTS = "model.safetensors"
 STATE = "state.json"
 LISTING = "files.json"
 
@@ -36,37 +34,35 @@ class LoadedRun(NamedTuple):
     commit: str
 
 
-def write_checkpoint(run_dir: Path, engine: Engine, state: dict[str, Any], keep: int, is_best: bool) -> Path:
-    """Write `checkpoints/step_NNNNNNNN`; called by all ranks. Nobody sees the folder before it is complete.
+def agree_on_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """What `find_checkpoint` finds on rank 0, which reads and hashes for all; `latest` and `best` then say the same.
 
-    Args:
-        state: JSON values, among them `step`.
-        keep: newest checkpoints kept beside the best.
-    Source: ours.
+    Raises:
+        RunError: on every rank, as `find_checkpoint` does.
     """
-    root = run_dir / "checkpoints"
-    final = root / f"step_{state['step']:08d}"
-    partial = root / f"{final.name}.partial"
-    first = read_world().is_first
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    engine.save(partial)
-    weights = engine.read_weights()
-    barrier()
-    if first:
-        save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, partial / WEIGHTS)
-        (partial / STATE).write_text(json.dumps(state, indent=1))
-        (partial / LISTING).write_text(json.dumps(_list_files(partial), indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        write_text(root / "latest", final.name)
-        if is_best:
-            write_text(root / "best", final.name)
-        _thin_out(root, keep, final.name)
-    barrier()
-    return final
+    found: dict[str, Any] = {}
+    if read_world().is_first:
+        try:
+            folder, notes = find_checkpoint(run_dir)
+            found = {"name": folder and folder.name, "notes": notes}
+            if folder is not None:
+                _point_at(folder)
+        except RunError as error:
+            found = {"fault": str(error)}
+    found = json.loads(broadcast_text(json.dumps(found)) or "")
+    if "fault" in found:
+        raise RunError(found["fault"])
+    return found["name"] and run_dir / "checkpoints" / found["name"], found["notes"]
+
+
+def _point_at(folder: Path) -> None:
+    """Make the pointers say what a run that goes on from here knows: a kill may have come between two of them."""
+    root, step = folder.parent, read_state(folder).get("best_step")
+    write_text(root / "latest", folder.name)
+    if step is not None and (root / f"step_{step:08d}").is_dir():
+        write_text(root / "best", f"step_{step:08d}")
+    else:
+        (root / "best").unlink(missing_ok=True)
 
 
 def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -100,13 +96,13 @@ def find_fault(folder: Path) -> str:
         path = folder / name
         if not path.is_file():
             return f"checkpoint {folder}: file {name} is missing"
-        if path.stat().st_size != size or _hash_file(path) != digest:
+        if path.stat().st_size != size or hash_file(path) != digest:
             return f"checkpoint {folder}: file {name} is damaged"
     return ""
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `write_checkpoint` was given."""
+    """What the run said of itself when it saved."""
     return json.loads((folder / STATE).read_text())
 
 
@@ -173,23 +169,10 @@ def _resolve(run_dir: Path, which: str) -> Path:
     raise UsageError(f"{run_dir} has no checkpoint '{which}'; there are {there or 'none'}")
 
 
-def _list_files(folder: Path) -> dict[str, tuple[int, str]]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): (path.stat().st_size, _hash_file(path)) for path in files}
-
-
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """xxh64 of a file."""
     digest = xxhash.xxh64()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _thin_out(root: Path, keep: int, newest: str) -> None:
-    """Keep the best and the `keep` newest. What is newer than the one just written was incomplete at the resume."""
-    best = (root / "best").read_text().strip() if (root / "best").is_file() else ""
-    names = sorted(path.name for path in root.glob("step_????????"))
-    done = [name for name in names if name <= newest]
-    for name in {*names} - {*done[-keep:], best}:
-        shutil.rmtree(root / name)

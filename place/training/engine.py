@@ -10,15 +10,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from place.batch import Batch, Outputs
-from place.config import Config, RunError
+from place.config import Config
 from place.distributed import is_distributed, read_world
 from place.training.optim import build_optimizer
+from place.training.state import Layout, Share, copy_share, list_whole, load_share, read_layout
 
 
 class Engine(Protocol):
     """Model, optimiser and numerics of one training process. Every method is called by all ranks alike."""
 
     device: torch.device
+    layout: Layout
 
     def forward(self, batch: Batch, train: bool = True) -> Outputs:
         """Run the model; without gradient where the caller says so with torch.no_grad."""
@@ -29,21 +31,18 @@ class Engine(Protocol):
     def step(self, lr: float) -> Tensor:
         """Average gradients over ranks, clip, update. Returns the gradient norm before clipping."""
 
-    def save(self, folder: Path) -> None:
-        """Write what a resumed engine needs."""
+    def copy_share(self) -> Share:
+        """Copy what this rank saves to host memory, without a collective."""
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote, by the same number of ranks."""
-
-    def read_weights(self) -> dict[str, Tensor]:
-        """Full fp32 weights on the CPU; only rank 0 may rely on them."""
+    def load(self, folder: Path, numbers: dict[str, float]) -> None:
+        """Read a checkpoint: the shares of any number of ranks, of any engine. `numbers` are those of a share."""
 
 
 class TorchEngine:
     """Plain torch: fp32 parameters, gradients averaged over ranks, no sharding. Final."""
 
     def __init__(self, model: nn.Module, config: Config, device: torch.device):
-        self.model, self.device = model.to(device), device
+        self.model, self.device, self.layout = model.to(device), device, read_layout(model)
         self.precision, self.clip_norm = config.engine.precision, config.optim.clip_norm
         self.optimizer = build_optimizer(model, config.optim)
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -73,19 +72,10 @@ class TorchEngine:
         self.optimizer.zero_grad()
         return norm
 
-    def save(self, folder: Path) -> None:
-        if read_world().is_first:
-            torch.save(
-                {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, folder / "engine.pt"
-            )
+    def copy_share(self) -> Share:
+        world = read_world()
+        pieces = list_whole(self.model)[world.rank :: world.world]
+        return copy_share(self.model, pieces, self.optimizer)
 
-    def load(self, folder: Path) -> None:
-        path = folder / "engine.pt"
-        if not path.is_file():
-            raise RunError(f"{folder} was not written by engine.kind=torch; resume with the engine that wrote it")
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-    def read_weights(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
+    def load(self, folder: Path, numbers: dict[str, float]) -> None:
+        load_share(folder, self.model, list_whole(self.model), self.optimizer, numbers)

@@ -21,16 +21,16 @@ from place.data.loader import PairLoader
 from place.data.prepared import read_card
 from place.distributed import gather, is_distributed, mean_over_ranks, read_world
 from place.runlog import RunLog
-from place.training.checkpoint import write_checkpoint
 from place.training.engine import Engine
 from place.training.gradcache import Objective, backward_contrast
 from place.training.plan import RunPlan
+from place.training.saver import Saver
 from place.training.stop import is_asked
 from place.training.watchdog import Watchdog
 
 
 class Progress(dict[str, Any]):
-    """Where a run stands: `step` (optimiser steps done), `best_val` (least validation loss, or None); saved as JSON."""
+    """Where a run stands: `step` (steps done), `best_val` and `best_step` (None at first); saved as JSON."""
 
 
 def train(
@@ -53,10 +53,12 @@ def train(
     Returns:
         `done` or `stopped`.
     Raises:
-        RunError: the loss is not finite (names the last good checkpoint), or a shard is damaged.
+        RunError: the loss is not finite (names the last good checkpoint), a shard is damaged, or a checkpoint could
+            not be written.
     """
     run_dir, world = Path(config.run.dir), read_world()
-    meter = Meter(log, plan, engine.device)
+    saver = Saver(run_dir, engine, config.train.keep_checkpoints, config.cluster.timeout_s)
+    meter = Meter(log, plan, engine.device, saver)
     stopping = False
     while progress["step"] < plan.total_steps and not stopping:
         epoch, first_step = divmod(progress["step"], plan.steps_per_epoch)
@@ -64,9 +66,10 @@ def train(
         for batch in meter.time_waits(loader.read_epoch(epoch, first_step, last_step, world.world)):
             watchdog.feed()
             seed_step(config.run.seed, progress["step"], world.rank)
-            losses, scales = backward_contrast(engine, batch.to(engine.device), config.train.accumulation, objective)
+            losses, scales = backward_contrast(engine, batch.to(engine.device), plan.accumulation, objective)
             lr = plan.compute_lr(progress["step"], config.optim.min_lr_ratio)
             grad_norm = engine.step(lr)
+            saver.check()
             progress["step"] += 1
             step = progress["step"]
             meter.count(step, epoch, batch)
@@ -76,20 +79,23 @@ def train(
             if step % config.run.log_every_steps == 0 or is_due or stopping or ends_epoch:
                 meter.write(step, epoch, losses, scales, lr, grad_norm)
                 values = mean_over_ranks(torch.stack([losses.total.detach(), grad_norm.to(losses.total)])).tolist()
-                _check_finite({"loss": values[0], "gradient norm": values[1]}, step, run_dir)
+                _check_finite({"loss": values[0], "gradient norm": values[1]}, step, run_dir, saver)
             if (stopping or is_due) and not ends_epoch:
-                _save(run_dir, engine, config, plan, progress, is_best=False)
+                saver.save({**progress, **describe_lineage(config, plan), "world": plan.world})
             if stopping and not ends_epoch:
+                saver.wait()
                 return "stopped"
         is_best, is_last = False, progress["step"] == plan.total_steps
         if val_loader is not None and ((epoch + 1) % config.train.evaluate_every_epochs == 0 or is_last):
             value = evaluate_loss(plan, engine, val_loader, objective, epoch, log, watchdog, progress["step"])
-            _check_finite({"validation loss": value}, progress["step"], run_dir)
+            _check_finite({"validation loss": value}, progress["step"], run_dir, saver)
             is_best = progress["best_val"] is None or value < progress["best_val"]
-            progress["best_val"] = value if is_best else progress["best_val"]
+            if is_best:
+                progress.update(best_val=value, best_step=progress["step"])
         if is_best or is_last or stopping or progress["step"] % config.train.checkpoint_every_steps == 0:
-            _save(run_dir, engine, config, plan, progress, is_best)
+            saver.save({**progress, **describe_lineage(config, plan), "world": plan.world})
         meter.restart()
+    saver.wait()
     return "done" if progress["step"] == plan.total_steps else "stopped"
 
 
@@ -124,8 +130,8 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 class Meter:
     """Times, counts and writes what a step was like. Final; a host-device sync only where a line is written."""
 
-    def __init__(self, log: RunLog | None, plan: RunPlan, device: torch.device):
-        self.log, self.plan, self.device = log, plan, device
+    def __init__(self, log: RunLog | None, plan: RunPlan, device: torch.device, saver: Saver):
+        self.log, self.plan, self.device, self.saver = log, plan, device, saver
         self.samples: list[tuple[int, int, Tensor]] = []
         self.restart()
 
@@ -166,6 +172,7 @@ class Meter:
                 "samples_per_s": round(self.steps * self.plan.global_batch / elapsed_s, 2),
                 "data_wait_share": round(self.waited_s / elapsed_s, 4),
                 "memory_mib": _read_memory_mib(self.device),
+                **self.saver.take_times(),
             }
             self.log.write_metrics(step, values)
         self.samples.clear()
@@ -188,9 +195,10 @@ def _agree(flag: bool, device: torch.device) -> bool:
     return bool(votes.item())
 
 
-def _check_finite(values: dict[str, float], step: int, run_dir: Path) -> None:
+def _check_finite(values: dict[str, float], step: int, run_dir: Path, saver: Saver) -> None:
     if all(math.isfinite(value) for value in values.values()):
         return
+    saver.wait()
     latest = run_dir / "checkpoints" / "latest"
     good = latest.read_text().strip() if latest.is_file() else "none"
     said = ", ".join(f"{name} {value:g}" for name, value in values.items())
@@ -203,14 +211,8 @@ def _check_finite(values: dict[str, float], step: int, run_dir: Path) -> None:
 def describe_lineage(config: Config, plan: RunPlan) -> dict[str, Any]:
     """What must be the same when a run goes on, for its sample order and its curve to be those of one run."""
     return {
-        "world": plan.world,
         "global_batch": plan.global_batch,
         "seed": config.run.seed,
         "num_canonical_nodes": config.data.num_canonical_nodes,
         "data_fingerprint": read_card(config.data.path)["fingerprint"],
     }
-
-
-def _save(run_dir: Path, engine: Engine, config: Config, plan: RunPlan, progress: Progress, is_best: bool) -> None:
-    state = {**progress, **describe_lineage(config, plan)}
-    write_checkpoint(run_dir, engine, state, config.train.keep_checkpoints, is_best)

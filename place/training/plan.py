@@ -6,7 +6,7 @@ import math
 
 from pydantic import BaseModel
 
-from place.config import Config, UsageError
+from place.config import Config, TrainConfig, UsageError
 
 
 class RunPlan(BaseModel, frozen=True):
@@ -16,6 +16,7 @@ class RunPlan(BaseModel, frozen=True):
     num_samples: int
     global_batch: int
     local_batch: int
+    accumulation: int
     micro_batch: int
     steps_per_epoch: int
     dropped_per_epoch: int
@@ -35,19 +36,40 @@ class RunPlan(BaseModel, frozen=True):
         return self.peak_lr * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
+def compute_accumulation(train: TrainConfig, world: int) -> int:
+    """Chunks of a worker's share: the least number that divides it and keeps to both limits of the config.
+
+    A run that goes on with other workers holds no more pairs at once than before, and as accumulation changes no
+    gradient (GradCache), its curve stays the same.
+
+    Raises:
+        UsageError: the global batch does not divide over the workers, or holds too few pairs.
+    Source: ours.
+    """
+    if train.global_batch % world:
+        raise UsageError(
+            f"train.global_batch={train.global_batch} is not divisible by {world} workers; choose a multiple of "
+            f"{world}, or another number of workers"
+        )
+    local = train.global_batch // world
+    most = train.max_micro_batch or local
+    for chunks in range(train.accumulation, local + 1):
+        if local % chunks == 0 and local // chunks <= most:
+            return chunks
+    raise UsageError(
+        f"train.accumulation={train.accumulation} is more than the {local} pairs of each of {world} workers; lower it"
+    )
+
+
 def build_plan(config: Config, world: int, num_samples: int, num_val_samples: int) -> RunPlan:
     """Derive batches, steps and the learning rate.
 
     Raises:
-        UsageError: the global batch does not divide over workers and accumulation, or is larger than the data set.
+        UsageError: the global batch does not divide over workers, or is larger than the data set.
     Source: ours; square-root scaling is inferred (Krizhevsky 2014, Malladi et al. 2022 for Adam).
     """
     train, optim = config.train, config.optim
-    if train.global_batch % (world * train.accumulation):
-        raise UsageError(
-            f"train.global_batch={train.global_batch} is not divisible by {world} workers x "
-            f"train.accumulation={train.accumulation}; choose a multiple of {world * train.accumulation}"
-        )
+    accumulation = compute_accumulation(train, world)
     steps_per_epoch = num_samples // train.global_batch
     if not steps_per_epoch:
         raise UsageError(
@@ -70,7 +92,8 @@ def build_plan(config: Config, world: int, num_samples: int, num_val_samples: in
         num_samples=num_samples,
         global_batch=train.global_batch,
         local_batch=train.global_batch // world,
-        micro_batch=train.global_batch // world // train.accumulation,
+        accumulation=accumulation,
+        micro_batch=train.global_batch // world // accumulation,
         steps_per_epoch=steps_per_epoch,
         dropped_per_epoch=num_samples - steps_per_epoch * train.global_batch,
         epochs=math.ceil(total / steps_per_epoch),

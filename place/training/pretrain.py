@@ -29,7 +29,7 @@ from place.losses.objective import compute_losses
 from place.model.place import PlaceModel, build_model
 from place.node import clean_node, note_cache, note_shared_memory
 from place.runlog import RunLog, count_attempts, write_attempt
-from place.training.checkpoint import find_checkpoint, read_state, write_definition, write_text
+from place.training.checkpoint import agree_on_checkpoint, read_state, write_definition, write_text
 from place.training.engine import Engine, TorchEngine
 from place.training.loop import Progress, describe_lineage, train
 from place.training.plan import RunPlan, build_plan
@@ -159,8 +159,8 @@ def _objective(config: Config, grey_level: float, outputs: Outputs, batch: Batch
 
 
 def _resume(config: Config, engine: Engine, plan: RunPlan) -> tuple[Progress, list[str]]:
-    progress = Progress(step=0, best_val=None)
-    folder, notes = find_checkpoint(Path(config.run.dir))
+    progress = Progress(step=0, best_val=None, best_step=None)
+    folder, notes = agree_on_checkpoint(Path(config.run.dir))
     if folder is None:
         return progress, notes
     state = read_state(folder)
@@ -170,8 +170,10 @@ def _resume(config: Config, engine: Engine, plan: RunPlan) -> tuple[Progress, li
                 f"checkpoint {folder} was written with {key}={state[key]}, this run has {value}; "
                 "resume with the same value or choose another run.dir"
             )
-    engine.load(folder)
+    engine.load(folder, state["numbers"])
     progress.update({key: state[key] for key in progress})
+    if state["world"] != plan.world:
+        notes.append(f"{folder.name} was written by {state['world']} workers, {plan.world} go on")
     return progress, [*notes, f"resumed from {folder.name}"]
 
 

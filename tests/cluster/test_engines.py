@@ -12,10 +12,11 @@ from tiny import VOCAB, build_batch, build_tiny_config
 
 from place.batch import Batch
 from place.config import Config
-from place.distributed import mean_over_ranks, read_world
+from place.distributed import gather_objects, mean_over_ranks, read_world
 from place.losses.objective import compute_losses
 from place.model.place import build_model
 from place.training.gradcache import backward_contrast
+from place.training.state import join_runs
 
 pytestmark = pytest.mark.multiprocess
 STEPS = 4
@@ -35,6 +36,13 @@ def read_gradients(engine: Any, config: Config) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_grad
 
     return {name: safe_get_full_grad(p).clone() for name, p in engine.model.named_parameters()}
+
+
+def read_weights(engine: Any) -> dict[str, torch.Tensor]:
+    """The whole model, joined from what each rank would save."""
+    share = {key: run.tolist() for key, run in engine.copy_share().weights.items()}
+    runs = [(key, torch.tensor(run)) for part in gather_objects(share) for key, run in part.items()]
+    return join_runs(engine.layout, runs)
 
 
 def run_curve(config: Config) -> dict[str, Any]:
@@ -57,7 +65,7 @@ def run_curve(config: Config) -> dict[str, Any]:
         "losses": torch.stack(losses),
         "norms": torch.tensor(norms),
         "gradients": gradients,
-        "weights": engine.read_weights(),
+        "weights": read_weights(engine),
     }
 
 

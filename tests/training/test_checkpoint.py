@@ -15,11 +15,13 @@ from torch import Tensor
 from place.config import Config, RunError, UsageError, dump_config
 from place.data.tokens import train_tokenizer
 from place.model.place import build_model
-from place.training import checkpoint
-from place.training.checkpoint import find_checkpoint, find_fault, load_run, read_state, write_checkpoint
+from place.training import checkpoint, saver
+from place.training.checkpoint import agree_on_checkpoint, find_checkpoint, find_fault, load_run, read_state
 from place.training.engine import TorchEngine
 from place.training.plan import RunPlan, build_plan
 from place.training.pretrain import _resume
+from place.training.saver import Saver
+from place.training.state import Share
 
 CPU = torch.device("cpu")
 REPORT = ["No pneumothorax is seen."]
@@ -27,32 +29,28 @@ IMAGES = torch.linspace(-1, 1, 2 * 32 * 32).view(2, 1, 32, 32)
 
 
 class StubEngine:
-    """Saves one number; enough for folders."""
+    """Saves three numbers; enough for folders."""
 
-    device = CPU
+    device, layout = CPU, {"weight": ("weight", (3,))}
 
     def __init__(self) -> None:
-        self.value, self.loaded = torch.zeros(3), Path()
+        self.loaded = Path()
 
-    def save(self, folder: Path) -> None:
-        (folder / "engine").mkdir()
-        torch.save(self.value, folder / "engine" / "state.pt")
+    def copy_share(self) -> Share:
+        return Share({"weight@0": torch.ones(3)}, {"exp_avg:weight@0": torch.ones(3)}, {"optimizer_step": 1.0})
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, numbers: dict[str, float]) -> None:
         self.loaded = folder
 
-    def read_weights(self) -> dict[str, Tensor]:
-        return {"weight": self.value}
 
-
-def write_steps(run_dir: Path, steps: list[int], keep: int = 9, best: int | None = None) -> StubEngine:
+def write_steps(run_dir: Path, steps: list[int], keep: int = 9, best: int | None = None) -> None:
     """Checkpoints of these steps, in this order."""
-    engine = StubEngine()
+    writer = Saver(run_dir, StubEngine(), keep, 60)
     for step in steps:
         state = {"step": step, "best_val": None, "world": 1, "global_batch": 8, "seed": 0}
         state |= {"num_canonical_nodes": 2, "data_fingerprint": "same"}
-        write_checkpoint(run_dir, engine, state, keep, is_best=step == best)
-    return engine
+        writer.save({**state, "best_step": best if best and best <= step else None})
+        writer.wait()
 
 
 def list_steps(run_dir: Path) -> list[int]:
@@ -82,26 +80,27 @@ def test_an_empty_run_has_no_checkpoint_and_no_fault(tmp_path: Path) -> None:
 
 def test_a_partial_folder_is_never_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_steps(tmp_path, [1])
-    monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        write_steps(tmp_path, [2])
-    assert (tmp_path / "checkpoints" / "step_00000002.partial").is_dir()
+    monkeypatch.setattr(saver, "publish", lambda *_: None)
+    write_steps(tmp_path, [2])
+    assert len(list((tmp_path / "checkpoints").glob("step_00000002.*.partial"))) == 1
     folder, notes = find_checkpoint(tmp_path)
     assert folder is not None
     assert (folder.name, notes) == ("step_00000001", [])
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000001"
 
 
-def test_a_partial_folder_is_overwritten_by_the_next_try(tmp_path: Path) -> None:
-    left = tmp_path / "checkpoints" / "step_00000002.partial"
-    left.mkdir(parents=True)
-    (left / "rubbish").touch()
+def test_what_an_earlier_attempt_left_is_cleared_away_and_never_used(tmp_path: Path) -> None:
+    for name in ("step_00000002.aaaa.partial", "step_00000001.removed"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "rubbish").touch()
     write_steps(tmp_path, [2])
     assert find_fault(tmp_path / "checkpoints" / "step_00000002") == ""
-    assert not (tmp_path / "checkpoints" / "step_00000002" / "rubbish").exists()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000002"]
+    files = {path.name for path in (tmp_path / "checkpoints" / "step_00000002").iterdir()}
+    assert files == {"model.safetensors", "optimizer_00000.safetensors", "state.json", "files.json"}
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "engine/state.pt", "files.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "optimizer_00000.safetensors", "files.json"])
 def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
     write_steps(tmp_path, [1])
     folder = tmp_path / "checkpoints" / "step_00000001"
@@ -109,7 +108,7 @@ def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
     assert find_fault(folder).endswith(f"step_00000001: {'' if name == 'files.json' else 'file '}{name} is missing")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "engine/state.pt"])
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "optimizer_00000.safetensors"])
 @pytest.mark.parametrize("how", ["flipped", "cut"])
 def test_a_damaged_file_is_named(how: str, name: str, tmp_path: Path) -> None:
     write_steps(tmp_path, [1])
@@ -184,7 +183,7 @@ def test_a_resume_starts_at_the_newest_complete_checkpoint(tmp_path: Path) -> No
     [
         ({"train": {"global_batch": 4}}, "global_batch=8, this run has 4"),
         ({"run": {"seed": 7}}, "seed=0, this run has 7"),
-        ({}, "world=1, this run has 2"),
+        ({"data": {"num_canonical_nodes": 4}}, "num_canonical_nodes=2, this run has 4"),
     ],
 )
 def test_a_resume_with_other_numbers_is_wrong_use(changed: dict, said: str, tmp_path: Path) -> None:
@@ -192,18 +191,47 @@ def test_a_resume_with_other_numbers_is_wrong_use(changed: dict, said: str, tmp_
     config, plan = build_state(tmp_path, **changed)
     engine = StubEngine()
     with pytest.raises(UsageError) as caught:
-        _resume(config, engine, plan if changed else plan.model_copy(update={"world": 2}))
+        _resume(config, engine, plan)
     assert said in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert engine.loaded == Path()
 
 
-def test_another_engines_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_resume_with_other_workers_says_so(tmp_path: Path) -> None:
     write_steps(tmp_path, [2])
-    config = build_tiny_config()
-    engine = TorchEngine(torch.nn.Linear(2, 2), config, CPU)
-    with pytest.raises(RunError, match=r"was not written by engine\.kind=torch"):
-        engine.load(tmp_path / "checkpoints" / "step_00000002")
+    config, plan = build_state(tmp_path)
+    _, notes = _resume(config, StubEngine(), plan.model_copy(update={"world": 2}))
+    assert notes[0] == "step_00000002 was written by 1 workers, 2 go on"
+
+
+def test_a_resume_makes_the_pointers_say_what_it_goes_on_from(tmp_path: Path) -> None:
+    write_steps(tmp_path, [1, 2, 3], best=2)
+    root = tmp_path / "checkpoints"
+    (root / "step_00000003" / "state.json").unlink()
+    (root / "best").write_text("step_00000003")
+    folder, _ = agree_on_checkpoint(tmp_path)
+    assert folder == root / "step_00000002"
+    assert (root / "latest").read_text() == (root / "best").read_text() == "step_00000002"
+    write_steps(tmp_path, [3])
+    assert find_fault(root / "step_00000003") == ""
+
+
+def test_a_checkpoint_without_optimiser_state_is_refused(tmp_path: Path) -> None:
+    write_steps(tmp_path, [2])
+    folder = tmp_path / "checkpoints" / "step_00000002"
+    (folder / "optimizer_00000.safetensors").unlink()
+    engine = TorchEngine(torch.nn.Linear(2, 2), build_tiny_config(), CPU)
+    with pytest.raises(RunError, match="holds no optimiser state; start again in another run.dir"):
+        engine.load(folder, {})
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    write_steps(tmp_path, [2])
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(torch.zeros(3))
+    engine = TorchEngine(model, build_tiny_config(), CPU)
+    with pytest.raises(RunError, match="lacks exp_avg_sq of weight; resume with the model that wrote it"):
+        engine.load(tmp_path / "checkpoints" / "step_00000002", {"optimizer_step": 1.0})
 
 
 @pytest.fixture(scope="module")
@@ -218,11 +246,13 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, T
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "run.json").write_text(json.dumps({"mean": 0.25, "std": 0.125, "commit": "abcdef"}))
     engine = TorchEngine(model, config, CPU)
-    write_checkpoint(folder, engine, {"step": 1}, keep=5, is_best=True)
+    writer = Saver(folder, engine, 5, 60)
+    writer.save({"step": 1, "best_step": 1})
     with torch.no_grad():
         said = model.eval().encode_image(IMAGES)._asdict()
         model.project_image[0].weight.zero_()
-    write_checkpoint(folder, engine, {"step": 2}, keep=5, is_best=False)
+    writer.save({"step": 2, "best_step": 1})
+    writer.wait()
     return folder, said
 
 

@@ -21,6 +21,24 @@ def test_batches_are_shared_out_over_workers_and_chunks() -> None:
     assert (made.steps_per_epoch, made.dropped_per_epoch, made.total_steps) == (6, 4, 18)
 
 
+@pytest.mark.parametrize(
+    ("train", "world", "chunks"),
+    [
+        ({"max_micro_batch": 8}, 4, 1),
+        ({"max_micro_batch": 8}, 3, 1),
+        ({"max_micro_batch": 8}, 2, 2),
+        ({"max_micro_batch": 5}, 2, 3),
+        ({"max_micro_batch": 1}, 1, 24),
+        ({"accumulation": 5}, 2, 6),
+        ({"accumulation": 2, "max_micro_batch": 3}, 2, 4),
+    ],
+)
+def test_a_worker_never_holds_more_pairs_than_allowed(train: dict, world: int, chunks: int) -> None:
+    made = plan(world=world, train={"global_batch": 24, "epochs": 3, **train})
+    assert made.accumulation == chunks
+    assert made.micro_batch * made.accumulation * world == 24
+
+
 def test_a_limit_of_steps_wins_over_epochs() -> None:
     made = plan(train={"global_batch": 16, "epochs": 50, "max_steps": 13})
     assert (made.total_steps, made.epochs) == (13, 3)
@@ -71,7 +89,7 @@ def test_workers_that_cannot_share_a_small_validation_split_are_told_in_one_line
     ("train", "world", "words"),
     [
         ({"global_batch": 15}, 2, "choose a multiple of 2"),
-        ({"global_batch": 16, "accumulation": 3}, 1, "choose a multiple of 3"),
+        ({"global_batch": 16, "accumulation": 9}, 2, "more than the 8 pairs of each of 2 workers; lower it"),
         ({"global_batch": 128}, 1, "larger than the 100 samples"),
     ],
 )

@@ -289,10 +289,10 @@ def test_a_flipped_byte_is_found_before_a_tokenizer_is_made_of_it(
 
 
 def test_a_checkpoint_with_a_missing_file_is_skipped_with_a_line(pretrain: Any, resumable: Path) -> None:
-    (resumable.parent / "run" / "checkpoints" / "step_00000005" / "engine.pt").unlink()
+    (resumable.parent / "run" / "checkpoints" / "step_00000005" / "state.json").unlink()
     ended = pretrain(resumable)
     assert (ended.code, ended.err) == (0, [])
-    assert "step_00000005: file engine.pt is missing" in ended.out.replace("engine. pt", "engine.pt")
+    assert "step_00000005: file state.json is missing" in ended.out.replace("state. json", "state.json")
     assert "resumed from step_00000004" in ended.out
 
 
