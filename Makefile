@@ -42,6 +42,7 @@ build/triton36: $(READY)
 fuzz: $(READY)
 	$(BIN)/pytest -m fuzz -s tests/data/test_fuzz.py
 
+# Native equality of the kernels, 200 reruns, memory, the gate of the benchmark. About 5 minutes.
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu
 

@@ -1,4 +1,4 @@
-"""What tests and benchmark share: inputs with awkward rows, the truth in float64, plain torch at the same precision."""
+"""What tests and benchmark share: awkward inputs, the truth in float64, plain torch at the same precision."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 from place.kernels.patch_correlation import reference
 from place.kernels.patch_correlation.reference import Options
 from torch import Tensor
+
+SHAPES = [(256, 196, 128, 256), (256, 196, 768, 256), (64, 1024, 768, 256), (64, 1024, 128, 256), (16, 4096, 256, 256)]
+"""(B, N, D, Dt) that the benchmark reports on."""
 
 
 class Case(NamedTuple):
@@ -118,12 +121,12 @@ def _differentiate(inputs: Inputs, options: Options) -> Result:
     return Result(total_B.detach(), pairs_B, x_BND.grad, y_BNT.grad)
 
 
-def measure_error(value: Tensor, truth: Tensor) -> float:
-    """Norm of the difference over the norm of the truth (at least 1e-3); infinite if something is not finite."""
+def measure_error(value: Tensor, truth: Tensor, floor: float = 1e-3) -> float:
+    """Norm of the difference over the norm of the truth (at least `floor`); infinite if something is not finite."""
     difference = value.double() - truth.double()
     if not difference.isfinite().all():
         return float("inf")
-    return float(difference.detach().norm() / truth.double().norm().clamp(min=1e-3))
+    return float(difference.detach().norm() / truth.double().norm().clamp(min=floor))
 
 
 @contextlib.contextmanager

@@ -27,8 +27,9 @@ HOPPER: Table = {
         "half": [(64, Tile(64, 0, 64, 4, 3)), (None, Tile(128, 0, 64, 8, 3))],
         "float": [(None, Tile(64, 0, 32, 4, 2))],
     },
+    # A reduced block of 32 halves what these two spill before and after their loops.
     "slope": {
-        "half": [(64, Tile(64, 0, 64, 4, 3)), (None, Tile(128, 0, 64, 8, 3))],
+        "half": [(64, Tile(64, 0, 64, 4, 3)), (None, Tile(128, 0, 32, 8, 4))],
         "float": [(None, Tile(64, 0, 32, 4, 2))],
     },
     "apply": {
@@ -38,8 +39,8 @@ HOPPER: Table = {
     "panel": {
         "half": [
             (64, Tile(64, 64, 64, 4, 3)),
-            (128, Tile(64, 128, 64, 4, 3)),
-            (256, Tile(64, 256, 64, 8, 2)),
+            (128, Tile(64, 128, 64, 8, 3)),
+            (256, Tile(64, 256, 32, 8, 3)),
         ],
         "float": [],
     },

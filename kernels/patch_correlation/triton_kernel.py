@@ -230,30 +230,31 @@ def slope_kernel(
         X, Y, FOCUS, STATS, image, rows_i, rows_j, N, D, DT, stride_xb, stride_xn, stride_yb, stride_yn,
         HAS_FOCUS, EXCLUDE_DIAG, CENTRE_X, CENTRE_Y, KEEP, BLOCK, BLOCK, BLOCK_K, INTERPRETED,
     )  # fmt: skip
+    # All sums come before the stores, so that G C is gone from the registers by then.
     g = _slope(d, beta, LOSS)
     gc = g * c.to(tl.float32)
+    s_i, s_j = tl.sum(gc, 1), tl.sum(gc, 0)
     stats = STATS + image * 4 * N
     in_i, in_j = rows_i < N, rows_j < N
     r_i, r_j = tl.load(stats + N + rows_i, in_i, 0.0), tl.load(stats + N + rows_j, in_j, 0.0)
     h = _round(g * (r_i * D)[:, None] * r_j[None, :], KEEP, INTERPRETED)
+    sums = SUMS + slot * 2 * tiles * N
+    tl.store(sums + j * N + rows_i, s_i, mask=in_i)
+    if not CENTRE_X:
+        mu_i, mu_j = tl.load(stats + rows_i, in_i, 0.0), tl.load(stats + rows_j, in_j, 0.0)
+        t_i = tl.sum(h.to(tl.float32) * mu_j[None, :], 1)
+        t_j = tl.sum(h.to(tl.float32) * mu_i[:, None], 0)
+        tl.store(sums + (tiles + j) * N + rows_i, t_i, mask=in_i)
     out = H + slot * N * stride_h
     tl.store(out + rows_i[:, None] * stride_h + rows_j[None, :], h, mask=in_i[:, None] & (rows_j < stride_h)[None, :])
-
-    sums = SUMS + slot * 2 * tiles * N
-    tl.store(sums + j * N + rows_i, tl.sum(gc, 1), mask=in_i)
-    if not CENTRE_X:
-        mu_j = tl.load(stats + rows_j, in_j, 0.0)
-        tl.store(sums + (tiles + j) * N + rows_i, tl.sum(h.to(tl.float32) * mu_j[None, :], 1), mask=in_i)
     if i < j:
-        mirrored = tl.trans(h)
         tl.store(
-            out + rows_j[:, None] * stride_h + rows_i[None, :], mirrored,
+            out + rows_j[:, None] * stride_h + rows_i[None, :], tl.trans(h),
             mask=in_j[:, None] & (rows_i < stride_h)[None, :],
         )  # fmt: skip
-        tl.store(sums + i * N + rows_j, tl.sum(gc, 0), mask=in_j)
+        tl.store(sums + i * N + rows_j, s_j, mask=in_j)
         if not CENTRE_X:
-            mu_i = tl.load(stats + rows_i, in_i, 0.0)
-            tl.store(sums + (tiles + i) * N + rows_j, tl.sum(h.to(tl.float32) * mu_i[:, None], 0), mask=in_j)
+            tl.store(sums + (tiles + i) * N + rows_j, t_j, mask=in_j)
 
 
 @triton.jit

@@ -19,6 +19,8 @@ from place.kernels.testing import (
 launch = pytest.importorskip("place.kernels.patch_correlation.launch", reason="Triton is not installed here")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# `make test-gpu` takes these along where they run natively.
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 SLOW = pytest.mark.kernels
 PLAIN, COVARIANCE = Options(), Options(normalize=False)
 SMOOTH, DIAGONAL = Options(loss="smooth_l1", beta=0.2), Options(normalize=False, exclude_diag=False)
