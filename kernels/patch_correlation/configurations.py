@@ -46,18 +46,20 @@ HOPPER: Table = {
     },
 }
 TABLE: dict[int, Table] = {90: HOPPER}
-PANEL_LIMIT = 256
-"""Largest N of the panel kernel."""
+PANEL_WIDTH = 256
+"""Largest D for which the panel kernel is taken: wider, it multiplies a third more than slope and apply do together."""
 
 
-def choose_tile(kernel: str, architecture: int, kind: str, patches: int) -> Tile | None:
-    """The tile for a kernel, or None where it does not serve this type or N.
+def choose_tile(kernel: str, architecture: int, kind: str, patches: int, width: int) -> Tile | None:
+    """The tile for a kernel, or None where it does not serve this type or shape.
 
     Args:
         kernel: a key of the table.
         architecture: compute capability as major * 10 + minor; one without an entry takes Hopper's.
         kind: `half` or `float`.
-        patches: N.
+        patches, width: N and D.
     """
+    if kernel == "panel" and width > PANEL_WIDTH:
+        return None
     rows = TABLE.get(architecture, HOPPER)[kernel][kind]
     return next((tile for limit, tile in rows if limit is None or patches <= limit), None)

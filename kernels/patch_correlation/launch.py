@@ -215,8 +215,8 @@ def _choose(kernel: str, x_BND: Tensor, y_BNT: Tensor) -> Tile | None:
     kind = "float" if torch.float32 in (x_BND.dtype, y_BNT.dtype) else "half"
     if x_BND.is_cuda:
         major, minor = torch.cuda.get_device_capability(x_BND.device)
-        return choose_tile(kernel, major * 10 + minor, kind, x_BND.shape[1])
-    return choose_tile(kernel, 90, kind, x_BND.shape[1])
+        return choose_tile(kernel, major * 10 + minor, kind, *x_BND.shape[1:])
+    return choose_tile(kernel, 90, kind, *x_BND.shape[1:])
 
 
 def _flags(x_BND: Tensor, y_BNT: Tensor, focus: Tensor | None, options: Options) -> dict[str, bool]:

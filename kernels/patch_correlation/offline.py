@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -49,10 +50,10 @@ class Code(NamedTuple):
 
 
 def list_launches(
-    patches: int, x_dtype: torch.dtype, y_dtype: torch.dtype, options: Options, focus: bool
+    patches: int, width: int, x_dtype: torch.dtype, y_dtype: torch.dtype, options: Options, focus: bool
 ) -> list[Launch]:
-    """Every launch of a call forward and backward at widths 768 and 256, on the meta device."""
-    x_BND = torch.empty(2, patches, 768, dtype=x_dtype, device="meta")
+    """Every launch of a call forward and backward, on the meta device."""
+    x_BND = torch.empty(2, patches, width, dtype=x_dtype, device="meta")
     y_BNT = torch.empty(2, patches, 256, dtype=y_dtype, device="meta")
     mask_BN = torch.empty(2, patches, dtype=torch.bool, device="meta")
     masks = (mask_BN, mask_BN if focus else None)
@@ -140,10 +141,10 @@ def list_committed() -> Iterator[tuple[str, Launch]]:
         (torch.bfloat16, torch.float32),
         (torch.float32, torch.float32),
     ]
-    for patches in (49, 128, 196, 1024):
+    for patches, width in itertools.product((49, 128, 196, 1024), (128, 768)):
         for x_dtype, y_dtype in halves:
             for options, focus in ((Options(), False), (Options(False, "smooth_l1", exclude_diag=False), True)):
-                for launch in list_launches(patches, x_dtype, y_dtype, options, focus):
+                for launch in list_launches(patches, width, x_dtype, y_dtype, options, focus):
                     types = " ".join(str(dtype).removeprefix("torch.") for dtype in (x_dtype, y_dtype))
                     label = f"{launch.kernel.fn.__name__} {types} {options.loss} {tuple(launch.tile)}"
                     if label not in seen:

@@ -22,7 +22,7 @@ def correlation_loss(
     The mean over ranks is the loss of the global batch.
 
     Args:
-        z_BNE: report-conditioned patch features, fp32.
+        z_BNE: report-conditioned patch features; in bf16 they go to the tensor cores as they are.
         target_BND: pixel patches or stop-gradient features.
         valid_BN, focus_BN: bool; pairs count between valid patches, of which at least one is in focus.
         grey_level: one of 255 grey levels in the unit of target pixels; flatter patches do not count.

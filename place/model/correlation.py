@@ -26,7 +26,10 @@ class CorrelationHead(nn.Module):
     def forward(
         self, patches_BND: Tensor, tokens_BTD: Tensor, attention_BT: Tensor, packing: Packing | None = None
     ) -> Tensor:
-        """z (B,N,E) in fp32, conditioned on the report; with a packing of `attention_BT` padding costs nothing."""
+        """z (B,N,E), conditioned on the report, in the precision of autocast; the loss computes in fp32 from it.
+
+        With a packing of `attention_BT` padding costs nothing.
+        """
         x, keys = patches_BND, tokens_BTD
         where: Tensor | Blocks = attention_BT
         if packing is not None:
@@ -34,4 +37,4 @@ class CorrelationHead(nn.Module):
             x, keys, where = pack(x, queries)[None], pack(keys, packing)[None], Blocks(queries, packing)
         for block in self.blocks:
             x, _ = block(x, keys, where)
-        return self.project(x.view_as(patches_BND)).float()
+        return self.project(x.view_as(patches_BND))
