@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_prepare(verbs.add_parser("prepare", help="images and reports to verified shards"))
     _add_pretrain(verbs.add_parser("pretrain", help="train a model on prepared data"))
     _add_evaluate(verbs.add_parser("evaluate", help="judge a trained model"))
+    _add_data(verbs.add_parser("data", help="look at, check or measure prepared data"))
     _add_runs(verbs.add_parser("runs", help="stop a run at its next step"))
     _add_doctor(verbs.add_parser("doctor", help="check this machine or cluster before the first run"))
     return parser
@@ -99,6 +100,16 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", help="split that is judged")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a folder name such as step_00000100")
     parser.add_argument("overrides", nargs="*", metavar="evaluation.key=value", help="laid over the run's config")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "action", choices=tuple(DATA_ACTIONS), help="page to look at, hashes checked, mean and deviation"
+    )
+    parser.add_argument("data", help="folder written by `place prepare`, or s3://BUCKET/PREFIX")
+    parser.add_argument("--output", metavar="FILE", help="inspect: the page; none writes inspect.html beside the data")
+    parser.add_argument("--per-split", type=int, default=8, help="inspect: images shown of each split. Default 8.")
+    parser.add_argument("--num-workers", type=int, default=0, help="stats: processes; 0 takes one a core. Default 0.")
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:
@@ -268,6 +279,65 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def data(arguments: argparse.Namespace) -> int:
+    """`place data inspect|verify|stats DIR`."""
+    return DATA_ACTIONS[arguments.action](arguments)
+
+
+def _inspect_data(arguments: argparse.Namespace) -> int:
+    from place.data.inspect import collect_findings
+    from place.data.inspect_page import build_page
+    from place.data.prepare import PAGE
+    from place.data.prepared import read_card
+    from place.data.storage import open_store
+
+    found = collect_findings(arguments.data, arguments.per_split)
+    page = build_page(read_card(arguments.data), found, arguments.data)
+    file = Path(arguments.output) if arguments.output else None
+    store, name = (open_store(file.parent), file.name) if file else (open_store(arguments.data), PAGE)
+    try:
+        store.write(name, page.encode())
+    except OSError as error:
+        raise UsageError(f"cannot write {store}/{name}: {error.strerror or error}; give another --output") from None
+    print(f"{store}/{name}: {len(page) >> 10:,} KiB, {len(found.samples)} images shown; holds report texts")
+    return DONE
+
+
+def _verify_data(arguments: argparse.Namespace) -> int:
+    from place.data.verify import find_faults
+    from place.screen import ShardProgress
+
+    faults = 0
+    with ShardProgress("verify") as progress:
+        for fault in find_faults(arguments.data, progress.update):
+            faults += 1
+            progress.console.print(fault, markup=False, soft_wrap=True)
+    if faults:
+        raise RunError(
+            f"{faults} damaged or missing in {arguments.data}: copy them anew, or run `place prepare` into a new folder"
+        )
+    print(f"{arguments.data}: {progress.done:,} shards, manifest and card are whole")
+    return DONE
+
+
+def _measure_data(arguments: argparse.Namespace) -> int:
+    from place.data.prepared import read_card
+    from place.data.stats import compute_stats
+    from place.screen import ShardProgress, print_stats
+
+    with ShardProgress("stats") as progress:
+        sums = compute_stats(arguments.data, arguments.num_workers, progress.update)
+    print_stats(sums, read_card(arguments.data)["image"], progress.console)
+    return DONE
+
+
+DATA_ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "inspect": _inspect_data,
+    "verify": _verify_data,
+    "stats": _measure_data,
+}
+
+
 def runs(arguments: argparse.Namespace) -> int:
     """`place runs stop RUN`: ask a run to save a checkpoint at its next step and end with 85."""
     from place.training.stop import ask_to_stop
@@ -300,6 +370,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "prepare": prepare,
     "pretrain": pretrain,
     "evaluate": evaluate,
+    "data": data,
     "runs": runs,
     "doctor": doctor,
 }

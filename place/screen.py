@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -64,12 +65,45 @@ class PrepareProgress:
         self.console.print(
             f"{output}: {counts['kept']:,} of {counts['input']:,} rows kept, {counts['rejected']:,} rejected"
         )
-        for reason, number in card["drop_reasons"].items():
+        for reason, number in Counter(card["drop_reasons"]).most_common():
             self.console.print(f"  rejected  {reason}: {number:,}")
         table = Table("split", "images", "studies", "patients", "unique reports", box=None, header_style="bold")
         for split, row in ((name, value) for name, value in counts.items() if isinstance(value, dict)):
             table.add_row(split, *(f"{row[key]:,}" for key in ("images", "studies", "patients", "unique_reports")))
         self.console.print(table)
+
+
+class ShardProgress:
+    """Progress over the shards of a data set as a context; quiet where nobody looks. Final."""
+
+    def __init__(self, verb: str) -> None:
+        self.console, self.done = build_console(), 0
+        self.bar = _build_bar(self.console, f"{verb}, shards")
+        self.task = self.bar.add_task(verb, total=None)
+
+    def __enter__(self) -> ShardProgress:
+        if self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self.bar.stop()
+
+    def update(self, done: int, total: int) -> None:
+        """Shards done of all."""
+        self.done = done
+        self.bar.update(self.task, completed=done, total=total)
+
+
+def print_stats(sums: dict[str, Any], image: dict[str, Any], console: Console) -> None:
+    """Mean and standard deviation of each split's stored pixels, and those that training normalises with."""
+    table = Table("split", "images", "pixels", "mean", "std", box=None, header_style="bold")
+    for split, found in sums.items():
+        table.add_row(split, f"{found.images:,}", f"{found.pixels:,}", f"{found.mean:.6f}", f"{found.std:.6f}")
+    table.add_row("card", "", "", f"{image['mean']:.6f}", f"{image['std']:.6f}")
+    console.print(table)
+    console.print("of 1; `card` is what training normalises with: the training pixels before JPEG")
 
 
 def compute_pace(elapsed_s: float, done: int, left: int) -> tuple[float, float | None]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 import place
 from place.config import PrepareConfig
 from place.data.identity import SPLITS
-from place.data.manifest import MANIFEST_FILE, read_batches, write_json, write_text
+from place.data.manifest import MANIFEST_FILE, REJECTED_FILE, read_batches, write_json, write_text
 from place.data.rows import Table
 from place.data.storage import Store
 from place.data.task import PartResult
 
 _LIBRARIES = ("pydicom", "pillow", "numpy", "pyarrow", "mosaicml-streaming")
 _UNITS = ("images", "studies", "patients", "unique_reports")
+SIGNS = ("positive", "negative", "uncertain", "unknown")
 _VALUES_A_TURN = 500_000
 
 
@@ -31,14 +33,13 @@ def build_card(
     kept = sum(counts[split]["images"] for split in SPLITS)
     mean, std = compute_intensity(total.pixels)
     none = [0, 0, 0, 0]
-    signs = ("positive", "negative", "uncertain", "unknown")
     return {
         "source": config.source,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "counts": {"input": len(table.rows), "kept": kept, "rejected": len(table.rows) - kept, **counts},
-        "drop_reasons": dict(sorted(total.reasons.items(), key=lambda item: (-item[1], item[0]))),
+        "drop_reasons": total.reasons,
         "labels": table.labels,
-        "label_counts": {name: dict(zip(signs, total.labels.get(name, none))) for name in table.labels},
+        "label_counts": {name: dict(zip(SIGNS, total.labels.get(name, none))) for name in table.labels},
         "split_rule": table.split_rule,
         "notes": table.notes,
         "fingerprint": compute_fingerprint(shard_hashes, store),
@@ -51,34 +52,43 @@ def build_card(
 def count_splits(store: Store, rows: int) -> dict[str, dict[str, int]]:
     """Images, studies, patients and unique reports of each split.
 
-    The values are counted in turns, each those of another share of the hashes, so that the memory taken does not grow
-    with the data set.
     Args:
-        rows: about how many rows the manifest has.
+        rows: at least how many rows the manifest has.
     Source: ours.
     """
-    turns = 1 + rows // _VALUES_A_TURN
     counts = {split: dict.fromkeys(_UNITS, 0) for split in SPLITS}
-    for turn in range(turns):
-        seen: dict[tuple[str, str], set[Any]] = {(split, unit): set() for split in SPLITS for unit in _UNITS[1:]}
-        for batch in read_batches(store, MANIFEST_FILE, ["split", "study", "patient", "report_group"]):
-            columns = batch.to_pydict()
-            if not turn:
-                for split, images in Counter(columns["split"]).items():
-                    counts[split]["images"] += images
-            for unit, column in zip(_UNITS[1:], ("study", "patient", "report_group")):
-                for split, value in zip(columns["split"], columns[column]):
-                    if _turn_of(value, turns) == turn:
-                        seen[split, unit].add(value)
-        patients = [seen[split, "patients"] for split in SPLITS]
-        assert sum(map(len, patients)) == len(set().union(*patients)), "a patient is in two splits"
-        for (split, unit), values in seen.items():
-            counts[split][unit] += len(values)
+    for batch in read_batches(store, MANIFEST_FILE, ["split"]):
+        for split, images in Counter(batch["split"].to_pylist()).items():
+            counts[split]["images"] += images
+    for unit, column in zip(_UNITS[1:], ("study", "patient", "report_group")):
+        for seen in count_in_turns(store, ["split", column], rows):
+            for split, images in Counter(split for split, _ in seen).items():
+                counts[split][unit] += images
+            assert unit != "patients" or len({patient for _, patient in seen}) == len(seen), (
+                "a patient is in two splits"
+            )
     return counts
 
 
+def count_in_turns(store: Store, columns: list[str], rows: int) -> Iterator[Counter[tuple[Any, ...]]]:
+    """How often each combination of values is in the manifest, told in turns, each with those of another share.
+
+    So the memory taken does not grow with the data set.
+    Args:
+        columns: the last one holds hashes, as numbers or hexadecimal digits; it deals the combinations out to turns.
+        rows: at least how many rows the manifest has.
+    Source: ours.
+    """
+    turns = 1 + rows // _VALUES_A_TURN
+    for turn in range(turns):
+        seen: Counter[tuple[Any, ...]] = Counter()
+        for batch in read_batches(store, MANIFEST_FILE, columns):
+            values = zip(*(batch[column].to_pylist() for column in columns))
+            seen.update(value for value in values if turns == 1 or _turn_of(value[-1], turns) == turn)
+        yield seen
+
+
 def _turn_of(value: str | int, turns: int) -> int:
-    """Share of a hash, as digits or as a number."""
     return (value if isinstance(value, int) else int(value, 16)) % turns
 
 
@@ -101,24 +111,56 @@ def compute_fingerprint(shard_hashes: Iterable[str], store: Store) -> str:
     Source: ours.
     """
     digest = hashlib.sha256("\n".join(sorted(shard_hashes)).encode())
-    with store.open(MANIFEST_FILE) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    _feed(digest, store, MANIFEST_FILE)
     return digest.hexdigest()
 
 
-def write_card(store: Store, card: dict[str, Any]) -> None:
-    """Write card.md, then card.json: its presence says that the data set is complete."""
+def write_card(store: Store, card: dict[str, Any]) -> dict[str, Any]:
+    """Write card.md, then card.json: its presence says that the data set is complete.
+
+    Returns:
+        The card with `files`, the SHA-256 of each file that is neither a shard nor the card, and `digest`, its own.
+    Source: ours.
+    """
+    names = [
+        MANIFEST_FILE,
+        REJECTED_FILE,
+        *(f"{split}/index.json" for split in SPLITS if card["counts"][split]["images"]),
+    ]
+    card = {**card, "files": {name: hash_file(store, name) for name in names}}
+    card["digest"] = compute_digest(card)
     write_text(store, "card.md", format_card(card))
     write_json(store, "card.json", card)
+    return card
+
+
+def compute_digest(card: dict[str, Any]) -> str:
+    """SHA-256 over all that a card says, but the time it was made at. Source: ours."""
+    said = {name: value for name, value in card.items() if name not in ("created", "digest")}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def hash_file(store: Store, name: str) -> str:
+    """SHA-256 of a file, hexadecimal. Raises FileNotFoundError."""
+    digest = hashlib.sha256()
+    _feed(digest, store, name)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, store: Store, name: str) -> None:
+    with store.open(name) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
 
 
 def format_card(card: dict[str, Any]) -> str:
     """The card as Markdown. Source: ours."""
     counts, image = card["counts"], card["image"]
     rows = [[split, *(f"{counts[split][unit]:,}" for unit in _UNITS)] for split in SPLITS]
-    dropped = [[reason, f"{count:,}"] for reason, count in card["drop_reasons"].items()]
-    labels = [[name, *(f"{count:,}" for count in found.values())] for name, found in card["label_counts"].items()]
+    reasons = sorted(card["drop_reasons"].items(), key=lambda item: (-item[1], item[0]))
+    dropped = [[reason, f"{count:,}"] for reason, count in reasons]
+    found = card["label_counts"]
+    labels = [[name, *(f"{found[name][sign]:,}" for sign in SIGNS)] for name in card["labels"]]
     parts = [
         "# Data card",
         f"Source `{card['source']}`, prepared {card['created']}: {counts['input']:,} rows in, {counts['kept']:,} kept, "
@@ -129,7 +171,7 @@ def format_card(card: dict[str, Any]) -> str:
         "## Rejected rows\n\n" + (_format_table(["reason", "rows"], dropped) if dropped else "None."),
         *(["`rejected.parquet` has the row number and the reason of each."] if dropped else []),
         *(
-            ["## Labels\n\n" + _format_table(["label", "positive", "negative", "uncertain", "unknown"], labels)]
+            ["## Labels\n\n" + _format_table(["label", *SIGNS], labels)]
             if labels
             else []
         ),
@@ -139,7 +181,7 @@ def format_card(card: dict[str, Any]) -> str:
         "## Identity\n\nPatients, studies and images carry keyed hashes in place of their ids, names and paths. "
         "Reports are stored as they came: what names they hold is still in them.",
         f"Fingerprint `{card['fingerprint']}`",
-        "Made with " + ", ".join(f"{name} {number}" for name, number in card["versions"].items()) + ".",
+        "Made with " + ", ".join(f"{name} {number}" for name, number in sorted(card["versions"].items())) + ".",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -29,8 +29,10 @@ MapTasks = Callable[[Callable[[Task], PartResult], Iterable[Task], int], Iterato
 OnProgress = Callable[[int, int, int], None]
 """Takes the rows done, all rows and the rows rejected so far."""
 
+PAGE = "inspect.html"
+"""What `place data inspect` writes beside the data."""
 _FILES = (MANIFEST_FILE, REJECTED_FILE, "card.json", "card.md")
-_OURS = {PARTS, *SPLITS, *_FILES, *(f"{name}{PARTIAL}" for name in _FILES)}
+_OURS = {PARTS, PAGE, *SPLITS, *_FILES, *(f"{name}{PARTIAL}" for name in _FILES)}
 _FREE = ("output", "launcher", "address", "num_workers", "input", "image_root", "reports", "salt_file")
 _REQUEST = f"{PARTS}/request.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -230,7 +232,7 @@ def _merge_parts(
     card["request"] = request
     if _read_if_there(store, _REQUEST) != request:  # object storage has no lock
         raise RunError(f"another prepare has been writing to {store}; delete it and prepare again, one at a time")
-    write_card(store, card)
+    card = write_card(store, card)
     store.delete(PARTS)
     return card
 
