@@ -34,7 +34,7 @@ def lay_out_real_files(folder: Path, real_data: Path) -> None:
 
 
 def test_the_readme_shows_every_verb() -> None:
-    assert {command[0] for command in read_commands()} == {"prepare", "doctor", "pretrain", "evaluate", "runs"}
+    assert {command[0] for command in read_commands()} == {"prepare", "data", "doctor", "pretrain", "evaluate", "runs"}
 
 
 def test_the_readme_commands_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,8 @@ def collect_findings(data_dir: str | Path, per_split: int = 8) -> Findings:
 
 def find_groups(store: Store, column: str, rows: int) -> Groups:
     """Groups of two images and more with one value in the column. Source: ours."""
-    groups, images, top = 0, 0, []
+    groups, images = 0, 0
+    top: list[tuple[int, int]] = []
     for seen in count_in_turns(store, [column], rows):
         large = [(count, group) for (group,), count in seen.items() if count > 1]
         groups, images = groups + len(large), images + sum(count for count, _ in large)
@@ -108,8 +109,10 @@ def _read_manifest(
     spacing: Counter[float] = Counter()
     columns = [*_COUNTED, *_MEASURED, "sentences", "warnings", "spacing_y_mm"]
     for batch in read_batches(store, MANIFEST_FILE, columns):
-        for name, counter in (*counted.items(), *measured.items()):
-            counter.update(batch[name].to_pylist())
+        for name in _COUNTED:
+            counted[name].update(batch[name].to_pylist())
+        for name in _MEASURED:
+            measured[name].update(batch[name].to_pylist())
         sentences.update(map(len, batch["sentences"].to_pylist()))
         warnings.update(word for words in batch["warnings"].to_pylist() for word in words)
         spacing.update(round(value, 3) for value in batch["spacing_y_mm"].to_pylist() if value is not None)

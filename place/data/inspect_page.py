@@ -22,7 +22,7 @@ class Bar(NamedTuple):
     """One bar: its height or length is a share of the longest."""
 
     label: str
-    count: int
+    number: int
     share: float
 
 
