@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-ray test-kernels test-gpu lint clean fuzz
+.PHONY: setup demo test test-ray test-kernels test-gpu bench-wire lint clean fuzz
 
 setup: $(READY)
 
@@ -41,6 +41,10 @@ build/triton36: $(READY)
 # 20,000 mutated DICOM files and 20,000 of JPEG, PNG, XML and text: no crash, hang or full memory. About 5 minutes.
 fuzz: $(READY)
 	$(BIN)/pytest -m fuzz -s tests/data/test_fuzz.py
+
+# Bytes on the wire of a step, ZeRO stage by stage, between machines in network namespaces (root, Linux). About 3 minutes.
+bench-wire: $(READY)
+	$(BIN)/python tests/rig/bench_wire.py --hosts 3 --output build/wire.json
 
 # Native equality of the kernels, 200 reruns, memory, the gate of the benchmark. About 5 minutes.
 test-gpu: $(READY)

@@ -12,25 +12,35 @@ import torch
 from torch import Tensor, nn
 
 from place.batch import Batch, Outputs
-from place.config import Config
-from place.distributed import read_world
+from place.config import Config, EngineConfig
+from place.distributed import World, read_world
+from place.training.engine import LossScale
 from place.training.optim import build_optimizer
 from place.training.plan import compute_accumulation
 from place.training.state import Piece, Share, copy_share, list_whole, load_share, read_layout
 
 
 class DeepSpeedEngine:
-    """ZeRO 0-3, fp32 parameters and gradients on the wire, bf16 by torch autocast. Final."""
+    """ZeRO 0-3 over fp32 parameters, bf16 and fp16 by torch autocast. Final.
+
+    DeepSpeed's own fp16 autocast is not used: each rank scales and skips by what its own partition holds, and gradients
+    are clipped before they are unscaled (0.19.8, stage_1_and_2.py, `_optimizer_step`). Here the scale is ours, the same
+    on all ranks, handed over by `override_loss_scale`; DeepSpeed unscales, and skips a step by the global norm.
+    """
 
     def __init__(self, model: nn.Module, config: Config, device: torch.device):
         deepspeed = _import_deepspeed(device)
         self.device, self.model, self.layout = device, model.to(device), read_layout(model)
         self.stage, self.clip_norm = config.engine.zero_stage, config.optim.clip_norm
+        self.scale = LossScale(config.engine.precision == "fp16")
+        if config.engine.precision == "fp16":
+            # Inside the module: DeepSpeed ends an autocast that it finds around its own call.
+            self.model.forward = torch.autocast(device.type, torch.float16)(self.model.forward)  # type: ignore[method-assign]
         self.engine, *_ = deepspeed.initialize(
             model=self.model,
             optimizer=build_optimizer(self.model, config.optim),
             model_parameters=[p for p in self.model.parameters() if p.requires_grad],
-            config=build_deepspeed_config(config, read_world().world),
+            config=build_deepspeed_config(config, read_world()),
             dist_init_required=False,
         )
 
@@ -39,6 +49,8 @@ class DeepSpeedEngine:
         return self.engine(batch)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
+        if self.scale.is_dynamic:
+            self.engine.optimizer.override_loss_scale(self.scale.value)
         # GradCache's surrogates already hold the gradient of the whole batch: they are summed, not averaged.
         self.engine.backward(loss, scale_wrt_gas=False)
         if not is_last:
@@ -49,7 +61,8 @@ class DeepSpeedEngine:
             group["lr"] = lr
         norm = self._read_norm()
         self.engine.step()
-        return torch.as_tensor(self.engine.get_global_grad_norm()) if norm is None else norm
+        norm = torch.as_tensor(self.engine.get_global_grad_norm()) if norm is None else norm
+        return self.scale.update(norm)
 
     def _read_norm(self) -> Tensor | None:
         """At stage 0 DeepSpeed forgets the norm it clips by; its gradients are whole and averaged at this point."""
@@ -61,9 +74,10 @@ class DeepSpeedEngine:
         world, pieces = read_world(), self._list_pieces()
         if not self.stage:
             pieces = pieces[world.rank :: world.world]
-        return copy_share(self.model, pieces, self._read_adam())
+        return copy_share(self.model, pieces, self._read_adam(), self.scale.read_numbers())
 
     def load(self, folder: Path, numbers: dict[str, float]) -> None:
+        self.scale.load(numbers)
         zero = self.engine.optimizer
         if self.stage == 3:
             zero.checkpoint_event_prologue()
@@ -112,22 +126,58 @@ def _list_pieces_3(zero: Any, names: dict[int, str]) -> list[Piece]:
     return pieces
 
 
-def build_deepspeed_config(config: Config, world: int) -> dict[str, Any]:
-    """DeepSpeed's configuration from ours, with the raw keys of `engine.deepspeed` laid over it. Source: ours."""
-    accumulation = compute_accumulation(config.train, world)
+def build_deepspeed_config(config: Config, world: World) -> dict[str, Any]:
+    """DeepSpeed's configuration from ours, with the raw keys of `engine.deepspeed` merged over it. Source: ours."""
+    engine, accumulation = config.engine, compute_accumulation(config.train, world.world)
     ours: dict[str, Any] = {
         "train_batch_size": config.train.global_batch,
-        "train_micro_batch_size_per_gpu": config.train.global_batch // world // accumulation,
+        "train_micro_batch_size_per_gpu": config.train.global_batch // world.world // accumulation,
         "gradient_accumulation_steps": accumulation,
         # DeepSpeed clips at 1.0 unless told otherwise, and computes no norm where it is told 0.
         "gradient_clipping": config.optim.clip_norm or 1e30,
-        "zero_optimization": {"stage": config.engine.zero_stage, "overlap_comm": torch.cuda.is_available()},
+        "zero_optimization": _build_zero_config(engine, world),
         "zero_allow_untested_optimizer": True,
+        # Offloading steps with torch's AdamW on the host: DeepSpeed's own would be compiled at the first start.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-    if config.engine.precision == "bf16":
-        ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    return {**ours, **config.engine.deepspeed}
+    if engine.precision == "bf16":
+        modules = {} if engine.wire_precision == "bf16" else {"lower_precision_safe_modules": []}
+        ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", **modules}
+    elif engine.wire_precision == "bf16":
+        ours["communication_data_type"] = "bf16"
+    return _merge(ours, engine.deepspeed)
+
+
+def _build_zero_config(engine: EngineConfig, world: World) -> dict[str, Any]:
+    """Buckets for a model of some 200 M parameters: DeepSpeed's own of 5e8 elements would hold all of it at once, so
+    that nothing overlapped, in two buffers of 2 GB."""
+    elements = engine.bucket_mib * (1 << 18)
+    zero: dict[str, Any] = {
+        "stage": engine.zero_stage,
+        "overlap_comm": engine.overlap_comm and torch.cuda.is_available(),
+        "reduce_bucket_size": elements,
+        # gloo's reduce_scatter is an all-reduce inside: there ZeRO 3 calls it by its name, and saves the copies.
+        "reduce_scatter": torch.cuda.is_available() or engine.zero_stage != 3,
+        "stage3_prefetch_bucket_size": elements,
+        "use_multi_rank_bucket_allreduce": engine.gradient_reduction == "all_reduce",
+    }
+    if engine.zero_stage == 3 and engine.hierarchical_gather and 1 < world.local_world < world.world:
+        zero["zero_hpz_partition_size"] = world.local_world
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if engine.offload != "none":
+        zero["offload_optimizer"] = host
+    if engine.offload == "all":
+        zero["offload_param"] = host
+    return zero
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = {**base, **over}
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            merged[key] = _merge(base[key], value)
+    return merged
 
 
 def _import_deepspeed(device: torch.device) -> Any:

@@ -236,17 +236,68 @@ class TrainConfig(Section):
     """Newest checkpoints kept, beside the best."""
 
 
+OWNED_BY = {
+    "bf16": "engine.precision",
+    "fp16": "engine.precision",
+    "torch_autocast": "engine.precision",
+    "optimizer": "optim",
+    "scheduler": "optim",
+    "gradient_clipping": "optim.clip_norm",
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.max_micro_batch",
+    "gradient_accumulation_steps": "train.accumulation",
+    "zero_optimization.stage": "engine.zero_stage",
+}
+"""Raw DeepSpeed keys that would contradict what the rest of PLACE believes, and the knob to turn instead."""
+
+
 class EngineConfig(Section):
     kind: Literal["deepspeed", "torch"] = "deepspeed"
     """DeepSpeed, or plain torch with averaged gradients."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16 is torch autocast over fp32 parameters; losses are fp32 always."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """bf16 and fp16 are torch autocast over fp32 parameters, fp16 with a dynamic loss scale; losses are fp32 always."""
     activation_checkpointing: bool = False
     """Recompute the encoders' activations in the backward pass."""
+    wire_precision: Literal["fp32", "bf16"] = "fp32"
+    """DeepSpeed: precision in which workers exchange gradients; with ZeRO 3 and precision=bf16 also parameters."""
+    bucket_mib: int = Field(100, ge=1)
+    """DeepSpeed: gradients (fp32) reduced in one message, and parameters that ZeRO 3 fetches ahead, in MiB."""
+    overlap_comm: bool = True
+    """DeepSpeed: reduce gradients while the backward pass goes on (GPUs only)."""
+    gradient_reduction: Literal["all_reduce", "reduce"] = "all_reduce"
+    """ZeRO 1 and 2: all-reduce whole buckets, or reduce each part to its owner: a third less bytes, more messages."""
+    hierarchical_gather: bool = True
+    """ZeRO 3 over nodes of several GPUs: each node keeps a whole copy, from which the backward pass gathers."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """ZeRO: `optimizer` keeps its state in host memory and steps there; `all`, with ZeRO 3, the parameters too."""
     deepspeed: dict[str, Any] = {}
-    """Raw DeepSpeed keys laid over ours."""
+    """Raw DeepSpeed keys merged over ours."""
+
+    @field_validator("offload")
+    @classmethod
+    def _check_offload(cls, value: str, info: ValidationInfo) -> str:
+        stage = info.data.get("zero_stage", 0) if info.data.get("kind") == "deepspeed" else 0
+        if (value == "optimizer" and stage < 1) or (value == "all" and stage < 3):
+            raise ValueError(f"needs engine.kind=deepspeed and engine.zero_stage={1 if value == 'optimizer' else 3}")
+        return value
+
+    @field_validator("precision")
+    @classmethod
+    def _check_precision(cls, value: str, info: ValidationInfo) -> str:
+        if value == "fp16" and info.data.get("kind") == "deepspeed" and info.data.get("zero_stage") == 0:
+            raise ValueError("fp16 needs engine.zero_stage=1 to 3, or engine.kind=torch")
+        return value
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _check_raw(cls, value: dict[str, Any]) -> dict[str, Any]:
+        given = [*value, *(f"zero_optimization.{key}" for key in value.get("zero_optimization", {}))]
+        for key in given:
+            if key in OWNED_BY:
+                raise ValueError(f"set {OWNED_BY[key]} instead of the raw key {key}")
+        return value
 
 
 class ClusterConfig(Section):

@@ -52,12 +52,12 @@ def list_whole(model: nn.Module) -> list[Piece]:
     return [Piece(name, 0, p.numel(), p, 0) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def copy_share(model: nn.Module, pieces: Iterable[Piece], optimizer: Optimizer) -> Share:
+def copy_share(model: nn.Module, pieces: Iterable[Piece], optimizer: Optimizer, numbers: dict[str, float]) -> Share:
     """Copy pieces and their AdamW moments, on rank 0 also the buffers, to host memory, without a collective."""
     buffers = read_buffers(model) if read_world().is_first else {}
     weights = {f"{name}@0": _copy(buffer.flatten()) for name, buffer in buffers.items()}
     moments: dict[str, Tensor] = {}
-    numbers = {"optimizer_step": 0.0}
+    numbers = {"optimizer_step": 0.0, **numbers}
     for piece in pieces:
         key = f"{piece.name}@{piece.start}"
         weights[key] = _copy(_cut(piece.owner, piece))

@@ -6,27 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from place.cluster.worker import ENGINES
+from curves import GREY, LR, build_engine, take_rank
 from spawn import run_ranks
-from tiny import VOCAB, build_batch, build_tiny_config
+from tiny import build_batch, build_tiny_config
 
-from place.batch import Batch
 from place.config import Config
-from place.distributed import gather_objects, mean_over_ranks, read_world
+from place.distributed import gather_objects, mean_over_ranks
 from place.losses.objective import compute_losses
-from place.model.place import build_model
 from place.training.gradcache import backward_contrast
 from place.training.state import join_runs
 
 pytestmark = pytest.mark.multiprocess
 STEPS = 4
-GREY = 1 / 255
-
-
-def take_rank(batch: Batch) -> Batch:
-    """This rank's rows of a global batch."""
-    world = read_world()
-    return batch.chunks(world.world)[world.rank]
 
 
 def read_gradients(engine: Any, config: Config) -> dict[str, torch.Tensor]:
@@ -47,10 +38,7 @@ def read_weights(engine: Any) -> dict[str, torch.Tensor]:
 
 def run_curve(config: Config) -> dict[str, Any]:
     """A few steps: total losses, gradient norms and the weights after the last step."""
-    torch.manual_seed(0)
-    device = torch.device("cpu")
-    model, _ = build_model(config, VOCAB, device)
-    engine = ENGINES[config.engine.kind](model, config, device)
+    engine = build_engine(config, 0)
     losses, norms = [], []
     for step in range(STEPS):
         batch = take_rank(build_batch(config.train.global_batch, step, config))
@@ -60,7 +48,7 @@ def run_curve(config: Config) -> dict[str, Any]:
         if step == 0:
             gradients = read_gradients(engine, config)
         losses.append(mean_over_ranks(torch.stack(terms).detach()))
-        norms.append(engine.step(1e-3).item())
+        norms.append(engine.step(LR).item())
     return {
         "losses": torch.stack(losses),
         "norms": torch.tensor(norms),

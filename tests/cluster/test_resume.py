@@ -7,22 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from place.cluster.worker import ENGINES
+from curves import build_engine, run_steps
 from spawn import run_ranks
-from tiny import VOCAB, build_batch, build_tiny_config
+from tiny import build_tiny_config
 
-from place.batch import Batch
 from place.config import Config
-from place.distributed import mean_over_ranks, read_world
-from place.losses.objective import compute_losses
-from place.model.place import build_model
+from place.distributed import read_world
 from place.training.checkpoint import agree_on_checkpoint, read_state
-from place.training.gradcache import backward_contrast
-from place.training.plan import compute_accumulation
 from place.training.saver import Saver
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(900)]
-SAVED_AT, STEPS, LR = 3, 13, 1e-3
+SAVED_AT, STEPS = 3, 13
 CASES = [("torch", 0), *(("deepspeed", stage) for stage in range(4))]
 CHANGES = [(2, 1), (1, 2), (2, 3), (3, 2)]
 
@@ -33,29 +28,6 @@ def build_case(kind: str, stage: int) -> Config:
         train={"global_batch": 12, "max_micro_batch": 6},
         optim={"clip_norm": 1.0},
     )
-
-
-def build_engine(config: Config, seed: int) -> Any:
-    torch.manual_seed(seed)
-    device = torch.device("cpu")
-    return ENGINES[config.engine.kind](build_model(config, VOCAB, device)[0], config, device)
-
-
-def take_rank(batch: Batch) -> Batch:
-    world = read_world()
-    return batch.chunks(world.world)[world.rank]
-
-
-def run_steps(engine: Any, config: Config, first: int, last: int) -> torch.Tensor:
-    """Losses and gradient norms of the steps [first, last)."""
-    rows = []
-    chunks = compute_accumulation(config.train, read_world().world)
-    for step in range(first, last):
-        batch = take_rank(build_batch(config.train.global_batch, step, config))
-        terms, _ = backward_contrast(engine, batch, chunks, lambda o, b: compute_losses(o, b, config.loss, 1 / 255))
-        norm = engine.step(LR)
-        rows.append(torch.cat([mean_over_ranks(torch.stack(terms).detach()), norm.detach().reshape(1).float()]))
-    return torch.stack(rows)
 
 
 def run_and_save(folder: Path, case: tuple[str, int]) -> torch.Tensor:

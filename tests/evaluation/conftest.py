@@ -20,8 +20,9 @@ from place.data.prepared import read_samples
 from place.data.report import hash_text
 from place.data.tokens import train_tokenizer
 from place.model.place import build_model
-from place.training.checkpoint import write_checkpoint, write_definition
+from place.training.checkpoint import write_definition
 from place.training.engine import TorchEngine
+from place.training.saver import Saver
 
 COLUMNS = {
     "image": "bytes", "sentences": "json", "labels": "json", "view": "str",
@@ -113,7 +114,9 @@ def write_run(folder: Path, config: Config) -> Path:
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "run.json").write_text(json.dumps({"mean": 0.4, "std": 0.12, "commit": "c0ffee"}))
     write_definition(folder, config, model, tokenizer)
-    write_checkpoint(folder, TorchEngine(model, config, torch.device("cpu")), {"step": 3}, keep=1, is_best=True)
+    saver = Saver(folder, TorchEngine(model, config, torch.device("cpu")), 1, 60)
+    saver.save({"step": 3, "best_step": 3})
+    saver.wait()
     return folder
 
 

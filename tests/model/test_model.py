@@ -19,8 +19,9 @@ from place.data.tokens import ReportTokenizer, train_tokenizer
 from place.model.place import PlaceModel, build_model
 from place.model.text import build_report_encoder
 from place.model.vision import build_image_encoder
-from place.training.checkpoint import load_run, write_checkpoint, write_definition
+from place.training.checkpoint import load_run, write_definition
 from place.training.engine import TorchEngine
+from place.training.saver import Saver
 
 CPU = torch.device("cpu")
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
@@ -304,7 +305,9 @@ def test_a_run_from_folders_is_loaded_without_them(vit_folder: Path, bert_folder
     write_definition(run_dir, config, model, tokenizer)
     (run_dir / "config.yaml").write_text(dump_config(config))
     (run_dir / "run.json").write_text(json.dumps({"mean": 0.5, "std": 0.2, "commit": "abc"}))
-    write_checkpoint(run_dir, TorchEngine(model, config, CPU), {"step": 1}, keep=1, is_best=True)
+    saver = Saver(run_dir, TorchEngine(model, config, CPU), 1, 60)
+    saver.save({"step": 1, "best_step": 1})
+    saver.wait()
     shutil.rmtree(tmp_path / "vision")
     shutil.rmtree(tmp_path / "text")
     image_BCYX = torch.randn(2, 1, 32, 32)
