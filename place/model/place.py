@@ -136,7 +136,7 @@ def build_model(
     text = build_report_encoder(config.model.text, vocab_size, config.model.attention, definition)
     heads = config.model.observations.num_heads, config.model.correlation.num_heads
     head_sizes = {vision.head_size, text.head_size, *(vision.width // count for count in heads)}
-    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.engine.precision]
     try:
         attention, reason = choose_backend(config.model.attention, device, dtype, head_sizes)
     except ValueError as error:
