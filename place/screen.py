@@ -67,6 +67,8 @@ class PrepareProgress:
         )
         for reason, number in Counter(card["drop_reasons"]).most_common():
             self.console.print(f"  rejected  {reason}: {number:,}")
+        for warning, number in card["warnings"].items():
+            self.console.print(f"  warning   {warning}: {number:,} (what it means: {output}/card.md)")
         table = Table("split", "images", "studies", "patients", "unique reports", box=None, header_style="bold")
         for split, row in ((name, value) for name, value in counts.items() if isinstance(value, dict)):
             table.add_row(split, *(f"{row[key]:,}" for key in ("images", "studies", "patients", "unique_reports")))

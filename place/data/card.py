@@ -23,6 +23,12 @@ _LIBRARIES = ("pydicom", "pillow", "numpy", "pyarrow", "mosaicml-streaming")
 _UNITS = ("images", "studies", "patients", "unique_reports")
 SIGNS = ("positive", "negative", "uncertain", "unknown")
 _VALUES_A_TURN = 500_000
+WARNINGS = {
+    "burned_in_annotation": "the DICOM header says that text is burned into the picture: look for names",
+    "text_in_picture": "a line of bright text was found in the picture: look for names",
+    "name_in_report": "the report holds what looks like a name, a number of a person or an address: de-identify it",
+}
+"""What an image may be warned of; the manifest lists the warnings of each."""
 
 
 def build_card(
@@ -38,6 +44,7 @@ def build_card(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "counts": {"input": len(table.rows), "kept": kept, "rejected": len(table.rows) - kept, **counts},
         "drop_reasons": total.reasons,
+        "warnings": total.warnings,
         "labels": table.labels,
         "label_counts": {name: dict(zip(SIGNS, total.labels.get(name, none))) for name in table.labels},
         "split_rule": table.split_rule,
@@ -161,6 +168,7 @@ def format_card(card: dict[str, Any]) -> str:
     dropped = [[reason, f"{count:,}"] for reason, count in reasons]
     found = card["label_counts"]
     labels = [[name, *(f"{found[name][sign]:,}" for sign in SIGNS)] for name in card["labels"]]
+    warned = [[name, f"{count:,}", WARNINGS[name]] for name, count in sorted(card["warnings"].items())]
     parts = [
         "# Data card",
         f"Source `{card['source']}`, prepared {card['created']}: {counts['input']:,} rows in, {counts['kept']:,} kept, "
@@ -170,6 +178,7 @@ def format_card(card: dict[str, Any]) -> str:
         + "".join(f"\n\nNote: {note}." for note in card["notes"]),
         "## Rejected rows\n\n" + (_format_table(["reason", "rows"], dropped) if dropped else "None."),
         *(["`rejected.parquet` has the row number and the reason of each."] if dropped else []),
+        *(["## Warnings\n\n" + _format_table(["warning", "images", "what to do"], warned)] if warned else []),
         *(
             ["## Labels\n\n" + _format_table(["label", *SIGNS], labels)]
             if labels

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from place.config import PrepareConfig
+from place.data.burned_in import has_burned_in_text
 from place.data.consistency import find_contradiction
 from place.data.identity import SPLITS
 from place.data.images import (
@@ -57,6 +58,8 @@ class PartResult(NamedTuple):
     """Number, sum and sum of squares of the stored training pixels."""
     labels: dict[str, list[int]]
     """Positive, negative, uncertain, unknown of each label, over the kept images."""
+    warnings: dict[str, int]
+    """Kept images that have each warning."""
 
 
 def add_results(left: PartResult, right: PartResult) -> PartResult:
@@ -67,10 +70,11 @@ def add_results(left: PartResult, right: PartResult) -> PartResult:
     }
     a, b, c = (x + y for x, y in zip(left.pixels, right.pixels))
     reasons = dict(Counter(left.reasons) + Counter(right.reasons))
-    return PartResult(-1, left.rows + right.rows, reasons, (a, b, c), labels)
+    warnings = dict(Counter(left.warnings) + Counter(right.warnings))
+    return PartResult(-1, left.rows + right.rows, reasons, (a, b, c), labels, warnings)
 
 
-NOTHING = PartResult(-1, 0, {}, (0, 0, 0), {})
+NOTHING = PartResult(-1, 0, {}, (0, 0, 0), {}, {})
 """The sum of no parts."""
 
 
@@ -150,8 +154,10 @@ def _build_part(task: Task, folder: Path) -> tuple[PartResult, list[dict[str, An
             if row.split == "train":
                 pixels = [total + more for total, more in zip(pixels, _sum_pixels(sample.image_YX))]
     reasons = dict(Counter(item["reason"] for item in rejected))
+    warnings = dict(Counter(warning for record in kept for warning in record["warnings"]))
     rows = len(kept) + len(rejected)
-    return PartResult(task.number, rows, reasons, (pixels[0], pixels[1], pixels[2]), labels), kept, rejected
+    result = PartResult(task.number, rows, reasons, (pixels[0], pixels[1], pixels[2]), labels, warnings)
+    return result, kept, rejected
 
 
 def read_sample(row: Row, config: PrepareConfig) -> Sample:
@@ -180,6 +186,7 @@ def read_sample(row: Row, config: PrepareConfig) -> Sample:
         "boxes": [_scale_box(box, scale) for box in row.boxes],
     }
     record = _build_record(row, stored, info, source_YX.shape, image_YX.shape)
+    record["warnings"] = list(_find_warnings(sentences, info, source_YX))
     return Sample(stored, {**record, "source_sha256": hashlib.sha256(data).hexdigest()}, image_YX)
 
 
@@ -203,7 +210,6 @@ def _build_record(
         "spacing_y_mm": spacing[0] and spacing[0] * source[0] / shape[0],
         "spacing_x_mm": spacing[1] and spacing[1] * source[1] / shape[1],
         "near_group": hash_near(item["text"] for item in stored["sentences"]),
-        "warnings": list(_find_warnings(stored["sentences"], info)),
         "num_words": sum(count_words(item["text"]) for item in stored["sentences"]),
         "labels": json.dumps(stored["labels"], ensure_ascii=False),
         "boxes": json.dumps(stored["boxes"]),
@@ -233,9 +239,11 @@ def read_sentences(sections: Iterable[tuple[str, str]], min_words: int, lower: b
     return sentences
 
 
-def _find_warnings(sentences: list[dict[str, str]], info: ImageInfo) -> Iterator[str]:
+def _find_warnings(sentences: list[dict[str, str]], info: ImageInfo, image_YX: GreyImage) -> Iterator[str]:
     if info.is_annotated:
         yield "burned_in_annotation"
+    if has_burned_in_text(image_YX):
+        yield "text_in_picture"
     if any(has_name(item["text"]) for item in sentences):
         yield "name_in_report"
 
