@@ -179,11 +179,7 @@ def format_card(card: dict[str, Any]) -> str:
         "## Rejected rows\n\n" + (_format_table(["reason", "rows"], dropped) if dropped else "None."),
         *(["`rejected.parquet` has the row number and the reason of each."] if dropped else []),
         *(["## Warnings\n\n" + _format_table(["warning", "images", "what to do"], warned)] if warned else []),
-        *(
-            ["## Labels\n\n" + _format_table(["label", *SIGNS], labels)]
-            if labels
-            else []
-        ),
+        *(["## Labels\n\n" + _format_table(["label", *SIGNS], labels)] if labels else []),
         "## Images\n\n"
         + f"Grey JPEG, quality {image['quality']}, short side at most {image['size_px']} px. Training pixels: "
         f"mean {image['mean']:.4f}, standard deviation {image['std']:.4f} (of 1).",
