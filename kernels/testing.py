@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -127,6 +128,14 @@ def measure_error(value: Tensor, truth: Tensor, floor: float = 1e-3) -> float:
     if not difference.isfinite().all():
         return float("inf")
     return float(difference.detach().norm() / truth.double().norm().clamp(min=floor))
+
+
+def measure_peak_bytes(function: Callable[[], object]) -> int:
+    """Largest sum of what a call allocates at once on a CPU, by torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = profile.profiler.kineto_results.events()
+    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
 @contextlib.contextmanager

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
 
 import pytest
 import torch
 from place.kernels.patch_correlation import choose_implementation, patch_corr_loss
 from place.kernels.patch_correlation.autograd import patch_corr, patch_corr_gradient
 from place.kernels.patch_correlation.reference import Options
-from place.kernels.testing import Case, build_inputs, compute_truth, measure_error
+from place.kernels.testing import Case, build_inputs, compute_truth, measure_error, measure_peak_bytes
 from torch import Tensor
 
 METHODS = ["tiled", "gram"]
@@ -62,27 +61,21 @@ def test_the_operators_pass_opcheck(method: str) -> None:
         assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
 
 
+# Inductor takes long to start, and nothing of the operator is its to compile.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.kernels)])
 @pytest.mark.parametrize("method", METHODS)
-def test_it_compiles_into_one_graph(method: str) -> None:
+def test_it_compiles_into_one_graph(method: str, backend: str) -> None:
     inputs = build_inputs(Case(9, 4, 5, focus=True))
 
     def run(x: Tensor, y: Tensor) -> Tensor:
         return patch_corr_loss(2 * x, y, valid_BN=inputs.valid_BN, focus_BN=inputs.focus_BN, method=method)[0]
 
     gradients = []
-    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+    for function in (run, torch.compile(run, fullgraph=True, backend=backend)):
         x = inputs.x_BND.clone().requires_grad_()
         function(x, inputs.y_BNT).backward()
         gradients.append(x.grad)
     torch.testing.assert_close(*gradients)
-
-
-def measure_peak_bytes(function: Callable[[], object]) -> int:
-    """Largest sum of what is allocated at once, by torch's profiler."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    events = profile.profiler.kineto_results.events()
-    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
 @pytest.mark.parametrize("method", METHODS)
