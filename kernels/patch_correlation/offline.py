@@ -68,11 +68,12 @@ def compile_launch(launch: Launch, architecture: int = 90) -> Code:
     constants = {**launch.constants, **({"INTERPRETED": False} if "INTERPRETED" in launch.kernel.arg_names else {})}
     signature, attributes = {}, {}
     for index, (name, arg) in enumerate(zip(launch.kernel.arg_names, launch.args)):
-        if isinstance(arg, int) and arg == 1:
+        special = not launch.kernel.params[index].do_not_specialize
+        if isinstance(arg, int) and arg == 1 and special:
             constants[name] = 1
             continue
         signature[name] = _type(arg)
-        if isinstance(arg, torch.Tensor) or (isinstance(arg, int) and arg % 16 == 0):
+        if isinstance(arg, torch.Tensor) or (isinstance(arg, int) and arg % 16 == 0 and special):
             attributes[(index,)] = [["tt.divisibility", 16]]
     ordered = {name: signature.get(name, "constexpr") for name in launch.kernel.arg_names}
     compiled = triton.compile(

@@ -210,7 +210,7 @@ def sum_kernel(
     tl.store(PAIRS + image, pairs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def slope_kernel(
     X, Y, FOCUS, STATS, H, SUMS, first, N, D, DT, stride_xb, stride_xn, stride_yb, stride_yn, stride_h, tiles, beta,
     LOSS: tl.constexpr, HAS_FOCUS: tl.constexpr, EXCLUDE_DIAG: tl.constexpr,
@@ -274,7 +274,7 @@ def _store_gradient(
     tl.store(DX + image * N * D + rows[:, None] * D + cols[None, :], out, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def apply_kernel(
     X, STATS, H, SUMS, SCALE, DX, first, N, D, stride_xb, stride_xn, stride_h, tiles,
     NORMALIZE: tl.constexpr, CENTRE_X: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
