@@ -138,7 +138,7 @@ class ModelConfig(Section):
     joint_width: int = Field(512, ge=8)
     """Width E of the joint space."""
     attention: Literal["auto", "xformers", "sdpa", "eager"] = "auto"
-    """Attention backend; `auto` takes the fastest one that this device can run."""
+    """Attention backend; `auto` takes xformers where it has an operator for device, precision and heads, else sdpa."""
 
 
 class InstanceLossConfig(Section):

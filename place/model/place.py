@@ -61,9 +61,9 @@ class PlaceModel(nn.Module):
 
     def forward(self, batch: Batch) -> Outputs:
         """See `place.batch.Outputs`."""
+        packing = self._pack(batch.attention_BT)  # first, because it waits for the device
         hidden_BN = self._draw_hidden(batch) if self.training and self.mask_ratio else None
         image_BD, patches_BND = self._encode(self.vision, batch.image_BCYX, hidden_BN)
-        packing = self._pack(batch.attention_BT)
         report_BD, tokens_BTD = self._encode(self.text, batch.token_ids_BT, batch.attention_BT, packing)
         observations_BKD, attention_BKN = self.observe(patches_BND)
         means_BSD, mask_BS = mean_by_sentence(tokens_BTD, batch.sentence_of_token_BT, self.max_sentences)
