@@ -11,6 +11,7 @@ from torch import Tensor
 from place.config import AugmentConfig, RunError
 
 Grey = NDArray[np.uint8]
+_GREYS = np.arange(256) / 255
 
 
 def read_image(encoded: bytes) -> Grey:
@@ -28,7 +29,7 @@ def eval_transform(image_YX: Grey, size_px: int, mean: float, std: float) -> Ten
     square = image_YX[top : top + side, left : left + side]
     method = cv2.INTER_AREA if side > size_px else cv2.INTER_LINEAR
     resized = cv2.resize(square, (size_px, size_px), interpolation=method)
-    return _standardise(resized.astype(np.float32) / 255, mean, std)
+    return _map_greys(resized, (_GREYS - mean) / std)
 
 
 def train_transform(
@@ -45,10 +46,9 @@ def train_transform(
     warped = cv2.warpAffine(
         image_YX, matrix, (size_px, size_px), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
     )
-    values = warped.astype(np.float32) / 255
     contrast, brightness = 1 + rng.uniform(-1, 1, 2) * augment.intensity
-    values = (values - values.mean()) * contrast + values.mean() * brightness
-    return _standardise(values, mean, std)
+    middle = cv2.mean(warped)[0] / 255
+    return _map_greys(warped, ((_GREYS - middle) * contrast + middle * brightness - mean) / std)
 
 
 def _shrink_before_warp(image_YX: Grey, ratio: float) -> tuple[Grey, float]:
@@ -59,5 +59,6 @@ def _shrink_before_warp(image_YX: Grey, ratio: float) -> tuple[Grey, float]:
     return cv2.resize(image_YX, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA), shrink
 
 
-def _standardise(values: NDArray[np.float32], mean: float, std: float) -> Tensor:
-    return torch.from_numpy(((values - mean) / std).astype(np.float32))[None]
+def _map_greys(image_YX: Grey, values: NDArray[np.float64]) -> Tensor:
+    """What each grey level becomes, looked up: one pass over the image, where arithmetic takes one a step."""
+    return torch.from_numpy(cv2.LUT(image_YX, values.astype(np.float32)))[None]
