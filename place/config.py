@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 
 class UsageError(ValueError):
@@ -45,9 +45,20 @@ class AugmentConfig(Section):
     """Largest relative change of brightness and of contrast."""
 
 
+class StreamConfig(Section):
+    path: str
+    """Folder or s3://BUCKET/PREFIX written by `place prepare`."""
+    repeat: float = Field(1.0, gt=0)
+    """Times an epoch goes through this data set; a fraction draws anew in each epoch."""
+    proportion: float | None = Field(None, gt=0)
+    """Share of this data set in an epoch, which stays as long as all data sets together; for all of them or none."""
+
+
 class DataConfig(Section):
     path: str = "datasets/demo"
-    """Folder written by `place prepare`."""
+    """Folder or s3://BUCKET/PREFIX written by `place prepare`."""
+    streams: tuple[StreamConfig, ...] = ()
+    """Several prepared data sets in place of `path`, trained on together."""
     train_split: str = "train"
     """Split that is trained on."""
     val_split: str = "val"
@@ -58,6 +69,8 @@ class DataConfig(Section):
     """Report tokens kept, special tokens included; the cut is at the end of a sentence where one fits."""
     max_sentences: int = Field(16, ge=1)
     """Report sentences kept."""
+    views_per_study: Literal["all", "one"] = "all"
+    """`all`: each image of a study is a pair of the epoch; `one`: each study is, with an image drawn for the epoch."""
     sections: Literal["all", "findings", "impression"] = "all"
     """Report sections the text encoder reads."""
     shuffle_sentences: bool = False
@@ -66,6 +79,10 @@ class DataConfig(Section):
     """Augmentation of training images. There is no flip: reports say left and right."""
     num_workers: int = Field(2, ge=0)
     """Loader processes a training worker."""
+    prefetch_batches: int = Field(2, ge=1)
+    """Batches that a loader process holds ready."""
+    predownload: int | None = Field(None, ge=1)
+    """Samples whose shards a loader process fetches ahead; none takes eight batches."""
     num_canonical_nodes: int = Field(8, ge=1)
     """Streaming's canonical nodes: fixes the sample order for every world size. Keep it over the life of a run."""
     shuffle_block_size: int = Field(1 << 18, ge=1)
@@ -73,7 +90,16 @@ class DataConfig(Section):
     cache_dir: str | None = None
     """Node-local folder for unpacked shards; none takes the temporary folder. Emptied when the run ends."""
     cache_limit: str | None = None
-    """Largest cache of unpacked shards a node, such as `200gb`; none keeps all."""
+    """Largest cache of unpacked shards a node and split, such as `200gb`; none keeps all."""
+
+    @model_validator(mode="after")
+    def _check_streams(self) -> DataConfig:
+        weighted = [stream.proportion is not None for stream in self.streams]
+        if any(weighted) and not all(weighted):
+            raise ValueError("give proportion to all streams or to none")
+        if any(weighted) and any(stream.repeat != 1 for stream in self.streams):
+            raise ValueError("give the streams proportion or repeat, not both")
+        return self
 
 
 class VisionConfig(Section):

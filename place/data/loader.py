@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from place.batch import Batch
-from place.config import DataConfig, RunError
-from place.data.prepared import find_split_faults
+from place.config import DataConfig, RunError, UsageError
+from place.data.mixture import find_fault
 from place.data.streaming import Pair, ReportPairs
 from place.data.tokens import ReportTokenizer
 from place.distributed import Node, barrier, read_node, read_world
@@ -37,12 +37,18 @@ class PairLoader:
         train: bool,
         cache: Path,
     ):
+        """Raises UsageError where the cache limit does not hold a few shards."""
         self.data, self.split = data, split
         # Here and not in the loader's workers: OpenCV's threads do not survive a fork, asking for one less would hang.
         cv2.setNumThreads(1)
         world, node = read_world(), read_node()
-        with _alone_on_node(node):
-            self.dataset = ReportPairs(data, split, tokenizer, seed, local_batch, train, cache, world, node)
+        try:
+            with _alone_on_node(node):
+                self.dataset = ReportPairs(data, split, tokenizer, seed, local_batch, train, cache, world, node)
+        except ValueError as error:
+            if "cache" not in str(error).lower() or not data.cache_limit:
+                raise
+            raise UsageError(f"data.cache_limit={data.cache_limit}: {error}") from None
         self.loader: DataLoader[Batch] = DataLoader(
             self.dataset,
             batch_size=local_batch,
@@ -50,6 +56,7 @@ class PairLoader:
             collate_fn=_Collate(tokenizer, num_patches),
             drop_last=True,
             pin_memory=torch.cuda.is_available(),
+            prefetch_factor=data.prefetch_batches if data.num_workers else None,
             persistent_workers=data.num_workers > 0,
             worker_init_fn=_start_worker if data.num_workers else None,
         )
@@ -80,9 +87,13 @@ class PairLoader:
 
     def _raise_fault(self, error: Exception | None) -> None:
         """Name the shard at fault, if one is."""
-        faults = find_split_faults(self.data.path, self.split)
-        if faults:
-            raise RunError(f"{faults[0]}; prepare the data set again or copy the shard anew") from error
+        if fault := find_fault(self.data, self.split):
+            raise RunError(f"{fault}; prepare the data set again or copy the shard anew") from error
+        if "thrashing" in str(error):
+            raise RunError(
+                f"data.cache_limit={self.data.cache_limit} is too small: shards are thrown out before they are read; "
+                "raise it, or lower data.predownload or data.num_workers"
+            ) from error
 
     @property
     def shm_prefix(self) -> str:

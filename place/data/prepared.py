@@ -33,12 +33,6 @@ def read_card(data_dir: str | Path) -> dict[str, Any]:
         raise UsageError(f"{data_dir} cannot be read: {error.strerror or error}") from None
 
 
-def read_intensity(data_dir: str | Path) -> tuple[float, float]:
-    """Mean and standard deviation of training pixels, as shares of full scale."""
-    image = read_card(data_dir)["image"]
-    return image["mean"], image["std"]
-
-
 def count_samples(data_dir: str | Path, split: str) -> int:
     """Image-report pairs in a split. Raises UsageError where the split is missing or empty."""
     return sum(shard["samples"] for shard in read_shard_list(data_dir, split))

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from time import sleep
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from place.compat import patch_torchvision
 from place.config import DataConfig
+from place.data.mixture import draw_samples, list_parts, read_intensity
 from place.data.order import compute_steps, share_steps
-from place.data.prepared import HASH, read_intensity
+from place.data.prepared import HASH
 from place.data.tokens import ReportTokenizer, TokenizedReport
 from place.data.transforms import eval_transform, read_image, train_transform
 from place.distributed import Node, World
 
 patch_torchvision()
-from streaming import StreamingDataset  # noqa: E402
+from streaming import Stream, StreamingDataset  # noqa: E402
+from streaming.base.constant import TICK  # noqa: E402
 from streaming.base.dataset import _ShardState  # noqa: E402
 from streaming.base.world import World as StreamingWorld  # noqa: E402
 
@@ -52,23 +55,31 @@ class ReportPairs(StreamingDataset):
     ):
         self.data, self.tokenizer, self.seed, self.train = data, tokenizer, seed, train
         self._world, self._node = world, node
-        self.mean, self.std = read_intensity(data.path)
+        self.mean, self.std = read_intensity(data)
+        self.parts = list_parts(data, split, train)
         self.epoch = 0
         super().__init__(
-            # The prepared folder is read as if it were far away: each shard is checked as it comes into the cache, and
+            # A prepared folder is read as if it were far away: each shard is checked as it comes into the cache, and
             # nothing is ever written beside the data.
-            remote=str(Path(data.path) / split),
-            local=str(cache / split),
+            streams=[
+                Stream(remote=f"{part.path.rstrip('/')}/{split}", local=str(cache / split / str(number)))
+                for number, part in enumerate(self.parts)
+            ],
             batch_size=batch_size,
             shuffle=train,
             shuffle_algo="py1e",
             shuffle_seed=seed,
             shuffle_block_size=data.shuffle_block_size,
             num_canonical_nodes=data.num_canonical_nodes,
-            predownload=8 * batch_size,
+            predownload=data.predownload or 8 * batch_size,
             cache_limit=data.cache_limit,
             validate_hash=HASH,
         )
+        if self.cache_limit:
+            # Loader workers that fetch further ahead than the cache holds throw out each other's shards.
+            fetching = node.size * max(1, data.num_workers)
+            shards = self.cache_limit // self.max_shard_size_across_all_streams // fetching
+            self.predownload = min(data.predownload or 8 * batch_size, max(1, shards - 1))
 
     @property
     def _unique_rank_world(self) -> StreamingWorld:
@@ -84,7 +95,7 @@ class ReportPairs(StreamingDataset):
         self.epoch = epoch
         world, worker = self._world, self._unique_worker_world
         steps_KG = compute_steps(
-            [np.arange(self.num_samples)],
+            draw_samples(self.parts, self.seed, epoch if self.train else 0),
             np.repeat(np.arange(self.num_shards), self.samples_per_shard),
             self.data.num_canonical_nodes,
             self.batch_size * world.world,
@@ -110,7 +121,20 @@ class ReportPairs(StreamingDataset):
         _leave_loudly(super()._prepare_thread, it)
 
     def _ready_thread(self, it: Any) -> None:
-        _leave_loudly(super()._ready_thread, it)
+        _leave_loudly(self._follow_downloads, it)
+
+    def _follow_downloads(self, it: Any) -> None:
+        # streaming's own waits for ever for a shard that the cache limit throws out again while it waits.
+        while it.ready_index < it.total and not it.should_exit() and not self._event.is_set():
+            shard, _ = self.spanner[it.sample_ids[it.ready_index]]
+            state = self._shard_states[shard]
+            if self.predownload < it.ready_index - it.yield_index or state == _ShardState.PREPARING:
+                sleep(TICK)
+            elif state == _ShardState.REMOTE:
+                self.prepare_shard(shard, blocking=False)
+            else:
+                it.ready_index += 1
+        it.on_exit()
 
     def on_exception(self, future: Future) -> None:
         # streaming raises in here, which prints a traceback; the loader names a damaged shard in one line.

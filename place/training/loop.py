@@ -18,7 +18,7 @@ from torch import Tensor
 from place.batch import Batch, Losses
 from place.config import Config, RunError
 from place.data.loader import PairLoader
-from place.data.prepared import read_card
+from place.data.mixture import read_fingerprint
 from place.distributed import gather, is_distributed, mean_over_ranks, read_world
 from place.runlog import RunLog
 from place.training.engine import Engine
@@ -214,5 +214,5 @@ def describe_lineage(config: Config, plan: RunPlan) -> dict[str, Any]:
         "global_batch": plan.global_batch,
         "seed": config.run.seed,
         "num_canonical_nodes": config.data.num_canonical_nodes,
-        "data_fingerprint": read_card(config.data.path)["fingerprint"],
+        "data_fingerprint": read_fingerprint(config.data),
     }

@@ -21,7 +21,7 @@ import torch
 from place.batch import Batch, Losses, Outputs
 from place.config import Config, RunError, UsageError, dump_config
 from place.data.loader import PairLoader
-from place.data.prepared import count_samples, list_splits, read_card, read_samples
+from place.data.mixture import count_epoch, read_fingerprint, read_intensity, read_training_samples
 from place.data.streaming import select_sentences
 from place.data.tokens import ReportTokenizer, train_tokenizer
 from place.distributed import Node, barrier, broadcast_text, gather_objects, read_node, read_world
@@ -58,15 +58,15 @@ def prepare_run(config: Config, world: int) -> RunPlan:
     except OSError as error:
         raise UsageError(f"run.dir={run_dir} cannot be written: {error.strerror}; choose another folder") from None
     _check_disk(run_dir)
-    card = read_card(config.data.path)
+    mean, std = read_intensity(config.data)
     record = {
         "commit": read_commit(),
         "versions": {name: _read_version(name) for name in VERSIONS},
         "python": platform.python_version(),
         "world": world,
-        "data_fingerprint": card["fingerprint"],
-        "mean": card["image"]["mean"],
-        "std": card["image"]["std"],
+        "data_fingerprint": read_fingerprint(config.data),
+        "mean": mean,
+        "std": std,
         "plan": plan.model_dump(),
     }
     write_text(run_dir / "run.json", json.dumps(record, indent=1))
@@ -77,8 +77,8 @@ def prepare_run(config: Config, world: int) -> RunPlan:
 def build_run_plan(config: Config, world: int) -> RunPlan:
     """The plan of a run on `world` workers."""
     data = config.data
-    num_val = count_samples(data.path, data.val_split) if data.val_split in list_splits(data.path) else 0
-    return build_plan(config, world, count_samples(data.path, data.train_split), num_val)
+    num_train, num_val = count_epoch(data, data.train_split, train=True), count_epoch(data, data.val_split, train=False)
+    return build_plan(config, world, num_train, num_val)
 
 
 def run_worker(config: Config, launch: str, build_engine: BuildEngine | None = None) -> str:
@@ -182,7 +182,7 @@ def _read_or_train_tokenizer(config: Config) -> ReportTokenizer:
     if config.model.text.source != "scratch":
         return ReportTokenizer.load(config.model.text.source, data.max_tokens, data.max_sentences)
     if read_world().is_first and not (folder / "tokenizer.json").is_file():
-        samples = read_samples(data.path, data.train_split)
+        samples = read_training_samples(data)
         sentences = (text for sample in samples for text in select_sentences(sample["sentences"], data.sections))
         train_tokenizer(sentences, config.model.text.vocab_size, data.max_tokens, data.max_sentences).save(folder)
     barrier()
