@@ -53,7 +53,7 @@ class PairLoader:
             self.dataset,
             batch_size=local_batch,
             num_workers=data.num_workers,
-            collate_fn=_Collate(tokenizer, num_patches),
+            collate_fn=Collate(tokenizer, num_patches),
             drop_last=True,
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=data.prefetch_batches if data.num_workers else None,
@@ -117,8 +117,8 @@ def _alone_on_node(node: Node) -> Iterator[None]:
         os.close(folder)
 
 
-class _Collate:
-    """Pairs to a Batch; every patch of a square image is valid."""
+class Collate:
+    """Pairs to a Batch; every patch of a square image is valid. Final."""
 
     def __init__(self, tokenizer: ReportTokenizer, num_patches: int):
         self.tokenizer, self.num_patches = tokenizer, num_patches
