@@ -12,7 +12,7 @@ from pathlib import Path
 
 import cv2
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from place.batch import Batch
 from place.config import DataConfig, RunError, UsageError
@@ -126,7 +126,8 @@ class Collate:
     def __call__(self, pairs: list[Pair]) -> Batch:
         ids_BT, attention_BT, owner_BT, hash_BS = self.tokenizer.collate([pair.report for pair in pairs])
         return Batch(
-            torch.stack([pair.image_CYX for pair in pairs]),
+            # Into shared memory where this is a loader worker; a plain stack would be copied once more.
+            default_collate([pair.image_CYX for pair in pairs]),
             ids_BT,
             attention_BT,
             owner_BT,

@@ -36,7 +36,9 @@ class ReportTokenizer:
         self.max_tokens, self.max_sentences = max_tokens, max_sentences
         # Reports repeat their sentences from study to study and from epoch to epoch.
         self._known: dict[str, tuple[list[int], int]] = {}
-        if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None or tokenizer.pad_token_id is None:
+        # Read once: a Hugging Face tokenizer looks its special tokens up anew at each question.
+        self.cls_id, self.sep_id, self.pad_id = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
+        if None in (self.cls_id, self.sep_id, self.pad_id):
             raise UsageError("the tokenizer has no [CLS], [SEP] and [PAD] tokens; take the one of a BERT-like encoder")
 
     @classmethod
@@ -64,7 +66,7 @@ class ReportTokenizer:
 
         A first sentence that is too long is cut itself.
         """
-        ids, owner = [self.hf.cls_token_id], [-1]
+        ids, owner = [self.cls_id], [-1]
         hashes: list[int] = []
         for text in sentences:
             pieces, sentence_hash = self._read_sentence(text)
@@ -76,7 +78,7 @@ class ReportTokenizer:
                 owner += [len(hashes)] * len(pieces)
                 ids += pieces
                 hashes.append(sentence_hash)
-        return TokenizedReport([*ids, self.hf.sep_token_id], [*owner, -1], hashes)
+        return TokenizedReport([*ids, self.sep_id], [*owner, -1], hashes)
 
     def _read_sentence(self, text: str) -> tuple[list[int], int]:
         if text not in self._known:
@@ -88,7 +90,7 @@ class ReportTokenizer:
     def collate(self, reports: list[TokenizedReport]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Pad to the longest report: ids, attention (bool) and sentence of token (each (B,T)), sentence hash (B,S)."""
         length = max(len(report.token_ids) for report in reports)
-        ids_BT = torch.full((len(reports), length), self.hf.pad_token_id, dtype=torch.long)
+        ids_BT = torch.full((len(reports), length), self.pad_id, dtype=torch.long)
         owner_BT = torch.full((len(reports), length), -1, dtype=torch.long)
         attention_BT = torch.zeros(len(reports), length, dtype=torch.bool)
         hash_BS = torch.zeros(len(reports), self.max_sentences, dtype=torch.long)
