@@ -77,7 +77,8 @@ def check_standing(config: Config, environ: Mapping[str, str]) -> None:
         check_address(environ["RAY_ADDRESS"], environ)
     if JOB_MARK not in environ:
         return
-    for key, value in (("run.dir", config.run.dir), ("data.path", config.data.path)):
+    paths = [("data.path", stream.path) for stream in config.data.list_streams()]
+    for key, value in [("run.dir", config.run.dir), *paths]:
         if not Path(value).is_absolute() and "://" not in value:
             raise UsageError(
                 f"{key}={value} is relative, and a Ray job runs in a copy of the working directory that Ray deletes; "

@@ -101,6 +101,10 @@ class DataConfig(Section):
             raise ValueError("give the streams proportion or repeat, not both")
         return self
 
+    def list_streams(self) -> tuple[StreamConfig, ...]:
+        """The data sets that are read, one or several."""
+        return self.streams or (StreamConfig(path=self.path),)
+
 
 class VisionConfig(Section):
     source: str = "timm:vit_base_patch16_224"

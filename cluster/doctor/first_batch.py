@@ -51,19 +51,19 @@ def check_first_batch(config: Config, timeout_s: float) -> list[Finding]:
 def measure_first_batch(config: Config, cache: Path) -> dict[str, Any]:
     """Seconds to the first training batch from nothing, and pairs a second of the next ones."""
     from place.data.loader import PairLoader
-    from place.data.prepared import count_samples, read_samples
+    from place.data.mixture import count_epoch, read_training_samples
     from place.data.streaming import select_sentences
     from place.data.tokens import ReportTokenizer, train_tokenizer
 
     data, text = config.data, config.model.text
     if text.source == "scratch":
-        samples = islice(read_samples(data.path, data.train_split), REPORTS)
+        samples = islice(read_training_samples(data), REPORTS)
         sentences = (said for sample in samples for said in select_sentences(sample["sentences"], data.sections))
         tokenizer = train_tokenizer(sentences, text.vocab_size, data.max_tokens, data.max_sentences)
     else:
         tokenizer = ReportTokenizer.load(text.source, data.max_tokens, data.max_sentences)
     local_batch = max(1, config.train.global_batch // config.cluster.num_workers)
-    steps = min(BATCHES, count_samples(data.path, data.train_split) // local_batch)
+    steps = min(BATCHES, count_epoch(data, data.train_split, train=True) // local_batch)
     if not steps:
         raise UsageError(f"a worker's share of {local_batch} pairs is larger than split '{data.train_split}'")
     began = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -156,7 +157,8 @@ def _check_storage(options: Options) -> list[Finding]:
     if not options.with_data:
         advice = "place doctor --config FILE data.path=DIR"
         return [*findings, Finding("data", SKIP, "no config and no data.path given", advice)]
-    findings += run_check("data", lambda: check_reading(config.data.path), timeout_s)
+    for stream in config.data.list_streams():
+        findings += run_check("data", functools.partial(check_reading, stream.path), timeout_s)
     return findings + run_check("first batch", lambda: check_first_batch(config, 2 * timeout_s), 2 * timeout_s + 5)
 
 

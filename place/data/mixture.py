@@ -38,11 +38,6 @@ class Part(NamedTuple):
     chosen: int
 
 
-def list_streams(data: DataConfig) -> tuple[StreamConfig, ...]:
-    """The data sets of a configuration, one or several."""
-    return data.streams or (StreamConfig(path=data.path),)
-
-
 def list_parts(data: DataConfig, split: str, train: bool) -> list[Part]:
     """What an epoch takes of each data set; validation takes those that have the split, each unit once.
 
@@ -50,7 +45,7 @@ def list_parts(data: DataConfig, split: str, train: bool) -> list[Part]:
         UsageError: no data set has the split, or one lacks it in training.
     Source: ours.
     """
-    streams = list_streams(data)
+    streams = data.list_streams()
     if not train:
         streams = tuple(stream for stream in streams if split in list_splits(stream.path)) or streams[:1]
     parts = [_read_part(stream.path, split, data.views_per_study) for stream in streams]
@@ -62,7 +57,7 @@ def list_parts(data: DataConfig, split: str, train: bool) -> list[Part]:
 
 def count_epoch(data: DataConfig, split: str, train: bool) -> int:
     """Image-report pairs of an epoch; 0 where validation has no such split."""
-    if not train and not any(split in list_splits(stream.path) for stream in list_streams(data)):
+    if not train and not any(split in list_splits(stream.path) for stream in data.list_streams()):
         return 0
     return sum(part.chosen for part in list_parts(data, split, train))
 
@@ -72,7 +67,7 @@ def read_intensity(data: DataConfig) -> tuple[float, float]:
 
     Source: ours; images of several data sets count alike, whatever their sizes.
     """
-    images = [read_card(stream.path)["image"] for stream in list_streams(data)]
+    images = [read_card(stream.path)["image"] for stream in data.list_streams()]
     if len(images) == 1:
         return images[0]["mean"], images[0]["std"]
     parts = list_parts(data, data.train_split, train=True)
@@ -87,7 +82,7 @@ def read_fingerprint(data: DataConfig) -> str:
 
     Source: ours.
     """
-    streams = list_streams(data)
+    streams = data.list_streams()
     prints = [read_card(stream.path)["fingerprint"] for stream in streams]
     if len(prints) == 1 and streams[0].repeat == 1 and data.views_per_study == "all":
         return prints[0]
@@ -97,12 +92,12 @@ def read_fingerprint(data: DataConfig) -> str:
 
 def read_training_samples(data: DataConfig) -> Iterator[dict[str, Any]]:
     """The stored columns of each training pair of all data sets, each once."""
-    return chain.from_iterable(read_samples(stream.path, data.train_split) for stream in list_streams(data))
+    return chain.from_iterable(read_samples(stream.path, data.train_split) for stream in data.list_streams())
 
 
 def find_fault(data: DataConfig, split: str) -> str:
     """The first fault of a shard of any data set, empty where there is none. Raises RunError for an unreachable one."""
-    for stream in list_streams(data):
+    for stream in data.list_streams():
         try:
             store = open_store(stream.path)
             if split in list_splits(stream.path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class MappedShard:
         return sample
 
 
-_DECODE = {
+_DECODE: dict[str, Callable[[bytes], Any]] = {
     "bytes": bytes,
     "str": lambda data: str(data, "utf-8"),
     "json": json.loads,

@@ -21,8 +21,8 @@ from place.data.loader import PairLoader
 from place.data.prepared import read_samples
 from place.data.tokens import ReportTokenizer, train_tokenizer
 from place.distributed import gather, read_node
+from place.node import clean_node, note_shared_memory
 from place.runlog import read_jsonl
-from place.training.pretrain import _note_shared_memory, clean_node
 
 GLOBAL_BATCH, KILLS, EPOCHS = 12, 20, 2
 
@@ -92,7 +92,7 @@ def run_rank(
         cache=run_dir / f"cache.{attempt.number}",
     )
     if read_node().is_first:
-        _note_shared_memory(run_dir, [loader.shm_prefix])
+        note_shared_memory(run_dir, [loader.shm_prefix])
     step = attempt.first_step
     while step < EPOCHS * steps_per_epoch:
         epoch, first = divmod(step, steps_per_epoch)
