@@ -15,6 +15,7 @@ from place.cluster.hosts import NODE_LABEL, Hosts, clean_hosts, describe_lack, f
 
 from place.config import Config, RunError, UsageError, check_config
 from place.runlog import count_attempts, read_newest_step, write_attempt
+from place.training.pretrain import check_disk
 from place.training.stop import ask_to_stop, read_stop, withdraw_stop
 from place.training.watchdog import describe_stacks
 
@@ -71,6 +72,7 @@ def _run_to_the_end(config: Config, launch_name: str, start_wait_s: float) -> st
             return outcome
         withdraw_stop(run_dir, RESIZE)
         if fault is not None:
+            check_disk(run_dir, need_mib=1)
             before, saved = saved, read_newest_step(run_dir)
             failures = failures + 1 if saved == before else 1
             stacks = describe_stacks(run_dir, count_attempts(run_dir) - 1, len(hosts.ray_ids))

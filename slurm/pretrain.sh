@@ -76,6 +76,8 @@ export RAY_health_check_initial_delay_ms=${RAY_health_check_initial_delay_ms:-50
 export RAY_health_check_period_ms=${RAY_health_check_period_ms:-1000}
 export RAY_health_check_timeout_ms=${RAY_health_check_timeout_ms:-2000}
 export RAY_health_check_failure_threshold=${RAY_health_check_failure_threshold:-4}
+# The nodes are ours: Ray would run its workers at the lowest priority.
+export RAY_worker_niceness=${RAY_worker_niceness:-0}
 # Nothing is served from these nodes that would have to drain first.
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 # Without its head a node ends, so that the job can start anew.

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from place.batch import Batch, Losses
+from place.batch import Losses
 from place.config import Config, RunError
 from place.data.loader import PairLoader
 from place.data.mixture import read_fingerprint
-from place.distributed import gather, is_distributed, mean_over_ranks, read_world
+from place.distributed import is_distributed, mean_over_ranks, read_world
 from place.runlog import RunLog
 from place.training.engine import Engine
 from place.training.gradcache import Objective, backward_contrast
+from place.training.meter import Meter
 from place.training.plan import RunPlan
 from place.training.saver import Saver
 from place.training.stop import is_asked
@@ -59,6 +56,7 @@ def train(
     run_dir, world = Path(config.run.dir), read_world()
     saver = Saver(run_dir, engine, config.train.keep_checkpoints, config.cluster.timeout_s)
     meter = Meter(log, plan, engine.device, saver)
+    timed = meter.time_arrivals(objective)
     stopping = False
     while progress["step"] < plan.total_steps and not stopping:
         epoch, first_step = divmod(progress["step"], plan.steps_per_epoch)
@@ -66,7 +64,7 @@ def train(
         for batch in meter.time_waits(loader.read_epoch(epoch, first_step, last_step, world.world)):
             watchdog.feed()
             seed_step(config.run.seed, progress["step"], world.rank)
-            losses, scales = backward_contrast(engine, batch.to(engine.device), plan.accumulation, objective)
+            losses, scales = backward_contrast(engine, batch.to(engine.device), plan.accumulation, timed)
             lr = plan.compute_lr(progress["step"], config.optim.min_lr_ratio)
             grad_norm = engine.step(lr)
             saver.check()
@@ -125,65 +123,6 @@ def evaluate_loss(
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Dropout and masks of a step depend on (seed, step, rank) alone, so that a resumed run draws the same ones."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
-
-
-class Meter:
-    """Times, counts and writes what a step was like. Final; a host-device sync only where a line is written."""
-
-    def __init__(self, log: RunLog | None, plan: RunPlan, device: torch.device, saver: Saver):
-        self.log, self.plan, self.device, self.saver = log, plan, device, saver
-        self.samples: list[tuple[int, int, Tensor]] = []
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin a new interval."""
-        self.began, self.waited_s, self.steps = time.perf_counter(), 0.0, 0
-
-    def time_waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; counts the time that the loop waited for them."""
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            self.waited_s += time.perf_counter() - asked
-            if batch is None:
-                return
-            yield batch
-
-    def count(self, step: int, epoch: int, batch: Batch) -> None:
-        """Note a finished step and which samples it saw."""
-        self.steps += 1
-        self.samples.append((step, epoch, gather(batch.sample_id_B.to(self.device))))
-
-    def write(self, step: int, epoch: int, losses: Losses, scales: Tensor, lr: float, grad_norm: Tensor) -> None:
-        """Write a line of metrics.jsonl and the samples since the last one."""
-        means = mean_over_ranks(torch.stack(losses).detach()).tolist()
-        elapsed_s = time.perf_counter() - self.began
-        if self.log is not None:
-            for seen_step, seen_epoch, ids_G in self.samples:
-                self.log.write_samples(seen_step, seen_epoch, ids_G.tolist())
-            temperatures = (1 / scales).tolist()
-            values = {
-                "epoch": epoch,
-                **dict(zip(Losses._fields, means)),
-                "temperature_instance": temperatures[0],
-                "temperature_pathology": temperatures[1],
-                "grad_norm": float(grad_norm),
-                "lr": lr,
-                "samples_per_s": round(self.steps * self.plan.global_batch / elapsed_s, 2),
-                "data_wait_share": round(self.waited_s / elapsed_s, 4),
-                "memory_mib": _read_memory_mib(self.device),
-                **self.saver.take_times(),
-            }
-            self.log.write_metrics(step, values)
-        self.samples.clear()
-        self.restart()
-
-
-def _read_memory_mib(device: torch.device) -> int:
-    """Peak device memory, or the resident memory of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) >> 20
-    return psutil.Process(os.getpid()).memory_info().rss >> 20
 
 
 def _agree(flag: bool, device: torch.device) -> bool:

@@ -57,7 +57,7 @@ def prepare_run(config: Config, world: int) -> RunPlan:
         write_text(run_dir / "config.yaml", dump_config(config))
     except OSError as error:
         raise UsageError(f"run.dir={run_dir} cannot be written: {error.strerror}; choose another folder") from None
-    _check_disk(run_dir)
+    check_disk(run_dir, need_mib=512)
     mean, std = read_intensity(config.data)
     record = {
         "commit": read_commit(),
@@ -210,11 +210,13 @@ def _make_cache(config: Config, launch: str, attempt: int, node: Node) -> Path:
     return cache
 
 
-def _check_disk(run_dir: Path, need_mib: int = 512) -> None:
+def check_disk(run_dir: Path, need_mib: int) -> None:
+    """Raises RunError where the run folder's disk has less room."""
     free_mib = shutil.disk_usage(run_dir).free >> 20
     if free_mib < need_mib:
         raise RunError(
-            f"run.dir={run_dir}: {free_mib} MiB free, a run needs at least {need_mib} MiB; free some or move it"
+            f"run.dir={run_dir}: {free_mib} MiB of its disk are free, a run needs at least {need_mib}; "
+            "make room and start it again, or move it"
         )
 
 

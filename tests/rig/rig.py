@@ -20,6 +20,7 @@ class Rig:
 
     def __init__(self, folder: Path, machines: int = 3, slurmd_timeout_s: int = 30):
         self.folder, self.machines = folder, machines
+        self.small = folder / "small"
         self.environ = {
             **os.environ,
             "SF_DIR": str(folder / "rig"),
@@ -39,13 +40,16 @@ class Rig:
 
     @contextmanager
     def running(self) -> Iterator[Rig]:
-        """Everything up; everything down afterwards."""
+        """Everything up; everything down afterwards. All machines see `small`, a file system of 600 MiB."""
         self._script("setup.sh")
-        self._script("slurm-net.sh", "start", str(self.machines))
+        self.small.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600m", "small", self.small], check=True)
         try:
+            self._script("slurm-net.sh", "start", str(self.machines))
             yield self
         finally:
             self._script("slurm-net.sh", "stop")
+            subprocess.run(["umount", self.small], check=True)
 
     def ctl(self, *command: str, check: bool = True) -> str:
         """A command on the login machine."""

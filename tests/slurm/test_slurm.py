@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -285,3 +289,160 @@ def test_a_step_that_hangs_leaves_stacks_and_is_done_again(job: Job, undisturbed
     stacks = [path.read_text() for path in sorted(folder.glob("rank_*.txt"))]
     assert all("in train" in stack for stack in stacks if stack)
     assert_as_if_nothing_had_happened(job, undisturbed, pairs)
+
+
+def test_a_slow_rank_is_named_with_its_lag(job: Job) -> None:
+    job.submit("run.log_every_steps=5", "train.epochs=4").wait_for_step(10)
+    victim = job.read_workers()[1]
+    for _ in range(12):
+        job.rig.kill(victim["host"], [victim["pid"]], signal="STOP")
+        time.sleep(0.5)
+        job.rig.kill(victim["host"], [victim["pid"]], signal="CONT")
+        time.sleep(0.3)
+    assert job.wait_for_end()["JobState"] == "COMPLETED", job.read_log()
+    named = [record for record in read_jsonl(job.run / "metrics.jsonl") if record.get("straggler") == "rank 1 on h2"]
+    assert any(record["lag_s"] > 0.1 for record in named)
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(
+    job: Job, undisturbed: Path, pairs: Path
+) -> None:
+    job.run = job.rig.small / "run"
+    job.submit(f"run.dir={job.run}").wait_for_step(33)
+    filler = job.rig.small / "filler"
+    free = shutil.disk_usage(job.rig.small).free
+    subprocess.run(["fallocate", "-l", str(free - (64 << 10)), filler], check=True)
+    end = job.wait_for_end()
+    assert (end["JobState"], end["ExitCode"]) == ("FAILED", "1:0"), job.read_log()
+    (line,) = [line for line in job.read_log().splitlines() if line.startswith("place pretrain: ")]
+    assert "disk" in line
+    assert "start it again" in line or "start again" in line
+    filler.unlink()
+    assert job.submit(f"run.dir={job.run}").wait_for_end()["JobState"] == "COMPLETED", job.read_log()
+    assert_as_if_nothing_had_happened(job, undisturbed, pairs)
+
+
+# ---- fewer machines, and more again
+
+
+def test_a_machine_that_stays_away_is_done_without(
+    job: Job, undisturbed: Path, pairs: Path, request: pytest.FixtureRequest
+) -> None:
+    job.submit("cluster.min_nodes=2", "cluster.rejoin_timeout_s=20").wait_for_step(33)
+    job.rig.off("h3")
+    began = time.monotonic()
+    job.wait_for_step(34, attempt=1)
+    took_s = time.monotonic() - began
+    note_figure(request, "machine off to next step on two, s", took_s)
+    assert took_s < 120
+    assert [worker["host"] for worker in job.read_workers()] == ["h1", "h2"]
+    assert job.wait_for_end()["JobState"] == "COMPLETED", job.read_log()
+    job.rig.boot("h3")
+    assert "going on with 2 workers on h1, h2" in job.read_log()
+    assert_as_if_nothing_had_happened(job, undisturbed, pairs)
+
+
+def test_a_machine_that_comes_back_is_taken_in_again(job: Job, undisturbed: Path, pairs: Path) -> None:
+    job.submit("cluster.min_nodes=2", "cluster.rejoin_timeout_s=5", "cluster.grow_after_s=5", "train.epochs=24")
+    job.wait_for_step(20)
+    job.rig.cut("h3")
+    job.wait_for_step(21, attempt=1)
+    assert len(job.read_workers()) == 2
+    job.rig.heal("h3")
+    wait_until(lambda: len(job.read_workers()) == 3, 240, "three workers again")
+    assert job.wait_for_end()["JobState"] == "COMPLETED", job.read_log()
+    assert_exact_samples(job.run, pairs)
+
+
+# ---- a standing cluster
+
+
+class Standing(NamedTuple):
+    """Ray on the three machines, as an administrator starts it."""
+
+    address: str
+    environ: dict[str, str]
+
+
+@pytest.fixture
+def standing(rig: Rig, tmp_path: Path) -> Any:
+    environ = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
+        "RAY_JOB_STOP_WAIT_TIME_S": "120",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "TMPDIR": "/tmp/ray",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    addresses = {name: rig.on(name, "hostname", "-I").split()[0] for name in rig.names}
+    head = addresses["h1"]
+    common = ["--num-cpus=2", "--object-store-memory=200000000", "--disable-usage-stats", "--block"]
+    dashboard = ["--include-dashboard=true", f"--dashboard-host={head}"]
+    for name, address in addresses.items():
+        role = ["--head", *dashboard] if name == "h1" else [f"--address={head}:6379"]
+        command = " ".join(["exec ray start", f"--node-ip-address={address}", *role, *common])
+        wait = "" if name == "h1" else f"until (exec 3<>/dev/tcp/{head}/6379) 2>/dev/null; do sleep 0.5; done; "
+        rig.start_on(name, "bash", "-c", wait + command, log=tmp_path / f"ray.{name}.log", **environ)
+    yield Standing(f"http://{head}:8265", environ)
+    for name in rig.names:
+        rig.kill(name, rig.find_pids(name, "ray start"), signal="TERM")
+    wait_until(lambda: not [left for left in rig.list_leftovers() if "process" in left], 60, "Ray to be gone")
+
+
+def run_ray(rig: Rig, standing: Standing, *arguments: str, timeout_s: float = 300, **environ: str) -> tuple[int, str]:
+    """`ray ...` on the head's machine: exit code and what it printed."""
+    done = subprocess.run(
+        [ROOT / "tests/rig/hosts.sh", "exec", "h1", "ray", *arguments],
+        env={**rig.environ, **standing.environ, "RAY_API_SERVER_ADDRESS": standing.address, **environ},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout_s,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def submit_job(rig: Rig, standing: Standing, job: Job, name: str, *overrides: str) -> None:
+    """`ray job submit` as the README says, on three workers."""
+
+    def is_taken() -> bool:
+        code, out = run_ray(
+            rig, standing, "job", "submit", "--working-dir", ".", "--runtime-env", "cluster/runtime_env.yaml",
+            "--submission-id", name, "--no-wait", "--", "python", "-m", "place", "pretrain",
+            "--config", str(job.config), "cluster.num_workers=3", *overrides,
+        )  # fmt: skip
+        return code == 0
+
+    wait_until(is_taken, 120, "the job server to take a job")
+
+
+def test_a_job_on_a_standing_cluster_ends_with_the_same_curve(
+    rig: Rig, standing: Standing, pairs: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    job = Job(rig, pairs, tmp_path)
+    submit_job(rig, standing, job, "one")
+    wait_until(lambda: "SUCCEEDED" in run_ray(rig, standing, "job", "status", "one")[1], 400, "the job to succeed")
+    assert_curve(job.run, undisturbed, rel=1e-5, last=10)
+    torch.testing.assert_close(embed(job.run, pairs), embed(undisturbed, pairs), rtol=0, atol=1e-4)
+    assert len({worker["host"] for worker in job.read_workers()}) == 3
+    code, out = run_ray(rig, standing, "job", "list", RAY_AUTH_TOKEN="f" * 64)
+    assert code != 0
+    assert "Invalid authentication token" in out
+
+
+@pytest.mark.parametrize("way", ["ray job stop", "place runs stop"])
+def test_a_job_that_is_stopped_saves_a_checkpoint_first(
+    way: str, rig: Rig, standing: Standing, pairs: Path, tmp_path: Path
+) -> None:
+    job = Job(rig, pairs, tmp_path)
+    submit_job(rig, standing, job, "two", "train.epochs=200")
+    wait_until(lambda: any(r["step"] >= 15 for r in read_jsonl(job.run / "metrics.jsonl")), 300, "step 15")
+    if way == "ray job stop":
+        assert "was stopped" in run_ray(rig, standing, "job", "stop", "two")[1]
+    else:
+        rig.on("h1", sys.executable, "-m", "place", "runs", "stop", str(job.run))
+        wait_until(lambda: "RUNNING" not in run_ray(rig, standing, "job", "status", "two")[1], 120, "the job to end")
+    last = max(record["step"] for record in read_jsonl(job.run / "metrics.jsonl"))
+    assert int((job.run / "checkpoints" / "latest").read_text().removeprefix("step_")) == last >= 15
+    assert "checkpoint saved" in run_ray(rig, standing, "job", "logs", "two")[1]

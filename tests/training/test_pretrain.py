@@ -317,7 +317,7 @@ def test_too_little_disk_is_one_line(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     ended = pretrain(write_config(tmp_path, prepared))
     assert (ended.code, len(ended.err)) == (1, 1), ended.err
-    assert "100 MiB free, a run needs at least 512 MiB" in ended.err[0]
+    assert "100 MiB of its disk are free, a run needs at least 512" in ended.err[0]
 
 
 def test_a_run_on_other_data_is_refused_in_one_line(pretrain: Any, resumable: Path, prepared: Path) -> None:
