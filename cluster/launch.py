@@ -24,6 +24,7 @@ HEALTH_CHECK_INTERVAL_S = "0.5"
 # A host that dies while workers start would hold them up for this long.
 START_TIMEOUT_S = "30"
 RESIZE = "more hosts are there"
+_DIED = "died"
 
 
 class Fault(NamedTuple):
@@ -164,19 +165,20 @@ def describe_fault(error: BaseException, names: list[str]) -> str:
     failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
     if not failures:
         return f"workers did not start: {_last_line(getattr(error, 'controller_failure', error))}"
-    # Where one rank dies the others lose their connection: the dead one is the cause.
-    dead = {rank: e for rank, e in failures.items() if "actor" in type(e).__name__.lower()} or failures
-    said = [f"rank {rank} on {names[rank]} {_tell(e)}" for rank, e in sorted(dead.items())]
+    told = {rank: _tell(error) for rank, error in sorted(failures.items())}
+    # Where one rank dies the others lose their connections: the dead one is the cause.
+    dead = {rank: how for rank, how in told.items() if how.startswith(_DIED)} or told
+    said = [f"rank {rank} on {names[rank]} {how}" for rank, how in dead.items()]
     return f"{len(dead)} of {len(names)} workers failed: {'; '.join(said[:4])}{'; ...' if len(said) > 4 else ''}"
 
 
 def _tell(error: BaseException) -> str:
     text = str(error)
-    if "node has died" in text or "node was terminated" in text or "NODE_DIED" in text:
-        return "died with its host"
-    if "actor" in type(error).__name__.lower():
-        return "died"
-    return f"said: {_last_line(error)}"
+    if any(sign in text for sign in ("node has died", "node was terminated", "NODE_DIED", "node is dead")):
+        return f"{_DIED} with its host"
+    if any(sign in text for sign in ("actor is dead", "actor died", "worker process has died", "ActorDiedError")):
+        return _DIED
+    return f"said: {_last_line(error)[:200]}"
 
 
 def read_outcome(run_dir: Path, launch_name: str) -> str:
