@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-ray test-kernels test-gpu bench-wire lint clean fuzz
+.PHONY: setup demo test test-ray test-kernels test-gpu bench-wire lint clean fuzz test-slurm test-slurm-short chaos
 
 setup: $(READY)
 
@@ -45,6 +45,19 @@ fuzz: $(READY)
 # Bytes on the wire of a step, ZeRO stage by stage, between machines in network namespaces (root, Linux). About 3 minutes.
 bench-wire: $(READY)
 	$(BIN)/python tests/rig/bench_wire.py --hosts 3 --output build/wire.json
+
+# Every case of the cluster run on three machines with a real Slurm (root, Debian; installs Slurm). About 30 minutes; stopped, it
+# goes on where it was, as long as the commit is the same.
+test-slurm: $(READY)
+	PLACE_SLURM_PASSED=build/slurm-$$(git rev-parse --short HEAD).txt $(BIN)/pytest -m slurm tests/slurm
+
+# One of these cases. About 2 minutes.
+test-slurm-short: $(READY)
+	$(BIN)/pytest -m slurm_short tests/slurm
+
+# Twenty random faults over one run. About 30 minutes.
+chaos: $(READY)
+	$(BIN)/pytest -m chaos -s tests/slurm
 
 # Native equality of the kernels, 200 reruns, memory, the gate of the benchmark. About 5 minutes.
 test-gpu: $(READY)
