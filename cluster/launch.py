@@ -24,7 +24,7 @@ HEALTH_CHECK_INTERVAL_S = "0.5"
 # A host that dies while workers start would hold them up for this long.
 START_TIMEOUT_S = "30"
 RESIZE = "more hosts are there"
-_DIED = "died"
+_DIED, _LOST_A_PEER = "died", "lost the connection to another rank"
 
 
 class Fault(NamedTuple):
@@ -165,11 +165,14 @@ def describe_fault(error: BaseException, names: list[str]) -> str:
     failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
     if not failures:
         return f"workers did not start: {_last_line(getattr(error, 'controller_failure', error))}"
-    told = {rank: _tell(error) for rank, error in sorted(failures.items())}
-    # Where one rank dies the others lose their connections: the dead one is the cause.
-    dead = {rank: how for rank, how in told.items() if how.startswith(_DIED)} or told
-    said = [f"rank {rank} on {names[rank]} {how}" for rank, how in dead.items()]
-    return f"{len(dead)} of {len(names)} workers failed: {'; '.join(said[:4])}{'; ...' if len(said) > 4 else ''}"
+    told = {rank: _tell(error) for rank, error in failures.items()}
+    # Where one rank dies the others lose their connections, and are perhaps heard first: the dead one is the cause.
+    causes = {rank: how for rank, how in told.items() if how.startswith(_DIED)}
+    if not causes and all(how == _LOST_A_PEER for how in told.values()):
+        causes = {rank: "is not heard of any more" for rank in range(len(names)) if rank not in told}
+    causes = causes or told
+    said = [f"rank {rank} on {names[rank]} {causes[rank]}" for rank in sorted(causes)]
+    return f"{len(causes)} of {len(names)} workers failed: {'; '.join(said[:4])}{'; ...' if len(said) > 4 else ''}"
 
 
 def _tell(error: BaseException) -> str:
@@ -178,6 +181,8 @@ def _tell(error: BaseException) -> str:
         return f"{_DIED} with its host"
     if any(sign in text for sign in ("actor is dead", "actor died", "worker process has died", "ActorDiedError")):
         return _DIED
+    if any(sign in text for sign in ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")):
+        return _LOST_A_PEER
     return f"said: {_last_line(error)[:200]}"
 
 

@@ -86,15 +86,25 @@ export RAY_ADDRESS=$PLACE_HEAD:$PLACE_PORT TMPDIR=$PLACE_TMP OMP_NUM_THREADS=${O
 # The driver notes here that a new start of the job would help.
 export PLACE_REQUEUE_NOTE=$PLACE_TMP/requeue
 
-step() { # step NODE ROLE: Ray on one node, as a job step of its own
-  srun --quiet --overlap --nodes=1 --ntasks=1 --nodelist="$1" --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" \
+step() { # step NODE ROLE: Ray on one node, as a job step of its own; takes the place of its subshell
+  exec srun --quiet --overlap --nodes=1 --ntasks=1 --nodelist="$1" --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" \
     --no-kill --kill-on-bad-exit=0 --wait=0 --input=none ${prefix[@]+"${prefix[@]}"} \
     bash "$root/slurm/ray_node.sh" "$2"
 }
-keep_worker() { # starts the node's Ray again when it ended: a host comes back, a cable is plugged in again
+is_up() { (exec 3<>"/dev/tcp/$1/$((PLACE_PORT + 7))") 2>/dev/null; }
+keep_worker() { # starts the node's Ray again when it ended: a cable is plugged in again, a host comes back
+  local silent srun was_up
   until [ -e "$PLACE_TMP/stopping" ]; do
-    step "$1" worker
-    sleep 2
+    step "$1" worker & srun=$!
+    silent=0 was_up=
+    while kill -0 "$srun" 2>/dev/null; do
+      sleep 3
+      if is_up "$1"; then was_up=1 silent=0
+      elif [ -n "$was_up" ]; then silent=$((silent + 1)); fi
+      # srun does not hear of a host that lost its power and booted again.
+      if [ "$silent" -ge 5 ]; then kill -KILL "$srun"; break; fi
+    done
+    wait "$srun" 2>/dev/null
   done
 }
 stop_ray() { # SIGTERM to the steps alone, which clean up; those that hang are killed

@@ -17,6 +17,8 @@ clean() { # what killed workers left in shared memory is noted in this job's tem
   rm -rf "$PLACE_TMP/ray"
 }
 trap 'end_ray' TERM INT
+# What a host that lost its power, or a Ray that was killed, left of this job.
+if [ "$role" = worker ]; then clean; install -d -m 700 "$PLACE_TMP"; fi
 # The address of this node as the head sees it: the one that packets to the head leave from.
 address=$(python3 -c 'import os, socket
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.connect((os.environ["PLACE_HEAD"], 9)); print(s.getsockname()[0])')

@@ -1,4 +1,4 @@
-"""A suite of minutes goes on where it was: cases that passed at this commit are left out. Figures are shown at the end."""
+"""A suite of minutes goes on where it was: what passed at this commit is left out. Figures come at the end."""
 
 from __future__ import annotations
 

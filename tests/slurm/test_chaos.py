@@ -97,9 +97,8 @@ def test_twenty_random_faults_cost_time_and_nothing_else(
     job: Job, pairs: Path, long_undisturbed: Path, request: pytest.FixtureRequest
 ) -> None:
     rng = random.Random(SEED)
-    job.submit(
-        f"train.epochs={CHAOS_EPOCHS}", "cluster.hang_timeout_s=20", "cluster.max_failures=6", PLACE_MAX_HEAD_RESTARTS="30"
-    )
+    limits = ("cluster.hang_timeout_s=20", "cluster.max_failures=6")
+    job.submit(f"train.epochs={CHAOS_EPOCHS}", *limits, PLACE_MAX_HEAD_RESTARTS="30")
     job.wait_for_step(3)
     total = CHAOS_EPOCHS * json.loads((job.run / "run.json").read_text())["plan"]["steps_per_epoch"]
     assert total >= 300
