@@ -1,1 +1,1 @@
-"""Single-device kernels: attention and patch correlation. Import as `place.kernels`."""
+"""Single-device kernels: patch correlation, attention, contrast, assignment. Import as `place.kernels`."""
