@@ -90,6 +90,13 @@ def test_outputs_have_the_shapes_that_the_contract_names() -> None:
     assert all(getattr(out, name).dtype == torch.float32 for name in (*FEATURES, "target_BND", "logit_scales"))
 
 
+def test_under_autocast_z_stays_in_bf16_for_the_tensor_cores_of_the_loss() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = run(build(), build_batch(5))
+    assert out.z_BNE.dtype == torch.bfloat16
+    assert out.image_BE.dtype == torch.float32
+
+
 def test_features_that_are_compared_are_unit_length() -> None:
     out = run(build(), build_batch(5))
     for features in (out.image_BE, out.text_BE, out.observations_BKE, out.sentences_BSE):
