@@ -182,7 +182,7 @@ class Identity(NamedTuple):
     view: str
 
 
-def read_identity(path: str | os.PathLike[str]) -> Identity | None:
+def read_identity(file: str | os.PathLike[str] | io.BytesIO) -> Identity | None:
     """Ids and view of a file, from its header alone; empty where it has none. None if it is no DICOM file.
 
     Source: ours.
@@ -191,7 +191,7 @@ def read_identity(path: str | os.PathLike[str]) -> Identity | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            dataset = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(names))
+            dataset = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=list(names))
             image, patient, study, accession = (" ".join(str(dataset.get(name) or "").split()) for name in names[:-1])
             view = _code(dataset, "ViewPosition")
             return Identity(image, patient, study, accession, view) if len(dataset) else None

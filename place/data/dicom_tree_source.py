@@ -126,11 +126,12 @@ def _scan(root: Path, table: Path, config: PrepareConfig) -> pd.DataFrame:
 
 
 def _walk(root: Path, table: Path) -> Iterator[str]:
+    """Files below the root but the table, as paths below the root, in a fixed order."""
     for folder, folders, files in os.walk(root):
         folders.sort()
         for name in sorted(files):
             path = Path(folder, name)
-            if path != table:
+            if name != table.name or not path.samefile(table):
                 yield str(path.relative_to(root))
 
 

@@ -461,6 +461,13 @@ def test_files_of_a_tree_that_cannot_be_trusted_are_rejected_by_reason(tmp_path)
     assert card["notes"] == ["1 rows of the reports table belong to no image"]
 
 
+def test_the_table_of_reports_is_no_image_however_it_is_named(tmp_path, monkeypatch):
+    lay_out_tree(tmp_path / "pacs", 2)
+    monkeypatch.chdir(tmp_path)
+    config = settings("dicom-tree", Path("pacs"), reports=str(tmp_path / "pacs" / "reports.csv"))
+    assert len(open_source(config).rows) == 2
+
+
 def test_a_report_of_another_patient_is_rejected(tmp_path):
     lay_out_tree(tmp_path / "pacs", 4)
     table = pd.DataFrame(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import faulthandler
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import pytest
 from mutants import KINDS, build_seeds, mutate
 
 from place.config import PrepareConfig
+from place.data.dicom import read_identity
 from place.data.images import Rejected
 from place.data.rows import Row
 from place.data.task import read_sample
@@ -47,6 +49,8 @@ def try_mutants(kind: str, numbers: range, folder: Path) -> None:
         faulthandler.dump_traceback_later(4 * MAX_SECONDS, exit=True)
         row = build_row(kind, mutate(seeds, number), folder)
         begun = time.perf_counter()
+        if kind == "dicom":
+            read_identity(io.BytesIO(row.image))
         try:
             read_sample(row, config)
             outcome = "kept"
