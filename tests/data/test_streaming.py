@@ -8,13 +8,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from spawn import can_leave_machine, run_ranks
 
 from place.config import DataConfig, RunError, UsageError
 from place.data.loader import PairLoader
-from place.data.prepared import count_samples, list_splits, read_card, read_samples
+from place.data.prepared import count_samples, find_split_faults, list_splits, read_card, read_samples
 from place.data.shards import COLUMNS
 from place.data.streaming import select_sentences
 from place.data.tokens import ReportTokenizer, train_tokenizer
@@ -197,9 +199,10 @@ def find_shard(data: Path) -> Path:
     return next((data / "train").glob("shard.*.zstd"))
 
 
-def flip_byte(path: Path) -> None:
+def flip_byte(path: Path, rng: np.random.Generator | None = None) -> None:
     stored = bytearray(path.read_bytes())
-    stored[len(stored) // 2] ^= 1
+    at, change = (rng.integers(len(stored)), rng.integers(1, 256)) if rng else (len(stored) // 2, 1)
+    stored[at] ^= int(change)
     path.write_bytes(stored)
 
 
@@ -211,6 +214,44 @@ def test_a_flipped_byte_is_named_by_the_loader(num_workers: int, copy: Path, tok
         list(loader.read_epoch(0, 0, STEPS, 1))
     assert str(find_shard(copy)) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_byte_flipped_anywhere_is_named_before_its_shard_trains(
+    seed: int, copy: Path, tokenizer: str, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(seed)
+    shards = sorted((copy / "train").glob("shard.*.zstd"))
+    path = shards[rng.integers(len(shards))]
+    flip_byte(path, rng)
+    loader = build_loader(copy, tokenizer, tmp_path / "cache")
+    trained: set[int] = set()
+    with pytest.raises(RunError, match=f"{path} is damaged"):
+        trained.update(number for batch in loader.read_epoch(0, 0, STEPS, 1) for number in batch.sample_id_B.tolist())
+    assert not trained & stored_in(copy, path.name)
+
+
+def stored_in(data: Path, name: str) -> set[int]:
+    """Sample ids of a shard, by the manifest, whose rows stand in the shards' order."""
+    rows = pq.read_table(data / "manifest.parquet", columns=["sample_id", "split"]).to_pylist()
+    ids = [row["sample_id"] for row in rows if row["split"] == "train"]
+    begin = 0
+    for info in json.loads((data / "train" / "index.json").read_text())["shards"]:
+        if info["zip_data"]["basename"] == name:
+            return set(ids[begin : begin + info["samples"]])
+        begin += info["samples"]
+    raise AssertionError(name)
+
+
+def test_a_byte_flipped_at_any_of_many_random_places_is_found(copy: Path) -> None:
+    rng = np.random.default_rng(0)
+    path = find_shard(copy)
+    whole = path.read_bytes()
+    for _ in range(500):
+        flip_byte(path, rng)
+        assert find_split_faults(copy, "train") == [f"shard {path} is damaged (its xxh64 differs from index.json)"]
+        path.write_bytes(whole)
+    assert find_split_faults(copy, "train") == []
 
 
 def test_a_missing_shard_is_named_by_the_loader(copy: Path, tokenizer: str, tmp_path: Path) -> None:
