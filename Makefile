@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-ray test-kernels test-gpu bench-wire lint clean fuzz test-slurm test-slurm-short chaos
+.PHONY: setup demo test test-ray test-kernels test-gpu bench-wire bench-loader lint clean fuzz test-slurm test-slurm-short chaos
 
 setup: $(READY)
 
@@ -45,6 +45,10 @@ fuzz: $(READY)
 # Bytes on the wire of a step, ZeRO stage by stage, between machines in network namespaces (root, Linux). About 3 minutes.
 bench-wire: $(READY)
 	$(BIN)/python tests/rig/bench_wire.py --hosts 3 --output build/wire.json
+
+# Samples a second of one core against image files, WebDataset and HDF5; time to resume; share of waiting. About 5 minutes.
+bench-loader: $(READY)
+	$(BIN)/python -m place.data.benchmark --output build/loader.json
 
 # Every case of the cluster run on three machines with a real Slurm (root, Debian; installs Slurm). About 30 minutes; stopped, it
 # goes on where it was, as long as the commit is the same.

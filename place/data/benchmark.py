@@ -256,6 +256,7 @@ def main() -> None:
         f"seen at {arguments.size} px\n{format_table(record)}"
     )
     if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
