@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(verbs.add_parser("evaluate", help="judge a trained model"))
     _add_data(verbs.add_parser("data", help="look at, check or measure prepared data"))
     _add_runs(verbs.add_parser("runs", help="stop a run at its next step"))
+    _add_plan(verbs.add_parser("plan", help="memory, steps, time and traffic of a run before it costs anything"))
     _add_doctor(verbs.add_parser("doctor", help="check this machine or cluster before the first run"))
     return parser
 
@@ -115,6 +116,17 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("stop",))
     parser.add_argument("run", help="run folder")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
+    parser.add_argument("--gpu", default="h100", help="a100-40, a100-80, l40s, h100 or h200; default h100")
+    parser.add_argument("--gpu-memory-gib", type=float, help="another size of memory than that GPU's")
+    parser.add_argument("--mfu", type=float, default=0.2, help="share of peak FLOP/s that is reached; default 0.2")
+    parser.add_argument("--samples", type=int, metavar="N", help="training pairs, where data.path is not prepared yet")
+    parser.add_argument("--val-samples", type=int, default=0, metavar="N", help="validation pairs, with --samples")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
@@ -350,6 +362,25 @@ def runs(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def plan(arguments: argparse.Namespace) -> int:
+    """`place plan`: what a run needs, before it costs anything."""
+    from place.cluster.forecast import GPUS, Question, build_forecast
+    from place.screen import print_forecast
+
+    if arguments.gpu not in GPUS:
+        raise UsageError(f"--gpu {arguments.gpu}: expected one of {', '.join(GPUS)}")
+    if not 0 < arguments.mfu <= 1:
+        raise UsageError(f"--mfu {arguments.mfu}: expected a share above 0 and up to 1")
+    memory_gib = arguments.gpu_memory_gib or GPUS[arguments.gpu].memory_gib
+    question = Question(arguments.gpu, memory_gib, arguments.mfu, arguments.samples, arguments.val_samples)
+    forecast = build_forecast(build_config(arguments.config, arguments.overrides), question)
+    if arguments.json:
+        print(json.dumps(forecast, indent=1))
+    else:
+        print_forecast(forecast)
+    return DONE
+
+
 def doctor(arguments: argparse.Namespace) -> int:
     """`place doctor`: one line a finding; 1 when anything failed."""
     from place.cluster.doctor.findings import exit_code
@@ -373,6 +404,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "data": data,
     "runs": runs,
     "doctor": doctor,
+    "plan": plan,
 }
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from place.config import Config
 from place.runlog import read_jsonl, read_newest_step, read_surviving
@@ -221,6 +221,55 @@ def print_findings(findings: list[Any]) -> None:
             console.print(f"{'':22}-> {escape(finding.advice)}", soft_wrap=True)
     counts = {state: sum(finding.state == state for finding in findings) for state in colours}
     console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count))
+
+
+MEMORY_COLUMNS = ("weights", "master", "optimiser", "gradients", "buckets", "activations", "features", "losses", "peak")
+
+
+def print_forecast(forecast: dict[str, Any]) -> None:
+    """What `place plan` found: model, steps, memory a worker by setting, traffic, time, data, assumptions."""
+    console, plan, time_of = build_console(), forecast["plan"], forecast["time"]
+    parts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in forecast["parameters"].items())
+    console.print(f"model: {sum(forecast['parameters'].values()) / 1e6:.1f} M parameters ({parts})")
+    console.print(
+        f"steps: {plan['num_samples']:,} pairs, {plan['steps_per_epoch']:,} steps of {plan['global_batch']} an epoch, "
+        f"{plan['epochs']} epochs, {plan['total_steps']:,} steps, {plan['warmup_steps']:,} of warm-up"
+    )
+    chunks = f" in {plan['accumulation']} chunks of {plan['micro_batch']}" if plan["accumulation"] > 1 else ""
+    console.print(f"workers: {plan['world']}, {plan['local_batch']} pairs each{chunks}")
+    console.print(f"\nmemory a worker in GiB, {forecast['usable_gib']:.0f} usable (* this config):")
+    table = Table(Column(no_wrap=True), *MEMORY_COLUMNS, "fits", box=None, header_style="bold")
+    for row in forecast["memory"]:
+        numbers = [f"{row[f'{name}_gib']:.2f}" for name in MEMORY_COLUMNS]
+        table.add_row(_name_setting(row), *numbers, "yes" if row["fits"] else "no")
+    console.print(table)
+    console.print("\ntraffic a worker and step in GiB sent, at the bound of each collective:")
+    for stage, sizes in forecast["traffic_gib"].items():
+        said = ", ".join(f"{name} {size:.2f}" for name, size in sizes.items())
+        console.print(f"  ZeRO-{stage}  {sum(sizes.values()):.2f}  ({said})")
+    console.print(
+        f"\ntime: {time_of['tflop_per_step']:,.1f} TFLOP a step, {time_of['step_s']:.3f} s a step, "
+        f"{time_of['epoch_s'] / 60:.1f} min an epoch, {time_of['run_h']:.1f} h in all, {time_of['gpu_h']:.0f} GPU hours"
+    )
+    console.print(
+        f"data: a worker eats {time_of['pairs_per_s_worker']:,.0f} pairs/s, the work of about "
+        f"{time_of['loader_cores_worker']} cores" + _say_stored(forecast["data"])
+    )
+    console.print(f"assumed: {'; '.join(forecast['assumed'])}")
+
+
+def _name_setting(row: dict[str, Any]) -> str:
+    engine = "torch" if row["stage"] is None else f"ZeRO-{row['stage']}"
+    recompute = ", recompute" if row["recompute"] else ""
+    chunks = f", {row['accumulation']} chunks" if row["accumulation"] > 1 else ""
+    return ("* " if row["is_own"] else "  ") + engine + recompute + chunks
+
+
+def _say_stored(stored: dict[str, Any]) -> str:
+    if not stored:
+        return ""
+    sizes = f"{stored['stored_gib']:.2f} GiB in {stored['shards']} shards, {stored['cache_gib']:.2f} GiB unpacked"
+    return f"; {sizes} (read once an epoch, cached on each node)"
 
 
 def read_epoch_means(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:

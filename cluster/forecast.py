@@ -1,0 +1,129 @@
+"""What `place plan` says: a run's memory at every ZeRO stage, its steps, time, traffic, data; what was assumed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from place.cluster.budget import STAGES, Setting, compute_flops, compute_memory, compute_traffic
+
+from place.config import Config
+from place.data.prepared import read_shard_list
+from place.training.footprint import Footprint, measure_footprint
+from place.training.plan import RunPlan, build_plan
+
+GIB = 1 << 30
+# Left to the CUDA context, NCCL's buffers, cuBLAS's workspace and fragmentation.
+RESERVE_GIB = 3.0
+# One core decodes and transforms so many 256 px JPEGs a second (an AMD EPYC core; place doctor measures yours).
+PAIRS_PER_CORE = 600
+
+
+class Gpu(NamedTuple):
+    """Memory, and dense peak rates by precision. Source: NVIDIA's data sheets, SXM where there is a choice."""
+
+    memory_gib: float
+    bf16_tflops: float
+    fp32_tflops: float
+
+
+GPUS = {
+    "a100-40": Gpu(40, 312, 19.5),
+    "a100-80": Gpu(80, 312, 19.5),
+    "l40s": Gpu(48, 362, 91.6),
+    "h100": Gpu(80, 989, 67),
+    "h200": Gpu(141, 989, 67),
+}
+
+
+class Question(NamedTuple):
+    """What was asked: `num_samples` of train and validation pairs where data are not prepared yet; `mfu` as a share."""
+
+    gpu: str
+    memory_gib: float
+    mfu: float
+    num_samples: int | None
+    num_val_samples: int
+
+
+def build_forecast(config: Config, question: Question) -> dict[str, Any]:
+    """The whole forecast, as JSON.
+
+    Raises:
+        UsageError: the model cannot be built, the batch does not fit the world, or there are no data and no count.
+    """
+    plan, stored = _read_plan(config, question)
+    footprint = measure_footprint(config)
+    stage = config.engine.zero_stage if config.engine.kind == "deepspeed" else None
+    own = Setting(stage, config.engine.activation_checkpointing, plan.accumulation)
+    return {
+        "assumed": [*footprint.assumed, f"MFU {question.mfu:.0%} of {question.gpu}'s peak", *_say_source(question)],
+        "parameters": {name: part.parameters for name, part in footprint.parts.items()},
+        "gflop_per_pair": {name: part.pair_flops / 1e9 for name, part in footprint.parts.items()},
+        "plan": plan.model_dump(),
+        "memory": [
+            {**setting._asdict(), **memory, "is_own": setting == own, "fits": memory["peak_gib"] <= _usable(question)}
+            for setting in list_settings(own, plan)
+            for memory in [_in_gib(footprint, plan, config, setting)]
+        ],
+        "usable_gib": _usable(question),
+        "traffic_gib": {
+            str(each): {name: size / GIB for name, size in compute_traffic(footprint, plan, config, each).items()}
+            for each in STAGES
+        },
+        "time": _compute_time(footprint, plan, config, question),
+        "data": stored,
+    }
+
+
+def list_settings(own: Setting, plan: RunPlan) -> list[Setting]:
+    """The run's own setting, every ZeRO stage of it, and what else saves memory: recomputation, more chunks."""
+    stages = [own._replace(stage=stage) for stage in STAGES] if own.stage is not None else [own]
+    others = [own._replace(recompute=not own.recompute)]
+    chunks = [own.accumulation * times for times in (2, 4, 8)]
+    others += [own._replace(accumulation=count) for count in chunks if plan.local_batch % count == 0]
+    return stages + others
+
+
+def _read_plan(config: Config, question: Question) -> tuple[RunPlan, dict[str, Any]]:
+    """The run plan, and what is stored of the training split."""
+    world = config.cluster.num_workers
+    if question.num_samples is not None:
+        return build_plan(config, world, question.num_samples, question.num_val_samples), {}
+    from place.training.pretrain import build_run_plan
+
+    plan = build_run_plan(config, world)
+    shards = read_shard_list(config.data.path, config.data.train_split)
+    stored = sum((shard["zip_data"] or shard["raw_data"])["bytes"] for shard in shards)
+    raw = sum(shard["raw_data"]["bytes"] for shard in shards)
+    return plan, {"shards": len(shards), "stored_gib": stored / GIB, "cache_gib": raw / GIB}
+
+
+def _in_gib(footprint: Footprint, plan: RunPlan, config: Config, setting: Setting) -> dict[str, float]:
+    memory = compute_memory(footprint, plan, config, setting)
+    return {f"{name}_gib": size / GIB for name, size in memory._asdict().items()}
+
+
+def _compute_time(footprint: Footprint, plan: RunPlan, config: Config, question: Question) -> dict[str, float]:
+    gpu = GPUS[question.gpu]
+    peak = (gpu.bf16_tflops if config.engine.precision == "bf16" else gpu.fp32_tflops) * 1e12
+    flops = compute_flops(footprint, plan, config)
+    step_s = flops / (plan.world * peak * question.mfu)
+    rate = plan.local_batch / step_s
+    return {
+        "tflop_per_step": flops / 1e12,
+        "step_s": step_s,
+        "epoch_s": step_s * plan.steps_per_epoch,
+        "run_h": step_s * plan.total_steps / 3600,
+        "gpu_h": step_s * plan.total_steps * plan.world / 3600,
+        "pairs_per_s_worker": rate,
+        "loader_cores_worker": math.ceil(rate / PAIRS_PER_CORE),
+    }
+
+
+def _usable(question: Question) -> float:
+    return question.memory_gib - RESERVE_GIB
+
+
+def _say_source(question: Question) -> list[str]:
+    return [] if question.num_samples is None else [f"{question.num_samples:,} training pairs, as given"]

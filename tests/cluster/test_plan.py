@@ -1,0 +1,229 @@
+"""`place plan`: its memory against what a step really allocates, its arithmetic, and what it asks of a user."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from measured_memory import measure_peak
+from place.cluster.budget import Setting, compute_flops, compute_memory, compute_traffic
+from place.cluster.worker import ENGINES
+from spawn import run_ranks
+from tiny import build_batch, build_tiny_config
+from training.runs import write_config
+
+from place import cli
+from place.config import Config, build_config
+from place.losses.objective import compute_losses
+from place.model.place import build_model
+from place.training.footprint import measure_footprint
+from place.training.gradcache import backward_contrast
+from place.training.plan import build_plan
+
+ROOT = Path(__file__).parents[2]
+VOCAB = 64
+TOLERANCE = 0.1
+# DeepSpeed's own buckets of 2 GB would drown a tiny model.
+ZERO = {"reduce_bucket_size": 2_000_000, "stage3_prefetch_bucket_size": 100_000}
+
+
+def build_sized_config(
+    width: int = 64, depth: int = 3, batch: int = 32, accumulation: int = 1, **engine: Any
+) -> Config:
+    """A model large enough for its memory to stand out."""
+    encoder = {"patch_size": 8, "embed_dim": width, "depth": depth, "num_heads": 2}
+    return build_tiny_config(
+        # As long as the reports of build_batch.
+        data={"max_tokens": 14},
+        model={
+            "vision": {"overrides": encoder},
+            "text": {"width": width, "depth": depth, "vocab_size": VOCAB},
+        },
+        train={"global_batch": batch, "accumulation": accumulation},
+        engine=engine,
+    )
+
+
+def build_sharded_config(stage: int) -> Config:
+    zero = {"zero_optimization": {"stage": stage, **ZERO}} if stage else {}
+    return build_sized_config(256, 4, 16, kind="deepspeed", zero_stage=stage, deepspeed=zero)
+
+
+def train_two_steps(config: Config, rank: int, world: int) -> int:
+    """Bytes at the peak of building an engine and taking two steps."""
+
+    def run() -> None:
+        torch.manual_seed(0)
+        engine = ENGINES[config.engine.kind](
+            build_model(config, VOCAB, torch.device("cpu"))[0], config, torch.device("cpu")
+        )
+        for step in range(2):
+            batch = build_batch(config.train.global_batch, step, config).chunks(world)[rank]
+            backward_contrast(
+                engine, batch, config.train.accumulation, lambda o, b: compute_losses(o, b, config.loss, 1 / 255)
+            )
+            engine.step(1e-3)
+
+    return measure_peak(run)
+
+
+def train_rank(stage: int) -> int:
+    from place.distributed import read_world
+
+    return train_two_steps(build_sharded_config(stage), read_world().rank, read_world().world)
+
+
+def forecast_peak(config: Config, world: int, on_gpu: bool = False) -> int:
+    plan = build_plan(config, world, 10_000, 0)
+    stage = config.engine.zero_stage if config.engine.kind == "deepspeed" else None
+    setting = Setting(stage, config.engine.activation_checkpointing, plan.accumulation, on_gpu)
+    return compute_memory(measure_footprint(config), plan, config, setting).peak
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _warm() -> None:
+    """What libraries allocate at first use is not a step's."""
+    train_two_steps(build_sized_config(batch=8), 0, 1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"batch": 128},
+        {"width": 256, "depth": 4, "batch": 8},
+        {"accumulation": 4},
+        {"activation_checkpointing": True},
+        {"activation_checkpointing": True, "accumulation": 2},
+        {"precision": "bf16"},
+    ],
+    ids=lambda settings: ",".join(map(str, settings.items())) or "plain",
+)
+def test_memory_agrees_with_what_a_step_allocates(settings: dict) -> None:
+    config = build_sized_config(**settings)
+    measured = train_two_steps(config, 0, 1)
+    assert forecast_peak(config, 1) == pytest.approx(measured, rel=TOLERANCE)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("stage", "tolerance"), [(1, TOLERANCE), (3, 0.15)])
+def test_memory_of_a_zero_stage_agrees_with_what_two_ranks_allocate(stage: int, tolerance: float) -> None:
+    measured = max(run_ranks(train_rank, 2, stage))
+    assert forecast_peak(build_sharded_config(stage), 2) == pytest.approx(measured, rel=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("settings", [{}, {"accumulation": 4}, {"activation_checkpointing": True}])
+def test_memory_agrees_with_what_a_gpu_allocates(settings: dict) -> None:
+    config = build_sized_config(width=512, depth=6, batch=256, **settings)
+    device = torch.device("cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    engine = ENGINES["torch"](build_model(config, VOCAB, device)[0], config, device)
+    for step in range(2):
+        batch = build_batch(config.train.global_batch, step, config).to(device)
+        backward_contrast(
+            engine, batch, config.train.accumulation, lambda o, b: compute_losses(o, b, config.loss, 1 / 255)
+        )
+        engine.step(1e-3)
+    measured = torch.cuda.max_memory_allocated() - before
+    assert forecast_peak(config, 1, on_gpu=True) == pytest.approx(measured, rel=0.15)
+
+
+@pytest.fixture(scope="module")
+def vitb16() -> Any:
+    config = build_config(ROOT / "configs" / "pretrain_vitb16.yaml")
+    return config, measure_footprint(config), build_plan(config, 8, 377_110, 0)
+
+
+def test_vit_b16_and_bert_base_have_their_known_size_and_flops(vitb16: Any) -> None:
+    _, footprint, _ = vitb16
+    vision, text = footprint.parts["vision"], footprint.parts["text"]
+    assert vision.parameters == 85_405_440  # timm's vit_base_patch16_224 without its head, one channel
+    assert text.parameters == 107_719_680  # bert-base-cased without its pooler, 28,996 entries
+    tokens, width, layers, length = 197, 768, 12, 160
+    linear = layers * 24 * width**2
+    patches = 2 * 196 * width * 16**2
+    assert vision.pair_flops == pytest.approx(linear * tokens + layers * 4 * tokens**2 * width + patches, rel=1e-3)
+    assert text.pair_flops == pytest.approx(linear * length + layers * 4 * length**2 * width, rel=1e-3)
+    assert any("BERT base" in line for line in footprint.assumed)
+
+
+def test_flops_of_a_step_are_three_forwards_and_what_is_computed_again(vitb16: Any) -> None:
+    config, footprint, plan = vitb16
+    forward = plan.global_batch * sum(part.pair_flops for part in footprint.parts.values())
+    plain = compute_flops(footprint, plan, config)
+    assert 3 * forward < plain < 3.2 * forward  # the losses' products come on top
+    chunked = compute_flops(footprint, plan.model_copy(update={"accumulation": 4}), config)
+    assert chunked - plain == forward
+
+
+def test_zero_shares_out_what_it_says_and_recomputation_and_chunks_cut_activations(vitb16: Any) -> None:
+    config, footprint, plan = vitb16
+    size = 4 * footprint.parameters
+    zero = {stage: compute_memory(footprint, plan, config, Setting(stage, False, 1)) for stage in (0, 1, 2, 3)}
+    assert [zero[stage].optimiser for stage in zero] == [2 * size, *[2 * (size // 8)] * 3]
+    assert zero[2].gradients == size // 8
+    recompute = compute_memory(footprint, plan, config, Setting(1, True, 1))
+    assert recompute.peak < zero[1].peak
+    chunks = compute_memory(footprint, plan, config, Setting(1, False, 4))
+    assert chunks.activations < zero[1].activations / 3
+
+
+def test_traffic_follows_the_stage_and_vanishes_for_one_worker(vitb16: Any) -> None:
+    config, footprint, plan = vitb16
+    size = 4 * footprint.parameters
+    sent = {stage: compute_traffic(footprint, plan, config, stage)["gradients and weights"] for stage in (0, 1, 2, 3)}
+    assert sent[1] == sent[2] == sent[0] == int(2 * 7 / 8 * size)
+    assert sent[3] == int(3 * 7 / 8 * size)
+    alone = compute_traffic(footprint, plan.model_copy(update={"world": 1}), config, 1)
+    assert set(alone.values()) == {0}
+
+
+def test_the_forecast_of_prepared_data_is_printed_and_marks_this_config(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, prepared, engine={"kind": "deepspeed", "zero_stage": 2})
+    assert cli.main(["plan", "--config", str(config), "--json"]) == 0
+    forecast = json.loads(capsys.readouterr().out)
+    assert [row["stage"] for row in forecast["memory"] if row["is_own"]] == [2]
+    assert {row["stage"] for row in forecast["memory"]} == {0, 1, 2, 3}
+    assert forecast["data"]["shards"] == 1
+    assert forecast["plan"]["steps_per_epoch"] == forecast["plan"]["num_samples"] // 32
+    assert cli.main(["plan", "--config", str(config)]) == 0
+    out = capsys.readouterr().out
+    assert "* ZeRO-2" in out
+    assert "assumed:" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_small_gpu_does_not_hold_a_large_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path, tmp_path / "none", train={"global_batch": 8192})
+    arguments = ["plan", "--config", str(config), "--json", "--samples", "100000"]
+    fits = []
+    for memory_gib in ("3.1", "80"):
+        assert cli.main([*arguments, "--gpu-memory-gib", memory_gib]) == 0
+        fits.append([row["fits"] for row in json.loads(capsys.readouterr().out)["memory"] if row["is_own"]])
+    assert fits == [[False], [True]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpu", "h1000"], "expected one of a100-40"),
+        (["--mfu", "20"], "expected a share"),
+        ([], "is no prepared data set"),
+    ],
+)
+def test_what_a_plan_cannot_do_is_one_line(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, tmp_path / "none")
+    assert cli.main(["plan", "--config", str(config), *arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert words in lines[0]
