@@ -8,6 +8,7 @@ from place.cluster.deepspeed_engine import build_deepspeed_config
 from place.kernels.contrast import TILE_COLUMNS, TILE_ROWS, TILED_FROM_PAIRS
 
 from place.config import Config
+from place.distributed import World
 from place.training.footprint import Footprint
 from place.training.plan import RunPlan
 
@@ -61,13 +62,16 @@ def compute_memory(footprint: Footprint, plan: RunPlan, config: Config, setting:
         "optimiser": 2 * share,
         # Stage 1 sends gradients with the last chunk only, and so long holds all of them.
         "gradients": share if stage in (2, 3) or (stage == 1 and not chunked) else size,
-        "buckets": _count_buckets(footprint, config, plan, stage),
+        "buckets": _count_buckets(footprint, config, plan, stage, setting.on_gpu),
         "activations": sum(held.values()),
         "features": inputs + (2 * plan.local_batch * footprint.output_bytes if chunked else 0),
         "losses": _count_losses(config, plan),
         # The gradient of the widest activation, and of what it was made from.
         "working": 2 * micro * footprint.largest_bytes,
     }
+    if config.engine.offload != "none" and stage:
+        # In host memory, where the optimiser steps too.
+        parts |= {"master": 0, "optimiser": 0}
     kept = sum(parts[name] for name in ("weights", "master", "optimiser", "features"))
     if setting.recompute:
         parts["activations"] = held["heads"] + max(held["vision"], held["text"])
@@ -104,7 +108,7 @@ def _count_update(parts: dict[str, int], share: int, plan: RunPlan, setting: Set
     return parts["gradients"] + max(sent, share if setting.on_gpu else 0)
 
 
-def _count_buckets(footprint: Footprint, config: Config, plan: RunPlan, stage: int | None) -> int:
+def _count_buckets(footprint: Footprint, config: Config, plan: RunPlan, stage: int | None, on_gpu: bool) -> int:
     """What DeepSpeed sends gradients from, and at stage 3 gathers weights into."""
     if stage is None:
         return 0
@@ -116,7 +120,8 @@ def _count_buckets(footprint: Footprint, config: Config, plan: RunPlan, stage: i
     if stage == 3:
         # Beside the bucket stand the gradients that wait for it to fill.
         return bucket + min(size, bucket)
-    return bucket * (2 if zero.get("overlap_comm") else 1)
+    # Where it plans for GPUs, this machine may have none.
+    return bucket * (2 if config.engine.overlap_comm and on_gpu else 1)
 
 
 def _count_gathered(footprint: Footprint, config: Config, plan: RunPlan) -> int:
@@ -133,7 +138,9 @@ def _count_gathered(footprint: Footprint, config: Config, plan: RunPlan) -> int:
 def read_zero(config: Config, plan: RunPlan, stage: int) -> dict[str, Any]:
     """The zero_optimization section that the engine would be given at this stage."""
     engine = config.engine.model_copy(update={"zero_stage": stage})
-    return build_deepspeed_config(config.model_copy(update={"engine": engine}), plan.world)["zero_optimization"]
+    return build_deepspeed_config(config.model_copy(update={"engine": engine}), World(0, plan.world, 0, 1))[
+        "zero_optimization"
+    ]
 
 
 def _count_losses(config: Config, plan: RunPlan) -> int:
@@ -154,21 +161,30 @@ def _count_logits(rows: int, columns: int) -> int:
 
 
 def compute_traffic(footprint: Footprint, plan: RunPlan, config: Config, stage: int | None) -> dict[str, int]:
-    """Bytes a worker sends in a step, at the bound of each collective (a ring): N - 1 of N parts.
+    """Bytes a worker sends in a step, at the bound of each collective that is called (a ring): N - 1 of N parts.
 
-    Source: quoted (Rajbhandari et al. 2020, ZeRO, section 7) for the stages.
+    Source: quoted (Rajbhandari et al. 2020, ZeRO, section 7) for the stages; DeepSpeed's 1 and 2 all-reduce whole
+        buckets unless engine.gradient_reduction=reduce.
     """
-    size, share = FP32 * footprint.parameters, (plan.world - 1) / plan.world
-    rounds = plan.accumulation
-    # All-reduce is a reduce-scatter and an all-gather; stage 3 gathers weights before forward and before backward.
-    times = {None: 2.0, 0: 2.0, 1: 2.0, 2: 1.0 + rounds}.get(stage, 3.0 * rounds + (rounds if rounds > 1 else 0))
+    engine, share = config.engine, (plan.world - 1) / plan.world
+    size = share * FP32 * footprint.parameters
+    wire = size / 2 if engine.wire_precision == "bf16" and stage is not None else size
+    # Stages 2 and 3 share out the gradients of every chunk, stage 3 gathers weights for each.
+    rounds = plan.accumulation if stage in (2, 3) else 1
+    gradients, weights = 2 * wire, 0.0
+    if stage in (1, 2):
+        gradients, weights = wire * rounds * (2 if engine.gradient_reduction == "all_reduce" else 1), size
+    if stage == 3:
+        passes = 2 * rounds + (rounds if rounds > 1 else 0)  # GradCache encodes each chunk once more
+        gathered = size / 2 if engine.wire_precision == engine.precision == "bf16" else size
+        gradients, weights = wire * rounds, passes * gathered
     width, sentences = config.model.joint_width, config.data.max_sentences
     per_pair = 2 * width * FP32
     if config.loss.pathology.weight and config.loss.pathology.negatives == "global":
         per_pair += 2 * sentences * width * FP32
     # Gathered forward, and their gradients summed and scattered backward.
     features = 2 * share * plan.global_batch * per_pair
-    return {"gradients and weights": int(times * share * size), "features": int(features)}
+    return {"gradients": int(gradients), "weights": int(weights), "features": int(features)}
 
 
 def compute_flops(footprint: Footprint, plan: RunPlan, config: Config) -> int:

@@ -106,7 +106,7 @@ def _in_gib(footprint: Footprint, plan: RunPlan, config: Config, setting: Settin
 
 def _compute_time(footprint: Footprint, plan: RunPlan, config: Config, question: Question) -> dict[str, float]:
     gpu = GPUS[question.gpu]
-    peak = (gpu.bf16_tflops if config.engine.precision == "bf16" else gpu.fp32_tflops) * 1e12
+    peak = (gpu.bf16_tflops if config.engine.precision != "fp32" else gpu.fp32_tflops) * 1e12
     flops = compute_flops(footprint, plan, config)
     step_s = flops / (plan.world * peak * question.mfu)
     rate = plan.local_batch / step_s

@@ -122,7 +122,7 @@ def _follow(model: PlaceModel, config: Config, pairs: int) -> _Pass:
         where[2] = flops
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=config.engine.precision == "bf16"),
+            torch.autocast("cpu", torch.bfloat16, enabled=config.engine.precision != "fp32"),
         ):
             outputs = model.train()(batch)
         flops["heads"] = where[1]() - flops["vision"] - flops["text"]
@@ -194,8 +194,10 @@ def _build_without_weights(config: Config) -> tuple[PlaceModel, list[str]]:
     """The model on the meta device, and what was assumed of encoders that are not here."""
     with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
         definition, vocab_size, assumed = _find_text(config, Path(folder))
-        vision = build_image_encoder(config.model.vision, config.data.image_size_px, "sdpa", with_weights=False)
+        vision = build_image_encoder(config.model.vision, config.data.image_size_px, with_weights=False)
         text = build_report_encoder(config.model.text, vocab_size, "sdpa", definition)
+        # Full reports are as long packed as padded; how long others are, fake tensors do not know.
+        text.first_position = None
         return PlaceModel(config, vision, text, "sdpa"), assumed
 
 

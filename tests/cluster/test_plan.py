@@ -16,6 +16,7 @@ from tiny import build_batch, build_tiny_config
 from training.runs import write_config
 
 from place import cli
+from place.batch import Batch
 from place.config import Config, build_config
 from place.losses.objective import compute_losses
 from place.model.place import build_model
@@ -26,8 +27,6 @@ from place.training.plan import build_plan
 ROOT = Path(__file__).parents[2]
 VOCAB = 64
 TOLERANCE = 0.1
-# DeepSpeed's own buckets of 2 GB would drown a tiny model.
-ZERO = {"reduce_bucket_size": 2_000_000, "stage3_prefetch_bucket_size": 100_000}
 
 
 def build_sized_config(
@@ -48,8 +47,14 @@ def build_sized_config(
 
 
 def build_sharded_config(stage: int) -> Config:
-    zero = {"zero_optimization": {"stage": stage, **ZERO}} if stage else {}
-    return build_sized_config(256, 4, 16, kind="deepspeed", zero_stage=stage, deepspeed=zero)
+    # Buckets that do not drown a tiny model.
+    return build_sized_config(256, 4, 16, kind="deepspeed", zero_stage=stage, bucket_mib=8)
+
+
+def build_full_batch(config: Config, seed: int) -> Batch:
+    """Reports without padding, as a plan assumes them."""
+    batch = build_batch(config.train.global_batch, seed, config)
+    return batch._replace(attention_BT=torch.ones_like(batch.attention_BT))
 
 
 def train_two_steps(config: Config, rank: int, world: int) -> int:
@@ -61,7 +66,7 @@ def train_two_steps(config: Config, rank: int, world: int) -> int:
             build_model(config, VOCAB, torch.device("cpu"))[0], config, torch.device("cpu")
         )
         for step in range(2):
-            batch = build_batch(config.train.global_batch, step, config).chunks(world)[rank]
+            batch = build_full_batch(config, step).chunks(world)[rank]
             backward_contrast(
                 engine, batch, config.train.accumulation, lambda o, b: compute_losses(o, b, config.loss, 1 / 255)
             )
@@ -125,7 +130,7 @@ def test_memory_agrees_with_what_a_gpu_allocates(settings: dict) -> None:
     before = torch.cuda.memory_allocated()
     engine = ENGINES["torch"](build_model(config, VOCAB, device)[0], config, device)
     for step in range(2):
-        batch = build_batch(config.train.global_batch, step, config).to(device)
+        batch = build_full_batch(config, step).to(device)
         backward_contrast(
             engine, batch, config.train.accumulation, lambda o, b: compute_losses(o, b, config.loss, 1 / 255)
         )
@@ -177,9 +182,15 @@ def test_zero_shares_out_what_it_says_and_recomputation_and_chunks_cut_activatio
 def test_traffic_follows_the_stage_and_vanishes_for_one_worker(vitb16: Any) -> None:
     config, footprint, plan = vitb16
     size = 4 * footprint.parameters
-    sent = {stage: compute_traffic(footprint, plan, config, stage)["gradients and weights"] for stage in (0, 1, 2, 3)}
-    assert sent[1] == sent[2] == sent[0] == int(2 * 7 / 8 * size)
-    assert sent[3] == int(3 * 7 / 8 * size)
+
+    def count(stage: int | None, **engine: str) -> float:
+        changed = config.model_copy(update={"engine": config.engine.model_copy(update=engine)})
+        sent = compute_traffic(footprint, plan, changed, stage)
+        return (sent["gradients"] + sent["weights"]) / (7 / 8 * size)
+
+    assert [count(None), count(0), count(1), count(2), count(3)] == pytest.approx([2, 2, 3, 3, 3])
+    assert count(1, gradient_reduction="reduce") == pytest.approx(2)
+    assert count(0, wire_precision="bf16") == pytest.approx(1)
     alone = compute_traffic(footprint, plan.model_copy(update={"world": 1}), config, 1)
     assert set(alone.values()) == {0}
 
