@@ -35,7 +35,7 @@ class DeepSpeedEngine:
         self.scale = LossScale(config.engine.precision == "fp16")
         if config.engine.precision == "fp16":
             # Inside the module: DeepSpeed ends an autocast that it finds around its own call.
-            self.model.forward = torch.autocast(device.type, torch.float16)(self.model.forward)  # type: ignore[method-assign]
+            self.model.forward = torch.autocast(device.type, torch.float16)(self.model.forward)
         self.engine, *_ = deepspeed.initialize(
             model=self.model,
             optimizer=build_optimizer(self.model, config.optim),
@@ -142,7 +142,7 @@ def build_deepspeed_config(config: Config, world: World) -> dict[str, Any]:
         "steps_per_print": 10**9,
     }
     if engine.precision == "bf16":
-        modules = {} if engine.wire_precision == "bf16" else {"lower_precision_safe_modules": []}
+        modules: dict[str, list[str]] = {} if engine.wire_precision == "bf16" else {"lower_precision_safe_modules": []}
         ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", **modules}
     elif engine.wire_precision == "bf16":
         ours["communication_data_type"] = "bf16"

@@ -3,8 +3,8 @@
     python tests/rig/bench_wire.py --hosts 3 --output build/wire.json        (root; `make bench-wire`)
 
 Starts machines in network namespaces (hosts.sh), one worker on each by torchrun, and reads the counters of their
-network cards before and after some steps; what an equal time of waiting sends is subtracted. Collectives are counted
-where torch hands them to the backend, and turned into bytes by the cost of a ring: what any algorithm needs at least.
+network cards before and after some steps; what as much time of waiting would send is subtracted. Collectives are
+counted where torch hands them to the backend, and turned into bytes by the cost of a ring: the least that is needed.
 
 DeepSpeed's ZeRO 1 and 2 all-reduce whole buckets, half as much again as they must send: few large messages, where a
 reduction to each owner (`engine.gradient_reduction=reduce`, rows of their own) is one message an owner and bucket. gloo
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
-STEPS, WARM_UP = 6, 2
+STEPS, WARM_UP, IDLE_S = 3, 2, 3.0
 LIMIT = 1.15
 HEADER = "row                    MB/step   called  ratio    bound  ratio  collectives a step"
 
@@ -77,6 +78,7 @@ def main() -> int:
     if given.worker:
         work(given.worker)
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the machines are stopped
     given.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="wire-") as folder:
         measured = run_on_hosts(given.hosts, given.hosts_sh, Path(folder))
@@ -155,9 +157,9 @@ def measure(row: Row) -> dict[str, Any]:
     dist.barrier()
     took_s, sent = time.perf_counter() - began, read_sent() - sent
     idle = read_sent()
-    time.sleep(took_s)
-    idle = read_sent() - idle
-    total = torch.tensor([float(sent - idle), float(idle)], dtype=torch.float64)
+    time.sleep(IDLE_S)
+    idle = (read_sent() - idle) * took_s / IDLE_S
+    total = torch.tensor([sent - idle, idle], dtype=torch.float64)
     dist.all_reduce(total)
     world = dist.get_world_size()
     wire = total[0].item() / STEPS

@@ -122,6 +122,8 @@ def test_the_run_folder_is_as_the_contract_says(undisturbed: Path) -> None:
     named = {*TERMS, "temperature_instance", "temperature_pathology", "samples_per_s", "data_wait_share", "memory_mib"}
     assert all(named <= record.keys() for record in steps)
     assert [record["step"] for record in records if "val_total" in record] == [20, 40, 60]
+    saved = [record["step"] for record in steps if {"checkpoint_wait_s", "checkpoint_copy_s"} <= record.keys()]
+    assert saved[:3] == [8, 15, 21], "the step after a checkpoint says what it waited for"
     assert all(len(record["ids"]) == 32 for record in read_jsonl(undisturbed / "samples.jsonl"))
 
 
