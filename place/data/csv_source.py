@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from place.config import PrepareConfig, UsageError
-from place.data.frame_rows import FrameRows, mark_rejects, order_by_patient
+from place.data.frame_rows import FrameRows, mark_rejects
 from place.data.identity import IdHasher, read_salt
 from place.data.official_split import assign_splits
 from place.data.rows import Table
@@ -42,7 +42,7 @@ def open_csv(config: PrepareConfig) -> Table:
     frame["split"], rule = assign_splits(frame, config, _ADVICE)
     _check_views(frame)
     content = ids.digest("input", f"{hash_file(table)}:{root.resolve()}").hex()
-    rows = FrameRows(order_by_patient(frame), labels, ids, str(root))
+    rows = FrameRows(frame, labels, ids, str(root))
     return Table(rows, [label.name for label in labels], rule, notes, content)
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 from place.config import PrepareConfig, RunError, UsageError
 from place.data.csv_source import fill_field
 from place.data.dicom import Identity, read_identity
-from place.data.frame_rows import FrameRows, mark_mixed_studies, mark_rejects, order_by_patient
+from place.data.frame_rows import FrameRows, mark_mixed_studies, mark_rejects
 from place.data.identity import IdHasher, read_salt
 from place.data.official_split import assign_splits
 from place.data.pool import count_cores, map_in_processes
@@ -67,7 +67,7 @@ def open_dicom_tree(config: PrepareConfig) -> Table:
     ids = IdHasher(read_salt(config.salt_file))
     files = hashlib.sha256("\n".join(frame["image"] + " " + frame["identity"]).encode()).hexdigest()
     content = ids.digest("input", f"{files}:{hash_file(table)}:{root.resolve()}").hex()
-    rows = FrameRows(order_by_patient(frame), labels, ids, str(root))
+    rows = FrameRows(frame, labels, ids, str(root))
     return Table(rows, [label.name for label in labels], rule, notes, content)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from place.data.identity import IdHasher
 from place.data.rows import Row
@@ -17,7 +18,8 @@ SECTIONS = ("findings", "impression", "text")
 
 
 class FrameRows:
-    """A table of images; ids are hashed when a slice is taken, so that no raw one reaches a task.
+    """A table of images; ids are hashed when a slice is taken, so that no raw one reaches a task; a patient's rows
+    are side by side.
 
     Columns: `number` (position in the input), `identity` (of the image), `patient`, `study`, `split`; and where the
     source has them: `image` and `report` (paths below their roots), `findings`, `impression`, `text`, `view`, `reject`
@@ -29,6 +31,8 @@ class FrameRows:
     ):
         self.frame, self.labels, self.ids = frame, labels, ids
         self.image_root, self.report_root = image_root, report_root
+        # Positions, and not the table in another order: its reports stay on the disk until their slice is taken.
+        self.order = order_by_patient(frame)
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -38,7 +42,7 @@ class FrameRows:
             yield from self[begin : begin + 1024]
 
     def __getitem__(self, where: slice) -> list[Row]:
-        return [self._build_row(cells) for cells in self.frame.iloc[where].to_dict("records")]
+        return [self._build_row(cells) for cells in self.frame.iloc[self.order[where]].to_dict("records")]
 
     def _build_row(self, cells: dict[Any, Any]) -> Row:
         image, report = cells.get("image"), cells.get("report")
@@ -57,11 +61,14 @@ class FrameRows:
         )
 
 
-def order_by_patient(frame: pd.DataFrame) -> pd.DataFrame:
-    """A patient's studies side by side, and a study's images; each where its first one is. Source: ours."""
+def order_by_patient(frame: pd.DataFrame) -> NDArray[np.int64]:
+    """Positions of the rows: a patient's studies side by side, and a study's images; each where its first one is.
+
+    Source: ours.
+    """
     patient = frame.groupby("patient", sort=False).ngroup().to_numpy()
     study = frame.groupby("study", sort=False).ngroup().to_numpy()
-    return frame.iloc[np.lexsort((np.arange(len(frame)), study, patient))]
+    return np.lexsort((np.arange(len(frame)), study, patient))
 
 
 def mark_rejects(frame: pd.DataFrame, rows: Any, reason: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from place.config import PrepareConfig, RunError, UsageError
-from place.data.frame_rows import FrameRows, mark_mixed_studies, mark_rejects, order_by_patient
+from place.data.frame_rows import FrameRows, mark_mixed_studies, mark_rejects
 from place.data.identity import IdHasher, read_salt
 from place.data.official_split import assign_splits
 from place.data.rows import Table
@@ -56,7 +56,7 @@ def open_mimic(config: PrepareConfig) -> Table:
     ids = IdHasher(read_salt(config.salt_file))
     parts = [hash_file(file) for file in (_find_list(root), splits_file, labels_file) if file]
     content = ids.digest("input", ":".join([*parts, str(root.resolve()), str(report_root.resolve())])).hex()
-    rows = FrameRows(order_by_patient(frame), labels, ids, str(root), str(report_root))
+    rows = FrameRows(frame, labels, ids, str(root), str(report_root))
     return Table(rows, [label.name for label in labels], rule, [], content)
 
 

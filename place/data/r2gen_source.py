@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from place.config import PrepareConfig, RunError, UsageError
-from place.data.frame_rows import FrameRows, mark_mixed_studies, mark_rejects, order_by_patient
+from place.data.frame_rows import FrameRows, mark_mixed_studies, mark_rejects
 from place.data.identity import IdHasher, read_salt
 from place.data.official_split import assign_splits
 from place.data.rows import Table
@@ -44,7 +44,7 @@ def open_r2gen(config: PrepareConfig) -> Table:
     ids = IdHasher(read_salt(config.salt_file))
     content = ids.digest("input", f"{hash_file(path)}:{root.resolve()}").hex()
     notes = ["the annotation tells no view: lateral images are among them"]
-    return Table(FrameRows(order_by_patient(frame), [], ids, str(root)), [], rule, notes, content)
+    return Table(FrameRows(frame, [], ids, str(root)), [], rule, notes, content)
 
 
 def _find_files(config: PrepareConfig) -> tuple[Path, Path]:

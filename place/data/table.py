@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +16,15 @@ from pyarrow import compute, csv
 from pyarrow import parquet as pq
 
 from place.config import RunError, UsageError
+from place.data.spill import map_from_disk
 
 FIELDS = ("image", "text", "findings", "impression", "patient", "study", "view", "split")
 REPORT_FIELDS = ("accession", "study", "text", "findings", "impression", "patient", "split")
 TEXT = pd.StringDtype("pyarrow", na_value=np.nan)
 _SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 _MAX_CLASSES = 64
+_BLOCK_BYTES = 8 << 20
+"""Read at once; no line may be longer."""
 _SIGNS = {
     "1": 1,
     "0": 0,
@@ -148,14 +151,26 @@ def read_header(path: Path) -> list[str]:
 
 
 def _read_cells(path: Path, columns: list[str]) -> pd.DataFrame:
-    if path.suffix == ".parquet":
-        frame = pq.read_table(path, columns=columns).to_pandas(integer_object_nulls=True)
-        return frame.map(_to_text).reset_index(drop=True).astype(TEXT)
+    schema = pa.schema([(name, pa.large_string()) for name in columns])
+    read = _read_parquet if path.suffix == ".parquet" else _read_csv
+    table = map_from_disk((pa.record_batch(arrays, schema=schema) for arrays in read(path, columns)), schema)
+    return table.to_pandas(types_mapper={pa.large_string(): TEXT}.get)
+
+
+def _read_csv(path: Path, columns: list[str]) -> Iterator[list[pa.Array]]:
     # pyarrow refuses a line with too many or too few fields, where pandas would cut or fill it without a word.
-    convert = csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()), include_columns=columns)
-    table = csv.read_csv(path, parse_options=_parse_options(path), convert_options=convert)
-    stripped = {name: compute.utf8_trim_whitespace(table[name]) for name in table.column_names}
-    return pa.table(stripped).to_pandas(types_mapper={pa.string(): TEXT}.get)
+    convert = csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.large_string()), include_columns=columns)
+    read = csv.ReadOptions(block_size=_BLOCK_BYTES)
+    with csv.open_csv(path, read, _parse_options(path), convert) as batches:
+        for batch in batches:
+            yield [compute.utf8_trim_whitespace(batch[name]) for name in columns]
+
+
+def _read_parquet(path: Path, columns: list[str]) -> Iterator[list[pa.Array]]:
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(columns=columns):
+            frame = batch.to_pandas(integer_object_nulls=True)
+            yield [pa.array(frame[name].map(_to_text), pa.large_string()) for name in columns]
 
 
 def _parse_options(path: Path) -> csv.ParseOptions:

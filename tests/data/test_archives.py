@@ -200,7 +200,7 @@ def test_the_studies_of_a_patient_and_the_images_of_a_study_stand_together(tmp_p
         runs = [row[unit] for at, row in enumerate(rows) if at == 0 or rows[at - 1][unit] != row[unit]]
         assert len(runs) == len(set(runs)) == count
     frame = pd.DataFrame({"patient": list("babab"), "study": list("12134")})
-    assert list(order_by_patient(frame).index) == [0, 2, 4, 1, 3]
+    assert list(order_by_patient(frame)) == [0, 2, 4, 1, 3]
 
 
 def lay_out_openi(folder: Path) -> None:
