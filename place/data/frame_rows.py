@@ -42,7 +42,11 @@ class FrameRows:
             yield from self[begin : begin + 1024]
 
     def __getitem__(self, where: slice) -> list[Row]:
-        return [self._build_row(cells) for cells in self.frame.iloc[self.order[where]].to_dict("records")]
+        # Runs of neighbours, not all positions at once: Arrow would join the whole column for that.
+        positions = self.order[where]
+        runs = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1) if len(positions) else []
+        records = (cells for run in runs for cells in self.frame.iloc[run[0] : run[-1] + 1].to_dict("records"))
+        return [self._build_row(cells) for cells in records]
 
     def _build_row(self, cells: dict[Any, Any]) -> Row:
         image, report = cells.get("image"), cells.get("report")

@@ -23,6 +23,7 @@ def map_from_disk(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Ta
         with pa.OSFile(name, "wb") as file, pa.ipc.new_file(file, schema) as writer:
             for batch in batches:
                 writer.write_batch(batch)
+        pa.default_memory_pool().release_unused()
         return pa.ipc.open_file(pa.memory_map(name)).read_all()
     finally:
         os.unlink(name)

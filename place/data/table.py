@@ -23,7 +23,7 @@ REPORT_FIELDS = ("accession", "study", "text", "findings", "impression", "patien
 TEXT = pd.StringDtype("pyarrow", na_value=np.nan)
 _SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 _MAX_CLASSES = 64
-_BLOCK_BYTES = 8 << 20
+_BLOCK_BYTES = 2 << 20
 """Read at once; no line may be longer."""
 _SIGNS = {
     "1": 1,
