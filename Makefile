@@ -42,7 +42,7 @@ build/triton36: $(READY)
 fuzz: $(READY)
 	$(BIN)/pytest -m fuzz -s tests/data/test_fuzz.py
 
-# Bytes on the wire of a step, ZeRO stage by stage, between machines in network namespaces (root, Linux). About 3 minutes.
+# Bytes on the wire of a step, ZeRO stage by stage, between machines in network namespaces (root, Linux). 8 minutes on busy cores.
 bench-wire: $(READY)
 	$(BIN)/python tests/rig/bench_wire.py --hosts 3 --output build/wire.json
 
