@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -21,6 +20,7 @@ from place.data.pool import map_in_processes
 from place.data.rows import Table
 from place.data.shards import HASHES, write_index
 from place.data.sources import SOURCES
+from place.data.spill import FULL
 from place.data.storage import PARTIAL, Folder, Store, open_store
 from place.data.task import NOTHING, PARTS, PartResult, Task, add_results, find_parts, name_table, read_part, run_task
 
@@ -35,7 +35,6 @@ _FILES = (MANIFEST_FILE, REJECTED_FILE, "card.json", "card.md")
 _OURS = {PARTS, PAGE, *SPLITS, *_FILES, *(f"{name}{PARTIAL}" for name in _FILES)}
 _FREE = ("output", "launcher", "address", "num_workers", "input", "image_root", "reports", "salt_file")
 _REQUEST = f"{PARTS}/request.json"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run_prepare(
@@ -177,7 +176,7 @@ def _begin_parts(store: Store, request: dict[str, Any]) -> None:
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         write_json(store, _REQUEST, request)
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise
         raise UsageError(f"cannot write to {store}: {error.strerror or error}; choose another --output") from None
 
@@ -214,7 +213,7 @@ def _gib(count: int) -> str:
 def _describe(error: OSError, store: Store) -> str:
     if isinstance(error, FileNotFoundError):
         return f"{error.filename or error} is gone: the unfinished parts are damaged; delete {store} and prepare again"
-    if error.errno in _FULL:
+    if error.errno in FULL:
         return f"disk full at {store} ({error.strerror}): free some and run the same command again, finished parts stay"
     return f"cannot write to {store} ({error.strerror or error}): put that right and run the same command again"
 

@@ -409,12 +409,19 @@ def test_a_disk_that_fills_up_is_one_clear_line_and_the_run_continues_once_there
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_file_size_limit_is_one_clear_line(tmp_path):
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        (1000, r"does not fit into the temporary folder .* \(File too large\)"),
+        (7000, r"disk full at .* \(File too large\)"),
+    ],
+)
+def test_a_file_size_limit_is_one_clear_line(tmp_path, limit, words):
     config = write_csv_source(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(RunError, match=r"disk full at .* \(File too large\)"):
+        with pytest.raises(RunError, match=words):
             run_prepare(config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
