@@ -185,7 +185,7 @@ class RunScreen:
             ended = self.ended.wait(0.5)
             for record in self._read_new("attempts.jsonl"):
                 for note in record.get("notes", []):
-                    self.console.print(note, markup=False)
+                    self.console.print(note, markup=False, soft_wrap=True)
                 launches += "launch" in record
                 if launches > 1 and "launch" in record:
                     self.console.print(f"workers started again (attempt {record['attempt']})")

@@ -51,9 +51,9 @@ class Rig:
             self._script("slurm-net.sh", "stop")
             subprocess.run(["umount", self.small], check=True)
 
-    def ctl(self, *command: str, check: bool = True) -> str:
+    def ctl(self, *command: str, check: bool = True, **environ: str) -> str:
         """A command on the login machine."""
-        return self._script("slurm-net.sh", "run", *command, check=check)
+        return self._script("slurm-net.sh", "run", *command, check=check, **environ)
 
     def on(self, machine: str, *command: str, check: bool = True) -> str:
         """A command on a machine."""
@@ -132,10 +132,10 @@ class Rig:
             found += [f"{machine}: port {line.split()[3]}" for line in ports if not line.split()[3].endswith(":6818")]
         return found
 
-    def _script(self, name: str, *arguments: str, check: bool = True) -> str:
-        done = subprocess.run(
-            [_HERE / name, *arguments], env=self.environ, capture_output=True, text=True, check=False, timeout=120
-        )
+    def _script(self, name: str, *arguments: str, check: bool = True, **environ: str) -> str:
+        environ = {**self.environ, **environ}
+        command = [_HERE / name, *arguments]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=120)
         assert not check or done.returncode == 0, f"{name} {arguments}: {done.stdout}{done.stderr}"
         return done.stdout
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from rig.rig import ROOT, Rig, wait_until
-from slurm.jobs import Job, assert_as_if_nothing_had_happened, assert_curve, assert_exact_samples, note_figure
+from slurm.jobs import SITE, Job, assert_as_if_nothing_had_happened, assert_curve, assert_exact_samples, note_figure
 from training.runs import embed
 
 from place.runlog import read_jsonl
@@ -60,6 +60,20 @@ def test_a_cancelled_job_leaves_nothing_within_15_seconds(job: Job, request: pyt
     gone = wait_until(lambda: job.rig.list_leftovers() == [], 15, "the machines to be as they were")
     note_figure(request, "scancel to nothing left, s", gone)
     assert job.rig.read_job(job.number)["JobState"] == "CANCELLED"
+
+
+def test_a_ladder_of_node_counts_is_submitted_and_every_rung_has_the_same_curve(
+    rig: Rig, pairs: Path, alone: Path, tmp_path: Path
+) -> None:
+    job = Job(rig, pairs, tmp_path)
+    environ = {"PLACE_SBATCH": " ".join((*SITE, f"--output={job.log}")), "PLACE_SCALE_DIR": str(tmp_path)}
+    told = rig.ctl(str(ROOT / "slurm/scale.sh"), "1 2", str(job.config), "train.epochs=3", **environ)
+    jobs = [int(number) for number in re.findall(r"job (\d+)", told)]
+    assert len(jobs) == 2
+    for number in jobs:
+        assert rig.wait_for_end(number, 600)["JobState"] == "COMPLETED", job.read_log()
+    for count in (1, 2):
+        assert_curve(tmp_path / f"nodes_{count}", alone, rel=1e-4)
 
 
 # ---- it is told to end, or something befalls it: the curve is the undisturbed one
