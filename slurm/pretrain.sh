@@ -92,6 +92,11 @@ step() { # step NODE ROLE: Ray on one node, as a job step of its own; takes the 
     bash "$root/slurm/ray_node.sh" "$2"
 }
 is_up() { (exec 3<>"/dev/tcp/$1/$((PLACE_PORT + 7))") 2>/dev/null; }
+is_taken_out() { # true only where Slurm answers so
+  local now
+  now=$(squeue -h -j "$SLURM_JOB_ID" -o %N 2>/dev/null)
+  [ -n "$now" ] && ! scontrol show hostnames "$now" | grep -qx "$1"
+}
 keep_worker() { # starts the node's Ray again when it ended: a cable is plugged in again, a host comes back
   local silent srun was_up
   until [ -e "$PLACE_TMP/stopping" ]; do
@@ -105,6 +110,8 @@ keep_worker() { # starts the node's Ray again when it ended: a cable is plugged 
       if [ "$silent" -ge 5 ]; then kill -KILL "$srun"; break; fi
     done
     wait "$srun" 2>/dev/null
+    if is_taken_out "$1"; then say "Slurm took $1 out of the job"; return; fi
+    [ -n "$was_up" ] || sleep 5
   done
 }
 stop_ray() { # SIGTERM to the steps alone, which clean up; those that hang are killed

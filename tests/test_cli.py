@@ -96,7 +96,7 @@ def test_never_resuming_refuses_a_folder_with_checkpoints(
     ("override", "words"),
     [
         ("train.global_batch=30000", "larger than the"),
-        ("train.accumulation=5", "not divisible by 1 workers x train.accumulation=5"),
+        ("train.accumulation=50", "train.accumulation=50 is more than the 32 pairs"),
         ("model.vision.source=somewhere/else", "neither a folder"),
         ("model.text.source=somewhere/else", "somewhere/else"),
         ("model.attention=xformers", "model.attention=xformers"),
