@@ -21,6 +21,8 @@ class Rig:
     def __init__(self, folder: Path, machines: int = 3, slurmd_timeout_s: int = 30):
         self.folder, self.machines = folder, machines
         self.small = folder / "small"
+        self._off: set[str] = set()
+        self._cut: set[str] = set()
         self.environ = {
             **os.environ,
             "SF_DIR": str(folder / "rig"),
@@ -72,20 +74,31 @@ class Rig:
 
     def off(self, machine: str) -> None:
         """Cut its power: every process there is gone at once."""
+        self._off.add(machine)
         self._script("hosts.sh", "off", machine)
 
     def boot(self, machine: str) -> None:
         """Power it on again, with its slurmd."""
+        self._off.discard(machine)
         self._script("hosts.sh", "boot", machine)
         self._script("slurm-net.sh", "slurmd", machine)
 
     def cut(self, machine: str) -> None:
         """Pull its network cable."""
+        self._cut.add(machine)
         self._script("hosts.sh", "cut", machine)
 
     def heal(self, machine: str) -> None:
         """Plug it in again."""
+        self._cut.discard(machine)
         self._script("hosts.sh", "heal", machine)
+
+    def repair(self) -> None:
+        """Everything that a test left off or cut works again."""
+        for machine in sorted(self._cut):
+            self.heal(machine)
+        for machine in sorted(self._off):
+            self.boot(machine)
 
     def submit(self, *arguments: str, log: Path, **environ: str) -> int:
         """sbatch; returns the job's number."""

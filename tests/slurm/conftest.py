@@ -73,6 +73,7 @@ def job(rig: Rig, pairs: Path, tmp_path: Path) -> Any:
     yield job
     if job.number:
         rig.ctl("scancel", str(job.number), check=False)
+    rig.repair()
     wait_until(lambda: are_all_idle(rig), 90, "the machines to be idle again")
 
 
