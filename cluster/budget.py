@@ -48,7 +48,7 @@ def compute_memory(footprint: Footprint, plan: RunPlan, config: Config, setting:
     """Memory of one worker; the peak is the largest of a step's moments, not the sum of the columns.
 
     Source: ours; what the engines hold is read from TorchEngine and from DeepSpeed 0.19.8 (engine.py,
-        runtime/zero/stage_1_and_2.py, stage3.py), and checked against the allocator in tests/cluster/test_memory_plan.py.
+        runtime/zero/stage_1_and_2.py, stage3.py); tests/cluster/test_memory_plan.py measures.
     """
     stage, chunked = setting.stage, setting.accumulation > 1
     size = FP32 * footprint.parameters
