@@ -213,8 +213,10 @@ def _start_ray(num_cpus: int) -> bool:
     logging.getLogger("ray").setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS")
     own = {} if address else {"num_cpus": max(num_cpus + 1, os.cpu_count() or 1), "include_dashboard": False}
+    # `local`: without an address Ray would join whatever cluster left its mark in the temporary folder.
+    quiet = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="error", configure_logging=True, **own)
+        ray.init(address=address or "local", **quiet, **own)
     except (ConnectionError, RuntimeError) as error:
         raise RunError(f"RAY_ADDRESS={address}: no Ray cluster answers ({_last_line(error)})") from None
     return not address

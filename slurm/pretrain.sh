@@ -91,7 +91,7 @@ step() { # step NODE ROLE: Ray on one node, as a job step of its own; takes the 
     --no-kill --kill-on-bad-exit=0 --wait=0 --input=none ${prefix[@]+"${prefix[@]}"} \
     bash "$root/slurm/ray_node.sh" "$2"
 }
-is_up() { (exec 3<>"/dev/tcp/$1/$((PLACE_PORT + 7))") 2>/dev/null; }
+is_open() { (exec 3<>"/dev/tcp/$1/$2") 2>/dev/null; }
 is_taken_out() { # true only where Slurm answers so
   local now
   now=$(squeue -h -j "$SLURM_JOB_ID" -o %N 2>/dev/null)
@@ -104,7 +104,7 @@ keep_worker() { # starts the node's Ray again when it ended: a cable is plugged 
     silent=0 was_up=
     while kill -0 "$srun" 2>/dev/null; do
       sleep 3
-      if is_up "$1"; then was_up=1 silent=0
+      if is_open "$1" $((PLACE_PORT + 7)); then was_up=1 silent=0
       elif [ -n "$was_up" ]; then silent=$((silent + 1)); fi
       # srun does not hear of a host that lost its power and booted again.
       if [ "$silent" -ge 5 ]; then kill -KILL "$srun"; break; fi
@@ -151,6 +151,7 @@ for try in $(seq "${PLACE_MAX_HEAD_RESTARTS:-3}"); do
   for node in "${nodes[@]}"; do
     if [ "$node" != "$head" ]; then keep_worker "$node" & steps+=($!); fi
   done
+  until is_open "$PLACE_HEAD" "$PLACE_PORT" || ! kill -0 "$head_step" 2>/dev/null; do sleep 0.3; done
   ${prefix[@]+"${prefix[@]}"} python3 -m place pretrain --config "$config" cluster.num_workers="$workers" "$@" &
   driver=$!
   # When the head's Ray ends first, the driver has nothing to talk to.
