@@ -103,13 +103,14 @@ keep_worker() { # starts the node's Ray again when it ended: a cable is plugged 
     step "$1" worker & srun=$!
     silent=0 was_up=
     while kill -0 "$srun" 2>/dev/null; do
-      sleep 3
+      sleep 1
       if is_open "$1" $((PLACE_PORT + 7)); then was_up=1 silent=0
       elif [ -n "$was_up" ]; then silent=$((silent + 1)); fi
       # srun does not hear of a host that lost its power and booted again.
-      if [ "$silent" -ge 5 ]; then kill -KILL "$srun"; break; fi
+      if [ "$silent" -ge 15 ]; then kill -KILL "$srun"; break; fi
     done
     wait "$srun" 2>/dev/null
+    if [ -e "$PLACE_TMP/stopping" ]; then return; fi
     if is_taken_out "$1"; then say "Slurm took $1 out of the job"; return; fi
     [ -n "$was_up" ] || sleep 5
   done
@@ -134,7 +135,13 @@ wait_for() { # wait PID to its end: a trapped signal interrupts `wait`
 pass_on() { # the driver saves a checkpoint at its next step and ends with 85
   say "got $1"
   ending=$1
-  [ -n "$driver" ] && kill -"$1" "$driver" 2>/dev/null
+  [ -n "$driver" ] || return
+  kill -"$1" "$driver" 2>/dev/null
+  # With SIGTERM Slurm ends every step as well, and soon the rest: leave nothing by then.
+  if [ "$1" = TERM ]; then
+    touch "$PLACE_TMP/stopping"
+    ( sleep 4; kill -KILL "$driver" ) 2>/dev/null &
+  fi
 }
 
 steps=(); driver=; ending=
