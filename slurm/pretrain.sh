@@ -140,7 +140,7 @@ pass_on() { # the driver saves a checkpoint at its next step and ends with 85
   # With SIGTERM Slurm ends every step as well, and soon the rest: leave nothing by then.
   if [ "$1" = TERM ]; then
     touch "$PLACE_TMP/stopping"
-    ( sleep 4; kill -KILL "$driver" ) 2>/dev/null &
+    ( sleep 4; kill -KILL "$driver"; sleep 3; rm -rf "$PLACE_TMP"; sleep 1; rm -rf "$PLACE_TMP" ) 2>/dev/null &
   fi
 }
 

@@ -153,10 +153,10 @@ class Rig:
         return done.stdout
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> float:
-    """Wait for a condition, looked at five times a second; returns how long it took."""
+def wait_until(condition: Callable[[], bool], timeout_s: float, what: str, seen: object = "") -> float:
+    """Wait for a condition, looked at five times a second; returns how long it took. `seen` is shown on failure."""
     began = time.monotonic()
     while not condition():
-        assert time.monotonic() - began < timeout_s, f"waited {timeout_s:.0f} s for {what}"
+        assert time.monotonic() - began < timeout_s, f"waited {timeout_s:.0f} s for {what} {seen}"
         time.sleep(0.2)
     return time.monotonic() - began

@@ -57,7 +57,13 @@ def test_a_config_that_is_not_there_is_one_line(job: Job) -> None:
 def test_a_cancelled_job_leaves_nothing_within_15_seconds(job: Job, request: pytest.FixtureRequest) -> None:
     job.submit().wait_for_step(20)
     job.rig.ctl("scancel", str(job.number))
-    gone = wait_until(lambda: job.rig.list_leftovers() == [], 15, "the machines to be as they were")
+    left: list[str] = []
+
+    def is_gone() -> bool:
+        left[:] = job.rig.list_leftovers()
+        return not left
+
+    gone = wait_until(is_gone, 15, "the machines to be as they were", left)
     note_figure(request, "scancel to nothing left, s", gone)
     assert job.rig.read_job(job.number)["JobState"] == "CANCELLED"
 
