@@ -65,7 +65,7 @@ def test_a_cancelled_job_leaves_nothing_within_15_seconds(job: Job, request: pyt
 
     gone = wait_until(is_gone, 15, "the machines to be as they were", left)
     note_figure(request, "scancel to nothing left, s", gone)
-    assert job.rig.read_job(job.number)["JobState"] == "CANCELLED"
+    assert job.wait_for_end(60)["JobState"] == "CANCELLED"
 
 
 def test_a_ladder_of_node_counts_is_submitted_and_every_rung_has_the_same_curve(
