@@ -16,7 +16,8 @@ SLOW = pytest.mark.kernels
 
 def compile_kernels(pattern: str, triton: str | None = None, timeout_s: int = 280) -> list[dict]:
     """Codes of the configurations whose label matches, by the installed Triton or the one in a folder."""
-    pytest.importorskip("triton")
+    if sys.platform != "linux":
+        pytest.skip("Triton is made for Linux alone")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([*([triton] if triton else []), str(ROOT)])
     command = [sys.executable, "-m", "place.kernels.patch_correlation.offline", pattern]
@@ -91,5 +92,6 @@ def test_loops_are_found_in_a_listing() -> None:
         "assert list(find_loops(lines)) == [['HGMMA.64x128x16', 'LDL R2', '@P0 BRA 0x10']], list(find_loops(lines))\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    pytest.importorskip("triton")
+    if sys.platform != "linux":
+        pytest.skip("Triton is made for Linux alone")
     subprocess.run([sys.executable, "-c", code], env=environment | {"PYTHONPATH": str(ROOT)}, check=True, cwd=ROOT)
