@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ from typing import Any
 
 from place.cluster.prepare import map_over_ray, start_ray
 
+from place.compat import read_peak_mib
 from place.config import PrepareConfig
 from place.data.prepare import run_prepare
 from place.data.task import PARTS, PartResult, Task
@@ -60,7 +60,7 @@ class PeakMap:
 def _measured(job: tuple[Callable[[Task], PartResult], Task]) -> tuple[PartResult, float]:
     function, task = job
     result = function(task)
-    return result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return result, read_peak_mib()
 
 
 def configure(arguments: argparse.Namespace, name: str, num_workers: int, **changes: Any) -> PrepareConfig:

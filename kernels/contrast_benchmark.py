@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
 from multiprocessing.connection import Connection
 
 import torch
 from place.kernels.contrast import Pairs, contrast
+
+from place.compat import read_peak_mib
 
 # A global batch in one process, and the share of one of 16 or 32 ranks.
 ROWS_AND_COLUMNS = [
@@ -56,7 +57,7 @@ def _measure(pipe: Connection, rows: int, columns: int, width: int, method: str,
     pairs = Pairs(torch.arange(rows), keys[:rows], keys, equal_is_positive=True)
     scale = torch.tensor(14.0, requires_grad=True)
     (torch.ones(64, 64) @ torch.ones(64, 64)).sum()  # what the first product allocates for good
-    before = _read_peak_mib()
+    before = read_peak_mib()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -64,11 +65,7 @@ def _measure(pipe: Connection, rows: int, columns: int, width: int, method: str,
         back = contrast(features[2], features[3], scale, pairs, method)
         (forth.mean() + back.mean()).backward()
         times.append(time.perf_counter() - start)
-    pipe.send((_read_peak_mib() - before, statistics.median(times)))
-
-
-def _read_peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    pipe.send((read_peak_mib() - before, statistics.median(times)))
 
 
 def main() -> None:

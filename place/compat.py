@@ -1,4 +1,7 @@
-"""One known misfit of our pinned stack, put right before the libraries that trip over it are imported."""
+"""Misfits of our stack and of the systems it runs on, put right in one place."""
+
+import resource
+from pathlib import Path
 
 import torch
 
@@ -17,3 +20,15 @@ def patch_torchvision() -> None:
     _library = torch.library.Library("torchvision", "FRAGMENT")
     _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def read_peak_mib() -> float:
+    """The most resident memory of this process so far, in MiB.
+
+    On Linux `ru_maxrss` also holds what the parent had when it forked; VmHWM starts anew with the program.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes

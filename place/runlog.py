@@ -61,6 +61,28 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 raise RunError(f"{path} line {number} is damaged ({error}); restore the file") from None
 
 
+class Tail:
+    """What a log gained since the last look, however long it is. Final."""
+
+    def __init__(self, path: Path):
+        self.path, self.offset = path, path.stat().st_size if path.is_file() else 0
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """The objects of the whole lines that are new; a line that a killed writer left is passed over."""
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            whole = file.read()
+        whole = whole[: whole.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        for line in whole.splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
+
+
 def read_surviving(path: Path) -> list[dict[str, Any]]:
     """The surviving lineage of a log: for each step the record of the last attempt that did it, in order of steps."""
     by_step: dict[int, dict[str, Any]] = {}

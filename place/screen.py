@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from place.config import Config
-from place.runlog import read_jsonl, read_newest_step, read_surviving
+from place.runlog import Tail, read_newest_step, read_surviving
 
 PLAIN_INTERVAL_S = 5.0
 
@@ -129,9 +128,7 @@ class RunScreen:
 
     def __enter__(self) -> RunScreen:
         self._print_plan()
-        self.seen = {
-            name: sum(1 for _ in read_jsonl(self.run_dir / name)) for name in ("metrics.jsonl", "attempts.jsonl")
-        }
+        self.attempts, self.metrics = (Tail(self.run_dir / name) for name in ("attempts.jsonl", "metrics.jsonl"))
         if self.console.is_terminal:
             self.bar.start()
         self.thread.start()
@@ -183,13 +180,13 @@ class RunScreen:
         printed, launches = 0.0, 0
         while True:
             ended = self.ended.wait(0.5)
-            for record in self._read_new("attempts.jsonl"):
+            for record in self.attempts.read():
                 for note in record.get("notes", []):
                     self.console.print(note, markup=False, soft_wrap=True)
                 launches += "launch" in record
                 if launches > 1 and "launch" in record:
                     self.console.print(f"workers started again (attempt {record['attempt']})")
-            for record in self._read_new("metrics.jsonl"):
+            for record in self.metrics.read():
                 line = _format_metrics(record)
                 self.bar.update(task, completed=record["step"], note=line)
                 is_val, is_last = "val_total" in record, record["step"] == self.plan.total_steps
@@ -202,12 +199,6 @@ class RunScreen:
                     self.console.print(f"{where}  {line}")
             if ended:
                 return
-
-    def _read_new(self, name: str) -> Iterator[dict[str, Any]]:
-        for number, record in enumerate(read_jsonl(self.run_dir / name)):
-            if number >= self.seen[name]:
-                self.seen[name] = number + 1
-                yield record
 
 
 def print_findings(findings: list[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
@@ -9,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 def measure_peak(run: Callable[[], object]) -> int:
     """The most bytes that were allocated on the CPU at once while `run` ran, beyond what there was before."""
+    gc.collect()  # what earlier tests left is not to be released in between
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     level, peak = 0, 0

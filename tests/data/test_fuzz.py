@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from mutants import KINDS, build_seeds, mutate
 
+from place.compat import read_peak_mib
 from place.config import PrepareConfig
 from place.data.dicom import read_identity
 from place.data.images import Rejected
@@ -57,7 +58,7 @@ def try_mutants(kind: str, numbers: range, folder: Path) -> None:
         except Rejected as drop:
             outcome = drop.reason
         print(json.dumps([outcome, time.perf_counter() - begun]), flush=True)
-    print(json.dumps(["memory", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+    print(json.dumps(["memory", read_peak_mib()]))
 
 
 def run_mutants(kind: str, count: int, folder: Path) -> dict[str, int]:

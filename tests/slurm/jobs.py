@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,8 @@ import torch
 import yaml
 from rig.rig import ROOT, Rig, wait_until
 from tiny import TINY, merge
-from training.runs import embed, run_place
+from training.runs import assert_exact_samples, embed, run_place
 
-from place.data.prepared import read_samples
 from place.runlog import read_jsonl, read_surviving
 
 SCRIPT = str(ROOT / "slurm" / "pretrain.sh")
@@ -101,19 +98,6 @@ def assert_curve(ours: Path, theirs: Path, rel: float, last: int | None = None) 
     for x, y in list(zip(a, b))[-last if last else None :]:
         for term in ("total", "instance", "pathology", "correlation"):
             assert x[term] == pytest.approx(y[term], rel=rel), f"step {x['step']}, {term}"
-
-
-def assert_exact_samples(run: Path, pairs: Path) -> None:
-    """Each epoch saw each of its samples once, over the surviving lineage."""
-    plan = json.loads((run / "run.json").read_text())["plan"]
-    records = read_surviving(run / "samples.jsonl")
-    assert [record["step"] for record in records] == list(range(1, plan["total_steps"] + 1))
-    known = {sample["sample_id"] for sample in read_samples(pairs, "train")}
-    for epoch in range(plan["epochs"]):
-        seen = Counter(i for record in records if record["epoch"] == epoch for i in record["ids"])
-        assert set(seen) <= known
-        assert sum(seen.values()) == plan["steps_per_epoch"] * plan["global_batch"]
-        assert sum(count - 1 for count in seen.values()) <= SECTIONS["data"]["num_canonical_nodes"]
 
 
 def assert_as_if_nothing_had_happened(job: Job, undisturbed: Path, pairs: Path) -> None:

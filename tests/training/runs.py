@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tiny import TINY, merge
 
 from place.data.prepared import read_samples
 from place.data.transforms import eval_transform, read_image
+from place.runlog import read_surviving
 from place.training.checkpoint import load_run
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -72,3 +74,15 @@ def embed(run: Path, data: Path) -> torch.Tensor:
     with torch.no_grad():
         text_BE = loaded.model.encode_text(ids, attention, owner).text_BE
         return torch.cat([loaded.model.encode_image(images).image_BE, text_BE], 1)
+
+
+def assert_exact_samples(run: Path, data: Path) -> None:
+    """Each epoch saw as many samples as it has, none twice, over the surviving lineage."""
+    plan = json.loads((run / "run.json").read_text())["plan"]
+    records = read_surviving(run / "samples.jsonl")
+    assert [record["step"] for record in records] == list(range(1, plan["total_steps"] + 1))
+    known = {sample["sample_id"] for sample in read_samples(data, "train")}
+    for epoch in range(plan["epochs"]):
+        seen = [i for record in records if record["epoch"] == epoch for i in record["ids"]]
+        assert len(seen) == len(set(seen)) == plan["steps_per_epoch"] * plan["global_batch"]
+        assert set(seen) <= known
