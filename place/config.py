@@ -348,7 +348,8 @@ class ClusterConfig(Section):
     grow_after_s: int = Field(60, ge=1)
     """A run that goes on with fewer workers restarts with more once nodes have been back for so long, in seconds."""
     hang_timeout_s: int = Field(600, ge=1)
-    """Longest step; then every rank writes its stacks to RUN/stacks and the workers start again, in seconds."""
+    """Longest step, with its wait for the checkpoint before, in seconds; then every rank writes its stacks to
+    RUN/stacks and the workers start again."""
     timeout_s: int = Field(1800, ge=10)
     """Longest wait in a collective, in seconds."""
     bind_cores: bool = True

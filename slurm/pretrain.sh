@@ -17,6 +17,8 @@
 # A lost node does not end the job: PLACE restarts from its newest checkpoint.
 #SBATCH --no-kill
 set -uo pipefail
+# A worker that loses its driver or its host aborts: no core file of its memory in the folder of submission.
+ulimit -S -c "${PLACE_CORE_LIMIT:-0}"
 
 say() { echo "pretrain.sh: $*"; }
 fail() { say "$@" >&2; exit "$code"; }

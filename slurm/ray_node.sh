@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Ray on one node of a job of pretrain.sh: ray_node.sh head|worker. Ends with SIGTERM, or with Ray, and leaves nothing.
 set -uo pipefail
+ulimit -S -c "${PLACE_CORE_LIMIT:-0}" # also where Slurm does not hand on the limits of the batch script
 role=$1
 install -d -m 700 "$PLACE_TMP"
 ray=; asked=
@@ -16,7 +17,18 @@ clean() { # what killed workers left in shared memory is noted in this job's tem
   [ "$role" = head ] || rm -rf "$PLACE_TMP"
   rm -rf "$PLACE_TMP/ray"
 }
+clean_ended() { # jobs of ours that this node did not see the end of, because it lost its power
+  local known left job
+  known=$(squeue --noheader --me --format=%A 2>/dev/null) || return 0
+  for left in "${PLACE_TMP%/*}"/place-*/; do
+    job=${left%/}; job=${job##*/place-}
+    [[ $job =~ ^[0-9]+$ && -O $left && " ${known//$'\n'/ } " != *" $job "* ]] || continue
+    python3 -m place.node clean "$left"
+    rm -rf "$left"
+  done
+}
 trap 'end_ray' TERM INT
+clean_ended
 # What a host that lost its power, or a Ray that was killed, left of this job.
 if [ "$role" = worker ]; then clean; install -d -m 700 "$PLACE_TMP"; fi
 # The address of this node as the head sees it: the one that packets to the head leave from.

@@ -143,7 +143,7 @@ class Rig:
             found += [f"{machine}: /tmp/ray/{name}" for name in self.on(machine, "ls", "/tmp/ray").split()]
             ports = self.on(machine, "ss", "-Hltn").splitlines()
             found += [f"{machine}: port {line.split()[3]}" for line in ports if not line.split()[3].endswith(":6818")]
-        return found
+        return found + [f"{path} in the checkout" for path in ROOT.glob("core*") if path.is_file()]
 
     def _script(self, name: str, *arguments: str, check: bool = True, **environ: str) -> str:
         environ = {**self.environ, **environ}

@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from rig.rig import ROOT, Rig, wait_until
-from slurm.jobs import SITE, Job, assert_as_if_nothing_had_happened, assert_curve, assert_exact_samples, note_figure
+from slurm.jobs import (
+    SITE,
+    Job,
+    are_all_idle,
+    assert_as_if_nothing_had_happened,
+    assert_curve,
+    assert_exact_samples,
+    note_figure,
+)
 from training.runs import embed
 
 from place.runlog import read_jsonl
@@ -213,11 +221,15 @@ def test_a_machine_that_stays_away_is_done_without(
     assert took_s < 120
     assert [worker["host"] for worker in job.read_workers()] == ["h1", "h2"]
     assert job.wait_for_end()["JobState"] == "COMPLETED", job.read_log()
-    job.rig.boot("h3")
     assert "going on with 2 workers on h1, h2" in job.read_log()
     # Two workers add up in another order than three.
     assert_curve(job.run, undisturbed, rel=1e-4)
     assert_exact_samples(job.run, pairs)
+    job.rig.boot("h3")
+    assert job.rig.list_leftovers() == [f"h3: /tmp/ray/place-{job.number}"]
+    wait_until(lambda: are_all_idle(job.rig), 60, "the machine to be back")
+    end = job.submit(f"run.dir={job.run.parent / 'next'}", "train.epochs=1").wait_for_end()
+    assert end["JobState"] == "COMPLETED", job.read_log()
     assert job.rig.list_leftovers() == []
 
 
@@ -225,9 +237,11 @@ def test_a_machine_that_comes_back_is_taken_in_again(job: Job, undisturbed: Path
     job.submit("cluster.min_nodes=2", "cluster.rejoin_timeout_s=5", "cluster.grow_after_s=5", "train.epochs=24")
     job.wait_for_step(20)
     job.rig.cut("h3")
+    # Not for as long as SlurmdTimeout: what Slurm takes out of a job does not come back to it.
+    wait_until(lambda: "going on with 2 workers on h1, h2" in job.read_log(), 60, "the run to go on with two")
+    job.rig.heal("h3")
     job.wait_for_step(21, attempt=1)
     assert len(job.read_workers()) == 2
-    job.rig.heal("h3")
     wait_until(lambda: len(job.read_workers()) == 3, 240, "three workers again")
     assert job.wait_for_end()["JobState"] == "COMPLETED", job.read_log()
     assert_exact_samples(job.run, pairs)
@@ -291,9 +305,11 @@ def submit_job(rig: Rig, standing: Standing, job: Job, name: str, *overrides: st
             "--submission-id", name, "--no-wait", "--", "python", "-m", "place", "pretrain",
             "--config", str(job.config), "cluster.num_workers=3", *overrides,
         )  # fmt: skip
+        said.append(out)
         return code == 0
 
-    wait_until(is_taken, 120, "the job server to take a job")
+    said: list[str] = []
+    wait_until(is_taken, 120, "the job server to take a job", said)
 
 
 def test_a_job_on_a_standing_cluster_ends_with_the_same_curve(
