@@ -86,10 +86,13 @@ def test_an_empty_view_position_is_read_from_its_code_and_else_rejected(tmp_path
     table = tmp_path / "mimic" / "mimic-cxr-2.0.0-metadata.csv.gz"
     edit_gz(table, 0, ViewPosition="")
     edit_gz(table, 2, ViewPosition="", ViewCodeSequence_CodeMeaning="")
+    edit_gz(table, 4, ViewPosition="", ViewCodeSequence_CodeMeaning="left lateral")
+    edit_gz(table, 6, ViewPosition="AP", ViewCodeSequence_CodeMeaning="lateral")
     config = settings("mimic-cxr-jpg", tmp_path / "mimic")
     run_prepare(config)
-    assert next(row["view"] for row in read_manifest(config) if row["row"] == 0) == "PA"
+    assert {row["row"]: row["view"] for row in read_manifest(config) if row["row"] in (0, 6)} == {0: "PA", 6: "AP"}
     assert read_reasons(config)[2] == "view_unknown"
+    assert read_reasons(config)[4] == "view_excluded"
     kept = settings("mimic-cxr-jpg", tmp_path / "mimic", views=("FRONTAL", "UNKNOWN"), output=str(tmp_path / "all"))
     run_prepare(kept)
     assert next(row["view"] for row in read_manifest(kept) if row["row"] == 2) == ""
