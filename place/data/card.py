@@ -15,6 +15,7 @@ import place
 from place.config import PrepareConfig
 from place.data.identity import SPLITS
 from place.data.manifest import MANIFEST_FILE, REJECTED_FILE, read_batches, write_json, write_text
+from place.data.masks import MASKS_FILE
 from place.data.rows import Table
 from place.data.storage import Store
 from place.data.task import PartResult
@@ -133,6 +134,7 @@ def write_card(store: Store, card: dict[str, Any]) -> dict[str, Any]:
         MANIFEST_FILE,
         REJECTED_FILE,
         *(f"{split}/index.json" for split in SPLITS if card["counts"][split]["images"]),
+        *({MASKS_FILE} & {*store.list_top()}),
     ]
     card = {**card, "files": {name: hash_file(store, name) for name in names}}
     card["digest"] = compute_digest(card)

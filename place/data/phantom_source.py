@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from place.config import PrepareConfig
 from place.data.identity import PHANTOM_SALT, IdHasher, compute_split, describe_hash_split
+from place.data.masks import SourceMask, encode_mask
 from place.data.rows import Row, Table
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class PhantomRows:
             view=study.view,
             labels=dict(study.labels),
             boxes=tuple(_build_boxes(study)),
+            masks=tuple(_build_masks(study)),
         )
 
     def _encode(self, study: PhantomStudy) -> bytes:
@@ -75,3 +77,12 @@ def _build_boxes(study: PhantomStudy) -> Iterator[dict[str, Any]]:
             "box_xyxy": list(region.box_xyxy),
             "sentence": study.region_of_sentence.index(number) if told else None,
         }
+
+
+def _build_masks(study: PhantomStudy) -> Iterator[SourceMask]:
+    """The mask of each finding, and for each finding that is not there, that it is not."""
+    for number, region in enumerate(study.regions):
+        yield SourceMask(region.finding, encode_mask(region.mask_YX), number)
+    for finding, positive in study.labels.items():
+        if not positive:
+            yield SourceMask(finding, b"")

@@ -16,6 +16,7 @@ from place.config import PrepareConfig, RunError, UsageError
 from place.data.card import build_card, write_card
 from place.data.identity import SPLITS
 from place.data.manifest import MANIFEST, MANIFEST_FILE, REJECTED, REJECTED_FILE, concat_tables, read_json, write_json
+from place.data.masks import MASKS, MASKS_FILE
 from place.data.pool import map_in_processes
 from place.data.rows import Table
 from place.data.shards import HASHES, write_index
@@ -31,7 +32,7 @@ OnProgress = Callable[[int, int, int], None]
 
 PAGE = "inspect.html"
 """What `place data inspect` writes beside the data."""
-_FILES = (MANIFEST_FILE, REJECTED_FILE, "card.json", "card.md")
+_FILES = (MANIFEST_FILE, REJECTED_FILE, MASKS_FILE, "card.json", "card.md")
 _OURS = {PARTS, PAGE, *SPLITS, *_FILES, *(f"{name}{PARTIAL}" for name in _FILES)}
 _FREE = ("output", "launcher", "address", "num_workers", "input", "image_root", "reports", "salt_file")
 _REQUEST = f"{PARTS}/request.json"
@@ -227,6 +228,7 @@ def _merge_parts(
     _check_counts(store, len(table.rows), total)
     hashes = _merge_shards(store, parts)
     concat_tables(store, (name_table(part, "manifest") for part in parts), MANIFEST_FILE, MANIFEST)
+    _merge_masks(store, parts)
     card = build_card(config, table, total, hashes, store)
     card["request"] = request
     if _read_if_there(store, _REQUEST) != request:  # object storage has no lock
@@ -234,6 +236,14 @@ def _merge_parts(
     card = write_card(store, card)
     store.delete(PARTS)
     return card
+
+
+def _merge_masks(store: Store, parts: list[int]) -> None:
+    """Join the masks of the parts that have some; a data set without masks has no such file."""
+    there = {*store.list_files(PARTS)}
+    names = [name for name in (name_table(part, "masks") for part in parts) if name.removeprefix(f"{PARTS}/") in there]
+    if names:
+        concat_tables(store, names, MASKS_FILE, MASKS)
 
 
 def _merge_shards(store: Store, parts: list[int]) -> list[str]:

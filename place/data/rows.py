@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
+from place.data.masks import SourceMask
+
 
 class Row(NamedTuple):
     """One image with its report, as a task takes it; no identifier but the path of its image is left in it."""
@@ -23,6 +25,8 @@ class Row(NamedTuple):
     """Upper case; empty if the source does not know it, and the file is asked."""
     labels: dict[str, int | None]
     boxes: tuple[dict[str, Any], ...] = ()
+    masks: tuple[SourceMask, ...] = ()
+    """True masks, in the pixels of the source image; they go into a table of their own."""
     reject: str = ""
     """Reason for which the row is dropped already."""
     report_path: str = ""

@@ -25,6 +25,7 @@ from place.data.images import (
     shrink_image,
 )
 from place.data.manifest import MANIFEST, REJECTED, pack_table, read_json, write_json
+from place.data.masks import MASKS, store_mask
 from place.data.privacy import has_name
 from place.data.report import count_words, hash_near, hash_text, split_sentences
 from place.data.report_files import read_report
@@ -79,11 +80,13 @@ NOTHING = PartResult(-1, 0, {}, (0, 0, 0), {}, {})
 
 
 class Sample(NamedTuple):
-    """A kept row: what goes into the shard, what into the manifest, and the stored picture (Y, X) before encoding."""
+    """A kept row: what goes into the shard, what into the manifest, the stored picture (Y, X) before encoding, and the
+    rows of its masks."""
 
     stored: dict[str, Any]
     record: dict[str, Any]
     image_YX: GreyImage
+    masks: list[dict[str, Any]]
 
 
 class Part(NamedTuple):
@@ -91,6 +94,14 @@ class Part(NamedTuple):
 
     result: PartResult
     shards: dict[str, list[dict[str, Any]]]
+
+
+class Tables(NamedTuple):
+    """Rows of a part: of the manifest, of the rejected ones and of the masks."""
+
+    kept: list[dict[str, Any]]
+    rejected: list[dict[str, Any]]
+    masks: list[dict[str, Any]]
 
 
 def run_task(task: Task) -> PartResult:
@@ -106,10 +117,12 @@ def run_task(task: Task) -> PartResult:
     except FileNotFoundError:
         pass
     with store.stage(_name(task.number)) as folder:
-        result, kept, rejected = _build_part(task, folder)
+        result, tables = _build_part(task, folder)
         shards = {split: publish_shards(folder, split, task.number, store) for split in SPLITS}
-    store.write(name_table(task.number, "manifest"), pack_table(kept, MANIFEST))
-    store.write(name_table(task.number, "rejected"), pack_table(rejected, REJECTED))
+    store.write(name_table(task.number, "manifest"), pack_table(tables.kept, MANIFEST))
+    store.write(name_table(task.number, "rejected"), pack_table(tables.rejected, REJECTED))
+    if tables.masks:
+        store.write(name_table(task.number, "masks"), pack_table(tables.masks, MASKS))
     write_json(store, f"{_name(task.number)}.json", {"result": result._asdict(), "shards": shards})
     return result
 
@@ -119,7 +132,7 @@ def _name(number: int) -> str:
 
 
 def name_table(number: int, table: str) -> str:
-    """Where a finished part keeps its rows of the manifest, or its rejected ones."""
+    """Where a finished part keeps its rows of the manifest, its rejected ones, or its masks, if it has any."""
     return f"{_name(number)}.{table}.parquet"
 
 
@@ -135,10 +148,11 @@ def find_parts(store: Store) -> list[int]:
     return sorted(int(stem) for stem in stems if stem.isdigit())
 
 
-def _build_part(task: Task, folder: Path) -> tuple[PartResult, list[dict[str, Any]], list[dict[str, Any]]]:
-    """Write the shards of a part, and return what else it is: its result, its rows kept and its rows rejected."""
+def _build_part(task: Task, folder: Path) -> tuple[PartResult, Tables]:
+    """Write the shards of a part, and return what else it is."""
     kept: list[dict[str, Any]] = []
     rejected: list[dict[str, Any]] = []
+    masks: list[dict[str, Any]] = []
     pixels = [0, 0, 0]
     labels: dict[str, list[int]] = {}
     with PartWriter(folder, task.config.shard_mib) as writer:
@@ -150,6 +164,7 @@ def _build_part(task: Task, folder: Path) -> tuple[PartResult, list[dict[str, An
                 continue
             writer.write(row.split, sample.stored)
             kept.append(sample.record)
+            masks += sample.masks
             _count_labels(labels, row.labels)
             if row.split == "train":
                 pixels = [total + more for total, more in zip(pixels, _sum_pixels(sample.image_YX))]
@@ -157,7 +172,7 @@ def _build_part(task: Task, folder: Path) -> tuple[PartResult, list[dict[str, An
     warnings = dict(Counter(warning for record in kept for warning in record["warnings"]))
     rows = len(kept) + len(rejected)
     result = PartResult(task.number, rows, reasons, (pixels[0], pixels[1], pixels[2]), labels, warnings)
-    return result, kept, rejected
+    return result, Tables(kept, rejected, masks)
 
 
 def read_sample(row: Row, config: PrepareConfig) -> Sample:
@@ -187,7 +202,17 @@ def read_sample(row: Row, config: PrepareConfig) -> Sample:
     }
     record = _build_record(row, stored, info, source_YX.shape, image_YX.shape)
     record["warnings"] = list(_find_warnings(sentences, info, source_YX))
-    return Sample(stored, {**record, "source_sha256": hashlib.sha256(data).hexdigest()}, image_YX)
+    masks = [
+        {
+            "sample_id": row.sample_id,
+            "split": row.split,
+            "finding": mask.finding,
+            "box": mask.box,
+            "mask": store_mask(mask, source_YX.shape, image_YX.shape),
+        }
+        for mask in row.masks
+    ]
+    return Sample(stored, {**record, "source_sha256": hashlib.sha256(data).hexdigest()}, image_YX, masks)
 
 
 def _build_record(

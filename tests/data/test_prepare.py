@@ -298,8 +298,12 @@ def _wait_for_end_of_session(session: int) -> None:
     pytest.fail("workers outlived the run that started them")
 
 
-def test_a_kill_at_any_rename_is_made_good(tmp_path):
+@pytest.mark.parametrize("source", ["csv", "phantom"])
+def test_a_kill_at_any_rename_is_made_good(tmp_path, source):
     config = write_csv_source(tmp_path, count=5)
+    if source == "phantom":  # has masks
+        settings = {"source": "phantom", "count": 3, "size_px": 32, "rows_per_task": 2}
+        config = PrepareConfig(output=config.output, num_workers=1, **settings)
     run_prepare(config)
     whole = read_bytes(config.output)
     killed = config.model_copy(update={"output": str(tmp_path / "killed")})

@@ -1,0 +1,111 @@
+"""True masks of a prepared data set: masks.parquet, beside the shards, so that what training reads stays as it is."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
+
+from place.config import RunError
+from place.data.images import Rejected, decode_picture
+
+MASKS_FILE = "masks.parquet"
+MASKS = pa.schema(
+    [
+        pa.field("sample_id", pa.int64(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("finding", pa.string(), nullable=False),
+        pa.field("box", pa.int32()),
+        pa.field("mask", pa.binary()),
+    ]
+)
+"""A row a mask, in the pixels of the stored image, as a PNG of one bit; no mask: looked for and absent. A study without
+a row of a finding was not looked at for it. `box` is the place of the same finding among the study's boxes, if any."""
+
+Mask = NDArray[np.bool_]
+
+
+class SourceMask(NamedTuple):
+    """A mask as a source hands it over: in the pixels of the source image, as a PNG; empty bytes where absent."""
+
+    finding: str
+    png: bytes
+    box: int | None = None
+
+
+def encode_mask(mask_YX: Mask) -> bytes:
+    """PNG of one bit a pixel. Source: ours."""
+    buffer = io.BytesIO()
+    Image.fromarray(mask_YX).convert("1").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def decode_mask(png: bytes) -> Mask:
+    """Mask (Y, X) of a PNG: true where a pixel is not black. Raises Rejected where it does not decode."""
+    return decode_picture(png) > 0
+
+
+def resize_mask(mask_YX: Mask, shape: tuple[int, ...]) -> Mask:
+    """Mask in another size: a pixel belongs to it where at least half of its area did. Source: ours."""
+    if mask_YX.shape == shape:
+        return mask_YX
+    height, width = shape
+    method = cv2.INTER_AREA if mask_YX.shape[0] >= height else cv2.INTER_LINEAR
+    return cv2.resize(mask_YX.astype(np.float32), (width, height), interpolation=method) >= 0.5
+
+
+def store_mask(mask: SourceMask, source: tuple[int, ...], stored: tuple[int, ...]) -> bytes | None:
+    """PNG of a mask in the pixels of the stored image, or None where the finding is absent.
+
+    Args:
+        source: shape (Y, X) of the source image.
+        stored: shape of the stored one.
+    Raises:
+        Rejected: `unreadable_mask`, `mask_size`.
+    Source: ours.
+    """
+    if not mask.png:
+        return None
+    try:
+        mask_YX = decode_mask(mask.png)
+    except Rejected as fault:
+        raise Rejected("unreadable_mask", fault.reason) from None
+    if mask_YX.shape != source:
+        raise Rejected("mask_size", f"the mask has {mask_YX.shape} pixels, its image {source}")
+    return encode_mask(resize_mask(mask_YX, stored))
+
+
+def has_masks(data_dir: str | Path) -> bool:
+    """Whether a prepared folder has masks."""
+    return (Path(data_dir) / MASKS_FILE).is_file()
+
+
+def read_masks(data_dir: str | Path, split: str) -> dict[int, dict[str, Mask | None]]:
+    """Masks (Y, X) of a split's studies by sample_id and finding, those of one finding joined.
+
+    Returns:
+        For each study that was looked at, a mask or None (absent) for each finding it was looked at for.
+    Raises:
+        RunError: a damaged file.
+    Source: ours.
+    """
+    path = Path(data_dir) / MASKS_FILE
+    try:
+        rows = pq.read_table(path, filters=[("split", "==", split)]).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise RunError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}); prepare the data set again, into a new folder"
+        ) from None
+    masks: dict[int, dict[str, Mask | None]] = {}
+    for row in rows:
+        study = masks.setdefault(row["sample_id"], {})
+        mask_YX, before_YX = decode_mask(row["mask"]) if row["mask"] else None, study.get(row["finding"])
+        study[row["finding"]] = mask_YX if before_YX is None else before_YX if mask_YX is None else before_YX | mask_YX
+    return masks
