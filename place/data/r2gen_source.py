@@ -84,10 +84,7 @@ def _build_rows(split: str, entry: dict[str, Any]) -> list[tuple[str, ...]]:
     patient = str(entry.get("subject_id") or (number[0] if number else study))
     images = entry["image_path"]
     paths = [images] if isinstance(images, str) else [str(image) for image in images]
-    return [
-        (image or f"entry {name}", study, patient, entry.get("split") or split, image, report)
-        for image in paths or [""]
-    ]
+    return [(image or f"entry {name}", study, patient, split, image, report) for image in paths or [""]]
 
 
 def iterate_annotation(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

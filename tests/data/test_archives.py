@@ -166,9 +166,17 @@ def test_what_a_download_of_mimic_lacks_is_named(tmp_path, missing, line):
 
 
 def test_labels_and_reports_of_mimic_that_are_not_there_are_named(tmp_path):
-    write_mimic(tmp_path / "mimic")
-    (tmp_path / "mimic" / "mimic-cxr-2.0.0-chexpert.csv.gz").unlink()
+    frame = write_mimic(tmp_path / "mimic")
+    chexpert = tmp_path / "mimic" / "mimic-cxr-2.0.0-chexpert.csv.gz"
+    chexpert.rename(tmp_path / "away")
+    negbio = frame.drop_duplicates("study_id")[["subject_id", "study_id"]].assign(Pneumonia="1.0")
     assert open_source(settings("mimic-cxr-jpg", tmp_path / "mimic")).labels == []
+    write_gz(tmp_path / "mimic" / "mimic-cxr-2.0.0-negbio.csv.gz", negbio)
+    assert open_source(settings("mimic-cxr-jpg", tmp_path / "mimic")).labels == ["Pneumonia"]
+    (tmp_path / "away").rename(chexpert)
+    assert "Edema" in open_source(settings("mimic-cxr-jpg", tmp_path / "mimic")).labels
+    for table in (tmp_path / "mimic").glob("*-2.0.0-[cn]*.csv.gz"):
+        table.unlink()
     with pytest.raises(UsageError, match="holds no mimic-cxr-2.0.0-chexpert"):
         open_source(settings("mimic-cxr-jpg", tmp_path / "mimic", label_columns=("Edema",)))
     with pytest.raises(UsageError, match="--reports .* holds no folder files/"):
@@ -244,6 +252,18 @@ def test_the_table_of_projections_tells_the_views_of_open_i(tmp_path):
     run_prepare(config)
     assert [(row["row"], row["view"]) for row in read_manifest(config)] == [(1, "FRONTAL")]
     assert read_reasons(config)[0] == "view_excluded"
+
+
+def test_an_image_of_two_open_i_reports_is_taken_once_and_files_tell_nameless_reports_apart(tmp_path):
+    reports = tmp_path / "openi" / "ecgen-radiology"
+    for number, images in ((7, ["CXR7_IM-1"]), (8, ["CXR7_IM-1", "CXR8_IM-2"]), (9, ["CXR9_IM-3"])):
+        write_openi_report(reports / f"{number}.xml", "", images, "The heart is normal in size.", "Normal chest.")
+    for name in ("CXR7_IM-1", "CXR8_IM-2", "CXR9_IM-3"):
+        write_png(tmp_path / "openi" / "NLMCXR_png" / f"{name}.png", int(name[3]))
+    config = settings("openi", tmp_path / "openi")
+    run_prepare(config)
+    assert read_reasons(config) == {1: "duplicate_id"}
+    assert len({row["patient"] for row in read_manifest(config)}) == 3
 
 
 def test_open_i_reports_meet_their_dicom_files(tmp_path):
@@ -331,10 +351,10 @@ def test_the_annotation_of_iu_x_ray_gives_a_row_an_image(tmp_path):
 
 
 def test_the_annotation_of_mimic_gives_its_patients_and_studies(tmp_path):
-    images = [f"p10/p10000032/s5041426{number}/{number}.jpg" for number in range(2)]
+    images = [f"p10/p10000032/s5041426{min(number, 1)}/{number}.jpg" for number in range(3)]
     entries = {
         "train": [
-            entry(f"dicom-{at}", "train", [path], study_id=50414260 + at, subject_id=10000032)
+            entry(f"dicom-{at}", "train", [path], study_id=50414260 + min(at, 1), subject_id=10000032)
             for at, path in enumerate(images)
         ],
         "val": [],
@@ -343,10 +363,11 @@ def test_the_annotation_of_mimic_gives_its_patients_and_studies(tmp_path):
     write_r2gen(tmp_path / "mimic", entries)
     rows = open_source(settings("r2gen-json", tmp_path / "mimic" / "annotation.json")).rows[:]
     assert len({row.patient for row in rows}) == 1
+    assert [row.study for row in rows].index(rows[2].study) == 1
     assert len({row.study for row in rows}) == 2
     entries["test"] = [entry("dicom-9", "test", [], study_id=1, subject_id=10000032)]
     (tmp_path / "mimic" / "annotation.json").write_text(json.dumps(entries))
-    with pytest.raises(RunError, match="rows 0 and 2 are of one patient, but one is in train and one in test"):
+    with pytest.raises(RunError, match="rows 0 and 3 are of one patient, but one is in train and one in test"):
         open_source(settings("r2gen-json", tmp_path / "mimic"))
 
 
