@@ -78,10 +78,36 @@ def encode_split(
 @torch.inference_mode()
 def encode_images(run: LoadedRun, jpegs: Sequence[bytes]) -> ImageFeatures:
     """Encode JPEGs as the model sees them in validation: centre crop, no augmentation."""
-    size_px, device = run.config.data.image_size_px, _get_device(run)
-    images = [eval_transform(read_image(jpeg), size_px, run.mean, run.std) for jpeg in jpegs]
-    features = run.model.encode_image(torch.stack(images).to(device))
+    features = run.model.encode_image(read_images(run, jpegs))
     return ImageFeatures(*(_check_finite(part.float().cpu(), "image") for part in features))
+
+
+class PatchFeatures(NamedTuple):
+    """Of a batch of images: patches in the joint space (B,N,E), unit length; V-PORs and their attention."""
+
+    patches_BNE: Tensor
+    observations_BKE: Tensor
+    attention_BKN: Tensor
+
+
+@torch.inference_mode()
+def encode_patches(run: LoadedRun, jpegs: Sequence[bytes]) -> PatchFeatures:
+    """Encode JPEGs patch by patch: each token goes through the projection that the whole image goes through.
+
+    Source: inferred (BioViL, one projection for patches and image).
+    """
+    model, image_BCYX = run.model, read_images(run, jpegs)
+    patches_BND = model.vision(image_BCYX).patches_BND
+    observations_BKD, attention_BKN = model.observe(patches_BND)
+    parts = model.project_image(patches_BND), model.project_observation(observations_BKD), attention_BKN
+    return PatchFeatures(*(_check_finite(part.float().cpu(), "image") for part in parts))
+
+
+def read_images(run: LoadedRun, jpegs: Sequence[bytes]) -> Tensor:
+    """JPEGs as the model sees them in validation, (B,1,size,size), where the model is."""
+    size_px = run.config.data.image_size_px
+    images = [eval_transform(read_image(jpeg), size_px, run.mean, run.std) for jpeg in jpegs]
+    return torch.stack(images).to(_get_device(run))
 
 
 @torch.inference_mode()

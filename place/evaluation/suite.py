@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
 
 from place.config import EvaluationConfig, RunError, UsageError
 from place.data.prepared import read_card
 from place.evaluation.explain import write_explanation
+from place.evaluation.grounding import run_grounding
 from place.evaluation.metrics import TaskResult
 from place.evaluation.pixel_probe import run_pixel_probe
 from place.evaluation.retrieval import run_retrieval
@@ -22,8 +26,13 @@ TASKS: dict[str, Callable[[Task], TaskResult]] = {
     "zero_shot": run_zero_shot,
     "retrieval": run_retrieval,
     "pixel_probe": run_pixel_probe,
+    "grounding": run_grounding,
 }
-NEED_LABELS = ("zero_shot", "pixel_probe")
+NEEDS = {"zero_shot": "labels", "pixel_probe": "labels", "grounding": "boxes"}
+ADVICE = {
+    "labels": "prepare it with label columns or take retrieval",
+    "boxes": "take one whose sentences have boxes, such as phantoms",
+}
 
 
 def run_evaluation(
@@ -47,15 +56,15 @@ def run_evaluation(
         output: folder that is written; none takes RUN/evaluation.
         on_progress: told the step, what is done of it and its total.
     Raises:
-        UsageError: an unknown task, or one that needs labels on a data set without any.
+        UsageError: an unknown task, or one that needs what the data set does not have.
         RunError: a damaged run or data set.
     Source: ours.
     """
     card = read_card(data_dir)
-    names = choose_tasks(tasks, bool(card["labels"]))
+    names = choose_tasks(tasks, find_offers(data_dir, card, split))
     run = load_run(run_dir, which)
-    task = Task(TaskInput(run, data_dir, card, split, evaluation or run.config.evaluation, on_progress))
     folder = output or run_dir / "evaluation"
+    task = Task(TaskInput(run, data_dir, card, split, evaluation or run.config.evaluation, on_progress, folder))
     results = {}
     for name in names:
         results[name] = TASKS[name](task)
@@ -64,8 +73,18 @@ def run_evaluation(
     return results
 
 
-def choose_tasks(tasks: Sequence[str], has_labels: bool) -> list[str]:
-    """Resolve `all` and check every name."""
+def find_offers(data_dir: Path, card: dict[str, Any], split: str) -> set[str]:
+    """What a data set has of that which some tasks need: labels, boxes."""
+    offers = {"labels"} if card["labels"] else set()
+    manifest = data_dir / "manifest.parquet"
+    if manifest.is_file():
+        boxes = pq.read_table(manifest, columns=["boxes"], filters=[("split", "==", split)])["boxes"]
+        offers |= {"boxes"} if any(cell != "[]" for cell in boxes.to_pylist()) else set()
+    return offers
+
+
+def choose_tasks(tasks: Sequence[str], offers: Collection[str]) -> list[str]:
+    """Resolve `all` and check every name; `offers` is what the data set has."""
     if not tasks:
         raise UsageError(f"no task was named; take some of {', '.join(TASKS)}, or all")
     for name in tasks:
@@ -75,11 +94,10 @@ def choose_tasks(tasks: Sequence[str], has_labels: bool) -> list[str]:
                 f"unknown task '{name}'; "
                 + (f"did you mean '{near[0]}'?" if near else f"take {', '.join(TASKS)} or all")
             )
-        if name in NEED_LABELS and not has_labels:
-            raise UsageError(
-                f"task '{name}' needs labels and the data set has none; prepare it with label columns or take retrieval"
-            )
-    permitted = [name for name in TASKS if has_labels or name not in NEED_LABELS]
+        need = NEEDS.get(name)
+        if need and need not in offers:
+            raise UsageError(f"task '{name}' needs {need} and the data set has none; {ADVICE[need]}")
+    permitted = [name for name in TASKS if NEEDS.get(name) in (None, *offers)]
     return permitted if "all" in tasks else list(dict.fromkeys(tasks))
 
 

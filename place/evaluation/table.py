@@ -25,7 +25,7 @@ RETRIEVAL_ROWS = {
 def print_results(results: dict[str, TaskResult], console: Console) -> None:
     """Print a table for each task, its headline score first, with 95 % intervals and chance levels."""
     for result in results.values():
-        console.print(_build_retrieval(result) if result.task == "retrieval" else _build_findings(result))
+        console.print(BUILDERS.get(result.task, _build_findings)(result))
         for note in _list_notes(result):
             console.print(f"  {note}", style="dim", highlight=False)
         console.print()
@@ -73,6 +73,21 @@ def _build_retrieval(result: TaskResult) -> Table:
     return table
 
 
+def _build_grounding(result: TaskResult) -> Table:
+    others = [name for name in ("attention", "prior") if f"{name}.mean_cnr" in result.metrics]
+    heads = ("finding", "phrases", "pointing", "95 %", "CNR", "95 %", "mIoU", *others)
+    table = _build_table(f"grounding: {result.num_samples} phrases", heads)
+    rows = [("mean", "mean_{}", "")]
+    rows += [(name, f"{{}}.{name}", str(found["phrases"])) for name, found in result.protocol["findings"].items()]
+    for name, form, count in rows:
+        pointing, cnr, miou = (result.metrics[form.format(kind)] for kind in ("pointing_game", "cnr", "miou"))
+        cells = [f"{pointing.value:.3f}", _show_interval(pointing), f"{cnr.value:.2f}", _show_interval(cnr, digits=2)]
+        cells += [f"{miou.value:.3f}"]
+        cells += [f"{result.metrics[f'{other}.{form}'.format('pointing_game')].value:.3f}" for other in others]
+        table.add_row(name, count, *cells, style="" if count else "bold", end_section=not count)
+    return table
+
+
 def _build_table(title: str, columns: Iterable[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
     for name in columns:
@@ -95,6 +110,10 @@ def _list_notes(result: TaskResult) -> list[str]:
     notes += [f"left out {name}: {reason}" for name, reason in protocol.get("left_out", {}).items()]
     if protocol.get("prompts_from_template"):
         notes.append(f"template prompts: {', '.join(protocol['prompts_from_template'])}")
+    notes += protocol.get("notes", [])
     if "gallery" in protocol:
         notes.append(f"ties {protocol['ties']}")
     return notes
+
+
+BUILDERS = {"retrieval": _build_retrieval, "grounding": _build_grounding}

@@ -15,7 +15,8 @@ StepProgress = Callable[[str, int, int], None]
 
 
 class TaskInput(NamedTuple):
-    """`card` is the data set's card.json; `on_progress` is told the step, what is done of it and its total."""
+    """`card` is the data set's card.json; `on_progress` is told the step, what is done of it and its total;
+    pictures go into `folder`, if there is one."""
 
     run: LoadedRun
     data_dir: Path
@@ -23,13 +24,14 @@ class TaskInput(NamedTuple):
     split: str
     evaluation: EvaluationConfig
     on_progress: StepProgress | None = None
+    folder: Path | None = None
 
 
 class Task:
     """The input, and features that are computed when a task first asks for them."""
 
     def __init__(self, given: TaskInput):
-        self.run, self.data_dir, self.card, self.split, self.evaluation, self.on_progress = given
+        self.run, self.data_dir, self.card, self.split, self.evaluation, self.on_progress, self.folder = given
         self.labels: list[str] = list(self.card["labels"])
 
     @cached_property

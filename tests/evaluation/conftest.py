@@ -55,7 +55,7 @@ def build_sample(name: str, number: int, labelled: bool) -> dict[str, Any]:
         "view": "PA",
         "sample_id": int.from_bytes(hashlib.sha256(f"{name}{number}".encode()).digest()[:7], "big"),
         "report_group": hash_text(" ".join(texts)),
-        "boxes": [box] if effusion else [],
+        "boxes": [box] if effusion and labelled else [],
     }
 
 
@@ -71,7 +71,8 @@ def write_data(folder: Path, labelled: bool = True) -> Path:
                 sample = build_sample(name, number, labelled)
                 writer.write(sample)
                 patient = None if number < 2 else f"{number // 2:016x}"
-                rows.append({"sample_id": sample["sample_id"], "patient": patient, "split": name})
+                row = {"sample_id": sample["sample_id"], "patient": patient, "split": name}
+                rows.append(row | {"boxes": json.dumps(sample["boxes"]), "height_px": 72, "width_px": 64})
     pq.write_table(pa.Table.from_pylist(rows), folder / "manifest.parquet")
     labels = ["effusion", "edema", "nodule"] if labelled else []
     card = {
