@@ -11,12 +11,14 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from place.config import EvaluationConfig, RunError, UsageError
+from place.data.masks import has_masks
 from place.data.prepared import read_card
 from place.evaluation.explain import write_explanation
 from place.evaluation.grounding import run_grounding
 from place.evaluation.metrics import TaskResult
 from place.evaluation.pixel_probe import run_pixel_probe
 from place.evaluation.retrieval import run_retrieval
+from place.evaluation.segmentation import run_segmentation
 from place.evaluation.table import print_results
 from place.evaluation.task import StepProgress, Task, TaskInput
 from place.evaluation.zero_shot import run_zero_shot
@@ -27,11 +29,13 @@ TASKS: dict[str, Callable[[Task], TaskResult]] = {
     "retrieval": run_retrieval,
     "pixel_probe": run_pixel_probe,
     "grounding": run_grounding,
+    "segmentation": run_segmentation,
 }
-NEEDS = {"zero_shot": "labels", "pixel_probe": "labels", "grounding": "boxes"}
+NEEDS = {"zero_shot": "labels", "pixel_probe": "labels", "grounding": "boxes", "segmentation": "masks"}
 ADVICE = {
     "labels": "prepare it with label columns or take retrieval",
     "boxes": "take one whose sentences have boxes, such as phantoms",
+    "masks": "take one with masks.parquet, such as phantoms prepared anew",
 }
 
 
@@ -74,8 +78,9 @@ def run_evaluation(
 
 
 def find_offers(data_dir: Path, card: dict[str, Any], split: str) -> set[str]:
-    """What a data set has of that which some tasks need: labels, boxes."""
+    """What a data set has of that which some tasks need: labels, boxes, masks."""
     offers = {"labels"} if card["labels"] else set()
+    offers |= {"masks"} if has_masks(data_dir) else set()
     manifest = data_dir / "manifest.parquet"
     if manifest.is_file():
         boxes = pq.read_table(manifest, columns=["boxes"], filters=[("split", "==", split)])["boxes"]

@@ -88,6 +88,23 @@ def _build_grounding(result: TaskResult) -> Table:
     return table
 
 
+def _build_segmentation(result: TaskResult) -> Table:
+    heads = ("finding", "images", "Dice", "95 %", "IoU", "95 %", "empty images", "kept empty")
+    table = _build_table(f"segmentation: {result.num_samples} images", heads)
+    rows = [("mean", "mean_{}", "", "")]
+    rows += [
+        (name, f"{{}}.{name}", str(found["images"]), str(found["empty"]))
+        for name, found in result.protocol["findings"].items()
+    ]
+    for name, form, images, empty in rows:
+        dice, iou = result.metrics[form.format("dice")], result.metrics[form.format("iou")]
+        kept = result.metrics.get(form.format("empty_kept"))
+        cells = [f"{dice.value:.3f}", _show_interval(dice), f"{iou.value:.3f}", _show_interval(iou), empty]
+        cells += [f"{kept.value:.3f}" if kept else "-"]
+        table.add_row(name, images, *cells, style="" if images else "bold", end_section=not images)
+    return table
+
+
 def _build_table(title: str, columns: Iterable[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
     for name in columns:
@@ -116,4 +133,4 @@ def _list_notes(result: TaskResult) -> list[str]:
     return notes
 
 
-BUILDERS = {"retrieval": _build_retrieval, "grounding": _build_grounding}
+BUILDERS = {"retrieval": _build_retrieval, "grounding": _build_grounding, "segmentation": _build_segmentation}

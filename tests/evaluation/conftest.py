@@ -16,6 +16,7 @@ import torch
 
 from place.compat import patch_torchvision
 from place.config import Config, check_config, dump_config
+from place.data.masks import MASKS, MASKS_FILE, encode_mask
 from place.data.prepared import read_samples
 from place.data.report import hash_text
 from place.data.tokens import train_tokenizer
@@ -59,21 +60,34 @@ def build_sample(name: str, number: int, labelled: bool) -> dict[str, Any]:
     }
 
 
+def build_masks(sample: dict[str, Any], split: str) -> list[dict[str, Any]]:
+    """The mask of an effusion is its box; edema is absent or was not looked for."""
+    row = {"sample_id": sample["sample_id"], "split": split}
+    mask_YX = np.zeros((72, 64), bool)
+    mask_YX[40:60, 4:24] = True
+    effusion = encode_mask(mask_YX) if sample["boxes"] else None
+    rows = [row | {"finding": "effusion", "box": 0 if effusion else None, "mask": effusion}]
+    return rows + ([] if sample["labels"]["edema"] else [row | {"finding": "edema", "box": None, "mask": None}])
+
+
 def write_data(folder: Path, labelled: bool = True) -> Path:
     """Write a prepared data set of three splits."""
     patch_torchvision()
     from streaming import MDSWriter
 
-    rows = []
+    rows, masks = [], []
     for name, count in SIZES.items():
         with MDSWriter(out=str(folder / name), columns=COLUMNS, compression="zstd", hashes=["xxh64"]) as writer:
             for number in range(count):
                 sample = build_sample(name, number, labelled)
                 writer.write(sample)
                 patient = None if number < 2 else f"{number // 2:016x}"
+                masks += build_masks(sample, name) if labelled else []
                 row = {"sample_id": sample["sample_id"], "patient": patient, "split": name}
                 rows.append(row | {"boxes": json.dumps(sample["boxes"]), "height_px": 72, "width_px": 64})
     pq.write_table(pa.Table.from_pylist(rows), folder / "manifest.parquet")
+    if masks:
+        pq.write_table(pa.Table.from_pylist(masks, schema=MASKS), folder / MASKS_FILE)
     labels = ["effusion", "edema", "nodule"] if labelled else []
     card = {
         "labels": labels,

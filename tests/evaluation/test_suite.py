@@ -90,7 +90,7 @@ def test_a_data_set_without_labels_permits_retrieval_alone(run_dir, unlabelled_d
 )
 def test_wrong_task_names_say_what_there_is(names, message):
     with pytest.raises(UsageError, match=message):
-        choose_tasks(names, {"labels", "boxes"})
+        choose_tasks(names, {"labels", "boxes", "masks"})
 
 
 def test_a_probe_without_a_training_split_says_so(run_dir, data_dir, tmp_path):

@@ -1,0 +1,184 @@
+"""Segmentation: what a small head on the frozen encoder's patch tokens makes of the findings' true masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from place.config import UsageError
+from place.data.masks import Mask, read_masks, resize_mask
+from place.data.prepared import read_samples
+from place.evaluation.encoder import encode_tokens, get_units, read_units, take
+from place.evaluation.metrics import Array, Metric, TaskResult, compute_means, draw_weights, summarize
+from place.evaluation.segmentation_picture import draw_masks
+from place.evaluation.setr import MAX_STEPS, PATIENCE, MaskedSplit, predict, train_head
+from place.evaluation.task import Task
+
+MAX_TRAIN, MAX_VAL = 2000, 400
+
+
+class Read(NamedTuple):
+    """A split with its masks: sample_id and stored JPEG of each image beside them."""
+
+    split: MaskedSplit
+    sample_ids: list[int]
+    jpegs: list[bytes]
+
+
+def run_segmentation(task: Task) -> TaskResult:
+    """Train the head on the training split, stop it on the validation split, judge it.
+
+    Raises:
+        UsageError: a split without masks, or no finding with a mask in the training and the judged split.
+    Source: inferred (MGCA, frozen encoder with SETR-PUP); empties apart and intervals are ours.
+    """
+    data = task.run.config.data
+    masks = {name: read_masks(task.data_dir, name) for name in (data.train_split, data.val_split, task.split)}
+    names, left_out = choose_classes(task, masks)
+    train, val, test = (
+        _read_split(task, split, masks[split], names, limit)
+        for split, limit in ((data.train_split, MAX_TRAIN), (data.val_split, MAX_VAL), (task.split, None))
+    )
+    patch_px = task.run.model.vision.patch_px
+    head, step = train_head(
+        train.split, val.split, patch_px, on_progress=lambda at: task.report("segmentation head", at, MAX_STEPS)
+    )
+    mask_BFYX = test.split.mask_BFYX.numpy()
+    shown_BFYX = (predict(head, test.split.tokens_BND, mask_BFYX.shape[-1]) > 0).numpy()
+    units = get_units(read_units(task.data_dir, task.split), test.sample_ids)
+    metrics = judge_masks(shown_BFYX, mask_BFYX, test.split.known_BF.numpy(), names, units, task.evaluation.bootstrap)
+    if task.folder:
+        draw_masks(test.jpegs, mask_BFYX, shown_BFYX, names, task.folder / "segmentation.png")
+    protocol = _describe(task, test, names, step, len(train.sample_ids)) | {"left_out": left_out}
+    return TaskResult("segmentation", metrics, protocol, len(test.sample_ids))
+
+
+def choose_classes(task: Task, masks: dict[str, dict[int, dict[str, Mask | None]]]) -> tuple[list[str], dict[str, str]]:
+    """Findings that are judged, and why others are not. Raises UsageError."""
+    for split, studies in masks.items():
+        if not studies:
+            raise UsageError(f"segmentation: split '{split}' has no masks; it takes train, val and test patients")
+    counts = {split: _count(studies.values()) for split, studies in masks.items()}
+    there = sorted({name for found in counts.values() for name in found})
+    wanted = task.evaluation.findings or there
+    empty = {
+        name: split
+        for name in wanted
+        for split in (task.split, task.run.config.data.train_split)
+        if not counts[split].get(name)
+    }
+    names = [name for name in wanted if name not in empty]
+    if not names:
+        raise UsageError(f"segmentation: no finding asked for has masks to train and to judge; there are {there}")
+    return names, {name: f"no mask in split '{split}'" for name, split in empty.items()}
+
+
+def _count(studies: Iterable[dict[str, Mask | None]]) -> dict[str, int]:
+    """Images of each finding whose mask is not empty."""
+    counts: dict[str, int] = {}
+    for study in studies:
+        for name, mask_YX in study.items():
+            counts[name] = counts.get(name, 0) + (mask_YX is not None and bool(mask_YX.any()))
+    return counts
+
+
+def _read_split(
+    task: Task, split: str, masks: dict[int, dict[str, Mask | None]], names: Sequence[str], limit: int | None
+) -> Read:
+    """The first `limit` studies with masks, by sample_id, which is a hash."""
+    wanted, size_px = set(sorted(masks)[:limit]), task.run.config.data.image_size_px
+    tokens, targets, known, ids, jpegs = [], [], [], [], []
+    chosen = (sample for sample in read_samples(task.data_dir, split) if sample["sample_id"] in wanted)
+    for samples in take(chosen, task.evaluation.batch_size):
+        tokens.append(encode_tokens(task.run, [sample["image"] for sample in samples]))
+        for sample in samples:
+            study = masks[sample["sample_id"]]
+            targets.append(np.stack([fit_mask(study.get(name), size_px) for name in names]))
+            known.append([is_known(study, name, mask) for name, mask in zip(names, targets[-1], strict=True)])
+            ids.append(sample["sample_id"])
+            jpegs.append(sample["image"])
+        task.report(f"read {split} masks", len(ids), len(wanted))
+    mask_BFYX = torch.from_numpy(np.stack(targets))
+    return Read(MaskedSplit(torch.cat(tokens), mask_BFYX, torch.tensor(known)), ids, jpegs)
+
+
+def fit_mask(mask_YX: Mask | None, size_px: int) -> Mask:
+    """A stored mask as the model sees its image: centre square, resized; no mask is all false."""
+    if mask_YX is None:
+        return np.zeros((size_px, size_px), bool)
+    side, (height, width) = min(mask_YX.shape), mask_YX.shape
+    top, left = (height - side) // 2, (width - side) // 2
+    return resize_mask(mask_YX[top : top + side, left : left + side], (size_px, size_px))
+
+
+def is_known(study: dict[str, Mask | None], name: str, fitted_YX: Mask) -> bool:
+    """Whether an image can be judged for a finding: looked at for it, and if it is there, something is left to see."""
+    return name in study and (study[name] is None or bool(fitted_YX.any()))
+
+
+def compute_overlaps(shown_BFYX: Array, mask_BFYX: Array) -> dict[str, Array]:
+    """Dice, intersection over union and emptiness of each image and finding (B,F).
+
+    Returns: `dice` = 2 |A and B| / (|A| + |B|) and `iou` = |A and B| / |A or B|, both NaN where the truth is empty;
+        `empty_kept`, 1 where an empty truth has an empty prediction, else 0, NaN where the truth is not empty.
+    Source: quoted (Dice 1945, Jaccard 1912); empties apart is ours: as Dice 1.0 they would lift the mean.
+    """
+    both, shown, mask = (x.sum((2, 3)).astype(float) for x in (shown_BFYX & mask_BFYX, shown_BFYX, mask_BFYX))
+    is_empty = mask == 0
+    with np.errstate(invalid="ignore"):
+        dice, iou = 2 * both / (shown + mask), both / (shown + mask - both)
+    return {
+        "dice": np.where(is_empty, np.nan, dice),
+        "iou": np.where(is_empty, np.nan, iou),
+        "empty_kept": np.where(is_empty, (shown == 0).astype(float), np.nan),
+    }
+
+
+def judge_masks(
+    shown_BFYX: Array, mask_BFYX: Array, known_BF: Array, names: Sequence[str], unit_B: Array, bootstrap: int
+) -> dict[str, Metric]:
+    """Mean of each score over the images of each finding, and the mean of these, with intervals.
+
+    Args:
+        known_BF: images that count for a finding.
+        unit_B: patient of each image; patients are resampled.
+    Source: ours.
+    """
+    weight_RB, metrics = draw_weights(unit_B, bootstrap), {}
+    for kind, value_BF in compute_overlaps(shown_BFYX, mask_BFYX).items():
+        value_BF = np.where(known_BF, value_BF, np.nan)
+        pairs = {
+            name: (np.nanmean(value_B), compute_means(value_B, weight_RB))
+            for name, value_B in zip(names, value_BF.T, strict=True)
+            if not np.isnan(value_B).all()
+        }
+        if pairs:
+            values, resampled = zip(*pairs.values(), strict=True)
+            metrics[f"mean_{kind}"] = summarize(float(np.mean(values)), np.mean(resampled, axis=0))
+        metrics |= {f"{kind}.{name}": summarize(*pair) for name, pair in pairs.items()}
+    return metrics
+
+
+def _describe(task: Task, test: Read, names: Sequence[str], step: int, num_train: int) -> dict[str, Any]:
+    known_BF, size_px = test.split.known_BF.numpy(), task.run.config.data.image_size_px
+    full_BF = test.split.mask_BFYX.numpy().any((2, 3))
+    return {
+        "score": f"SETR-PUP head on the frozen encoder's patch tokens, at {size_px} x {size_px} px",
+        "trained_on": f"{num_train} images of '{task.run.config.data.train_split}', at most {MAX_TRAIN}, first by hash",
+        "stopped": f"best validation loss at step {step} of at most {MAX_STEPS}, patience of {PATIENCE} validations",
+        "threshold": "probability 0.5, fixed",
+        "dice": "per image, over the images whose true mask is not empty; mean over findings",
+        "empty_kept": "share of images without the finding whose prediction is empty too: counted apart from Dice",
+        "interval": "95 % percentile bootstrap over patients",
+        "findings": {
+            name: {
+                "images": int((known & full).sum()),
+                "empty": int((known & ~full).sum()),
+                "unknown": int((~known).sum()),
+            }
+            for name, known, full in zip(names, known_BF.T, full_BF.T, strict=True)
+        },
+    }

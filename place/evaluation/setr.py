@@ -1,0 +1,103 @@
+"""SETR-PUP: patch tokens to masks by convolutions that double the side step by step, trained on a frozen encoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+WIDTH, NARROWEST = 512, 16
+MAX_STEPS, EVERY, PATIENCE = 600, 50, 4
+BATCH_SIZE, LR, WEIGHT_DECAY = 32, 1e-3, 1e-4
+
+
+class MaskedSplit(NamedTuple):
+    """Tokens `tokens_BND` fp32, masks `mask_BFYX` bool, and `known_BF` bool: whether an image was looked at for one."""
+
+    tokens_BND: Tensor
+    mask_BFYX: Tensor
+    known_BF: Tensor
+
+
+class SetrPup(nn.Module):
+    """Convolution, norm, ReLU and doubling of the side, as often as a patch has halvings, then a logit a finding.
+
+    Source: quoted (Zheng et al. 2021, SETR, progressive upsampling); widths inferred (MGCA: 512, 256, 128, 64).
+    """
+
+    def __init__(self, width: int, num_findings: int, patch_px: int):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for step in range(max(1, round(math.log2(patch_px)))):
+            out = max(NARROWEST, min(WIDTH, width) >> step)
+            layers += [nn.Conv2d(width, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
+            layers += [nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)]
+            width = out
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, num_findings, 1))
+
+    def forward(self, tokens_BND: Tensor, size_px: int) -> Tensor:
+        """Logits (B,F,size_px,size_px)."""
+        side = round(tokens_BND.shape[1] ** 0.5)
+        logits = self.layers(tokens_BND.transpose(1, 2).unflatten(2, (side, side)))
+        if logits.shape[-1] != size_px:
+            logits = nn.functional.interpolate(logits, size=size_px, mode="bilinear", align_corners=False)
+        return logits
+
+
+def compute_loss(logit_BFYX: Tensor, mask_BFYX: Tensor, known_BF: Tensor) -> Tensor:
+    """Binary cross-entropy plus soft Dice of each finding over the batch; unknown masks count nowhere.
+
+    Source: inferred (MGCA, a pixel-wise loss and Dice); cross-entropy instead of focal loss is ours.
+    """
+    known_BF11 = known_BF[:, :, None, None].float()
+    target = mask_BFYX.float()
+    pixels = nn.functional.binary_cross_entropy_with_logits(logit_BFYX, target, reduction="none") * known_BF11
+    entropy = pixels.mean((2, 3)).sum() / known_BF.sum().clamp(min=1)
+    share = logit_BFYX.sigmoid() * known_BF11
+    overlap_F = (share * target).sum((0, 2, 3))
+    total_F = share.sum((0, 2, 3)) + (target * known_BF11).sum((0, 2, 3))
+    return entropy + (1 - (2 * overlap_F + 1) / (total_F + 1)).mean()
+
+
+def train_head(
+    train: MaskedSplit, val: MaskedSplit, patch_px: int, seed: int = 0, on_progress: Callable[[int], None] | None = None
+) -> tuple[SetrPup, int]:
+    """Train a head for at most `MAX_STEPS`; the weights with the least validation loss are kept.
+
+    Returns:
+        The head in eval mode, and the step that its weights are of.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = SetrPup(train.tokens_BND.shape[-1], train.mask_BFYX.shape[1], patch_px)
+    rng, size_px = np.random.default_rng(seed), train.mask_BFYX.shape[-1]
+    optimizer = torch.optim.AdamW(head.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+    best, best_step, kept = math.inf, 0, head.state_dict()
+    for step in range(1, MAX_STEPS + 1):
+        head.train()
+        rows = torch.from_numpy(rng.integers(len(train.tokens_BND), size=BATCH_SIZE))
+        loss = compute_loss(head(train.tokens_BND[rows], size_px), train.mask_BFYX[rows], train.known_BF[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % EVERY == 0:
+            val_loss = float(compute_loss(predict(head, val.tokens_BND, size_px), val.mask_BFYX, val.known_BF))
+            if val_loss < best:
+                best, best_step, kept = val_loss, step, {k: v.clone() for k, v in head.state_dict().items()}
+            if on_progress:
+                on_progress(step)
+            if step - best_step >= PATIENCE * EVERY:
+                break
+    head.load_state_dict(kept)
+    return head.eval(), best_step
+
+
+@torch.no_grad()
+def predict(head: SetrPup, tokens_BND: Tensor, size_px: int) -> Tensor:
+    """Logits (B,F,size_px,size_px); no image's prediction depends on another's."""
+    head.eval()
+    return torch.cat([head(part, size_px) for part in tokens_BND.split(64)])

@@ -1,0 +1,112 @@
+"""Segmentation: Dice and IoU as torchmetrics has them, empties apart, unknown masks nowhere, and a head that learns."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torchmetrics.functional.segmentation import dice_score, mean_iou
+
+from place.config import EvaluationConfig, UsageError
+from place.evaluation.segmentation import compute_overlaps, fit_mask, is_known, judge_masks, run_segmentation
+from place.evaluation.setr import MaskedSplit, SetrPup, compute_loss, predict, train_head
+from place.evaluation.task import Task, TaskInput
+from place.training.checkpoint import load_run
+
+
+def build_task(run_dir, data_dir, folder=None, **options) -> Task:
+    evaluation = EvaluationConfig(bootstrap=50, batch_size=16, **options)
+    return Task(TaskInput(load_run(run_dir), data_dir, {"labels": []}, "test", evaluation, folder=folder))
+
+
+@pytest.fixture(scope="module")
+def result(run_dir, data_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("segmentation")
+    return run_segmentation(build_task(run_dir, data_dir, folder)), folder
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dice_and_iou_equal_torchmetrics_on_random_masks(seed):
+    rng = np.random.default_rng(seed)
+    shown, mask = (rng.random((5, 3, 16, 16)) < share for share in (0.4, 0.3))
+    ours = compute_overlaps(shown, mask)
+    tensors = torch.from_numpy(shown).int(), torch.from_numpy(mask).int()
+    dice = dice_score(*tensors, num_classes=3, average="none", input_format="one-hot")
+    iou = mean_iou(*tensors, num_classes=3, per_class=True, input_format="one-hot")
+    assert np.allclose(ours["dice"], dice.numpy(), atol=1e-6)
+    assert np.allclose(ours["iou"], iou.numpy(), atol=1e-6)
+    assert np.isnan(ours["empty_kept"]).all()
+
+
+def test_an_empty_truth_has_no_dice_and_is_counted_apart():
+    mask = np.zeros((3, 1, 4, 4), bool)
+    shown = mask.copy()
+    mask[0, 0, :2] = shown[1, 0, 0, 0] = True
+    metrics = judge_masks(shown, mask, np.ones((3, 1), bool), ["a"], np.arange(3), 0)
+    assert metrics["dice.a"].value == metrics["iou.a"].value == metrics["mean_dice"].value == 0
+    assert metrics["empty_kept.a"].value == 0.5
+
+
+def test_an_image_that_was_not_looked_at_counts_nowhere():
+    mask = np.ones((2, 1, 4, 4), bool)
+    shown = mask.copy()
+    shown[1] = False
+    known = np.array([[True], [False]])
+    assert judge_masks(shown, mask, known, ["a"], np.arange(2), 0)["dice.a"].value == 1
+    logits = torch.randn(2, 1, 4, 4)
+    changed = torch.cat([logits[:1], -logits[1:]])
+    masks = torch.from_numpy(mask)
+    assert compute_loss(logits, masks, torch.tensor(known)) == compute_loss(changed, masks, torch.tensor(known))
+
+
+def test_masks_follow_the_image_through_crop_and_resize():
+    mask_YX = np.zeros((72, 64), bool)
+    mask_YX[40:60, 4:24] = True
+    expected_YX = np.zeros((32, 32), bool)
+    expected_YX[18:28, 2:12] = True
+    assert np.array_equal(fit_mask(mask_YX, 32), expected_YX)
+    assert not fit_mask(None, 32).any()
+
+
+def test_a_finding_is_known_where_it_was_looked_for_and_something_is_left_to_see():
+    there, gone = np.ones((4, 4), bool), np.zeros((4, 4), bool)
+    assert is_known({"a": there}, "a", there)
+    assert is_known({"a": None}, "a", gone)
+    assert not is_known({"a": there}, "a", gone)
+    assert not is_known({}, "a", gone)
+
+
+def test_the_head_finds_what_the_tokens_tell_and_its_steps_repeat():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(48, 16, 6, generator=generator)
+    mask = (tokens[:, :, 0] > 0).unflatten(1, (4, 4))[:, None].repeat_interleave(4, 2).repeat_interleave(4, 3)
+    split = MaskedSplit(tokens, mask, torch.ones(48, 1, dtype=torch.bool))
+    head, step = train_head(split, split, patch_px=4)
+    again, same_step = train_head(split, split, patch_px=4)
+    shown = predict(head, tokens, 16) > 0
+    assert compute_overlaps(shown.numpy(), mask.numpy())["dice"].mean() > 0.85
+    assert step == same_step
+    assert torch.equal(predict(head, tokens, 16), predict(again, tokens, 16))
+    assert torch.allclose(predict(head, tokens[:1], 16), predict(head, tokens, 16)[:1], atol=1e-5)
+
+
+def test_a_head_gives_the_size_asked_for_whatever_the_patch():
+    assert SetrPup(8, 2, 14)(torch.randn(2, 9, 8), 42).shape == (2, 2, 42, 42)
+
+
+def test_the_task_learns_the_planted_square_and_draws_it(result):
+    found, folder = result
+    assert found.metrics["dice.effusion"].value > 0.5
+    assert found.metrics["empty_kept.effusion"].value > 0.5
+    assert found.metrics["dice.effusion"].low < found.metrics["dice.effusion"].value
+    assert found.protocol["left_out"] == {"edema": "no mask in split 'train'"}
+    counts = found.protocol["findings"]["effusion"]
+    assert counts["images"] + counts["empty"] == found.num_samples == 41
+    picture = cv2.imread(str(folder / "segmentation.png"))
+    assert picture.std() > 10
+
+
+def test_findings_without_masks_are_told(run_dir, data_dir):
+    with pytest.raises(UsageError, match="no finding asked for has masks to train"):
+        run_segmentation(build_task(run_dir, data_dir, findings=["edema"]))
