@@ -66,6 +66,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         "--column", nargs="+", action="extend", default=[], metavar="FIELD=NAME", help=fields["columns"].description
     )
     parser.add_argument("--labels", nargs="+", default=[], metavar="NAME", help=fields["label_columns"].description)
+    parser.add_argument("--masks", nargs="+", default=[], metavar="FINDING=PATTERN", help=fields["masks"].description)
     parser.add_argument("--views", nargs="+", default=[], metavar="VIEW", help=fields["views"].description)
     parser.add_argument("--case", choices=("keep", "lower"), default="keep", help=fields["case"].description)
     parser.add_argument(
@@ -172,18 +173,24 @@ def build_prepare_config(arguments: argparse.Namespace) -> PrepareConfig:
     """What `place prepare` was told, checked."""
     from pydantic import ValidationError
 
-    given = {key: value for key, value in vars(arguments).items() if key not in ("verb", "column", "labels")}
-    columns = {}
-    for item in arguments.column:
-        field, equals, name = item.partition("=")
-        if not equals:
-            raise UsageError(f"--column {item}: write it as FIELD=NAME, such as image=filename")
-        columns[field] = name
+    given = {key: value for key, value in vars(arguments).items() if key not in ("verb", "column", "labels", "masks")}
+    columns = _split_pairs("column", arguments.column, "FIELD=NAME, such as image=filename")
+    given["masks"] = _split_pairs("masks", arguments.masks, "FINDING=PATTERN, such as lungs=masks/{stem}.png") or None
     try:
         return PrepareConfig.model_validate({**given, "columns": columns, "label_columns": tuple(arguments.labels)})
     except ValidationError as error:
         fault = error.errors()[0]
         raise UsageError(f"--{'.'.join(map(str, fault['loc'])).replace('_', '-')}: {fault['msg'].lower()}") from None
+
+
+def _split_pairs(option: str, items: list[str], form: str) -> dict[str, str]:
+    pairs = {}
+    for item in items:
+        field, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError(f"--{option} {item}: write it as {form}")
+        pairs[field] = value
+    return pairs
 
 
 def pretrain(arguments: argparse.Namespace) -> int:

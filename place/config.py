@@ -365,6 +365,8 @@ class EvaluationConfig(Section):
     """Studies encoded at once."""
     prompts: str | None = None
     """YAML of `finding: {positive: [...], negative: [...]}`; none takes the prompts built in."""
+    folds: int = Field(0, ge=0)
+    """segmentation: folds of a cross-validation by patient over all splits; 0 trains on one split, judges another."""
     findings: list[str] = []
     """Findings that count towards the mean; empty takes all labels of the data set."""
 
@@ -423,6 +425,8 @@ class PrepareConfig(Section):
     """Short side of the stored image, in pixels; smaller images keep their size."""
     jpeg_quality: int = Field(95, ge=1, le=100)
     """Quality of the stored grey JPEG."""
+    masks: dict[str, str] | None = None
+    """csv: finding to the path of its mask file from the image root; {stem} is the image's path without suffix."""
     views: tuple[str, ...] = ()
     """Views that are kept, such as FRONTAL, LATERAL, UNKNOWN, ALL. None keeps the frontal ones, and of csv, openi and
     r2gen-json also the unknown."""

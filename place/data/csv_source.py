@@ -42,8 +42,15 @@ def open_csv(config: PrepareConfig) -> Table:
     frame["split"], rule = assign_splits(frame, config, _ADVICE)
     _check_views(frame)
     content = ids.digest("input", f"{hash_file(table)}:{root.resolve()}").hex()
-    rows = FrameRows(frame, labels, ids, str(root))
+    rows = FrameRows(frame, labels, ids, str(root), masks=_check_masks(config))
     return Table(rows, [label.name for label in labels], rule, notes, content)
+
+
+def _check_masks(config: PrepareConfig) -> dict[str, str] | None:
+    for name, pattern in (config.masks or {}).items():
+        if "{stem}" not in pattern:
+            raise UsageError(f"--masks {name}={pattern}: expected {{stem}} in it, the image's path without suffix")
+    return config.masks
 
 
 def _fill_identities(frame: pd.DataFrame) -> list[str]:

@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from place.data.identity import IdHasher
+from place.data.masks import list_mask_files
 from place.data.rows import Row
 from place.data.table import Label
 
@@ -27,9 +28,15 @@ class FrameRows:
     """
 
     def __init__(
-        self, frame: pd.DataFrame, labels: list[Label], ids: IdHasher, image_root: str = "", report_root: str = ""
+        self,
+        frame: pd.DataFrame,
+        labels: list[Label],
+        ids: IdHasher,
+        image_root: str = "",
+        report_root: str = "",
+        masks: dict[str, str] | None = None,
     ):
-        self.frame, self.labels, self.ids = frame, labels, ids
+        self.frame, self.labels, self.ids, self.masks = frame, labels, ids, masks or {}
         self.image_root, self.report_root = image_root, report_root
         # Positions, and not the table in another order: its reports stay on the disk until their slice is taken.
         self.order = order_by_patient(frame)
@@ -61,6 +68,7 @@ class FrameRows:
             sections=tuple((name, cells[name]) for name in SECTIONS if cells.get(name)),
             view=" ".join(cells.get("view", "").upper().split()),
             labels={label.name: label.read(cells[f"label:{label.column}"]) for label in self.labels},
+            masks=list_mask_files(image, self.image_root, self.masks) if image else (),
             reject=cells.get("reject", ""),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from place.config import RunError
-from place.data.images import Rejected, decode_picture
+from place.data.images import Rejected, decode_picture, read_file
 
 MASKS_FILE = "masks.parquet"
 MASKS = pa.schema(
@@ -33,10 +34,13 @@ Mask = NDArray[np.bool_]
 
 
 class SourceMask(NamedTuple):
-    """A mask as a source hands it over: in the pixels of the source image, as a PNG; empty bytes where absent."""
+    """A mask as a source hands it over: in the pixels of the source image, as a PNG; empty bytes where absent.
+
+    A path instead of bytes is read in the task; where there is no such file, nobody has looked.
+    """
 
     finding: str
-    png: bytes
+    png: bytes | str
     box: int | None = None
 
 
@@ -74,12 +78,25 @@ def store_mask(mask: SourceMask, source: tuple[int, ...], stored: tuple[int, ...
     if not mask.png:
         return None
     try:
-        mask_YX = decode_mask(mask.png)
+        mask_YX = decode_mask(read_file(mask.png) if isinstance(mask.png, str) else mask.png)
     except Rejected as fault:
         raise Rejected("unreadable_mask", fault.reason) from None
     if mask_YX.shape != source:
         raise Rejected("mask_size", f"the mask has {mask_YX.shape} pixels, its image {source}")
+    if isinstance(mask.png, str) and not mask_YX.any():
+        return None  # a file with nothing in it says that the finding is absent
     return encode_mask(resize_mask(mask_YX, stored))
+
+
+def list_mask_files(image: str, root: str, patterns: dict[str, str]) -> tuple[SourceMask, ...]:
+    """Mask files of an image, whether they are there or not; `{stem}` in a pattern is the image's path without suffix.
+
+    Source: ours.
+    """
+    stem = os.path.splitext(image)[0]
+    return tuple(
+        SourceMask(name, os.path.join(root, pattern.replace("{stem}", stem))) for name, pattern in patterns.items()
+    )
 
 
 def has_masks(data_dir: str | Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -211,6 +212,7 @@ def read_sample(row: Row, config: PrepareConfig) -> Sample:
             "mask": store_mask(mask, source_YX.shape, image_YX.shape),
         }
         for mask in row.masks
+        if not isinstance(mask.png, str) or os.path.exists(mask.png)
     ]
     return Sample(stored, {**record, "source_sha256": hashlib.sha256(data).hexdigest()}, image_YX, masks)
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from place.config import UsageError
+from place.data.identity import SPLITS
 from place.data.masks import Mask, read_masks, resize_mask
 from place.data.prepared import read_samples
 from place.evaluation.encoder import encode_tokens, get_units, read_units, take
@@ -18,6 +19,17 @@ from place.evaluation.setr import MAX_STEPS, PATIENCE, MaskedSplit, predict, tra
 from place.evaluation.task import Task
 
 MAX_TRAIN, MAX_VAL = 2000, 400
+
+
+class Judged(NamedTuple):
+    """Images with masks, predictions (B,F,Y,X) bool, findings, reasons of those left out, patients, and how."""
+
+    test: Read
+    shown_BFYX: Array
+    names: list[str]
+    left_out: dict[str, str]
+    unit_B: Array
+    trained_on: str
 
 
 class Read(NamedTuple):
@@ -35,41 +47,100 @@ def run_segmentation(task: Task) -> TaskResult:
         UsageError: a split without masks, or no finding with a mask in the training and the judged split.
     Source: inferred (MGCA, frozen encoder with SETR-PUP); empties apart and intervals are ours.
     """
+    judged = _cross_validate(task) if task.evaluation.folds else _train_and_judge(task)
+    test, shown_BFYX, names = judged.test, judged.shown_BFYX, judged.names
+    mask_BFYX, known_BF = test.split.mask_BFYX.numpy(), test.split.known_BF.numpy()
+    metrics = judge_masks(shown_BFYX, mask_BFYX, known_BF, names, judged.unit_B, task.evaluation.bootstrap)
+    if task.folder:
+        draw_masks(test.jpegs, mask_BFYX, shown_BFYX, names, task.folder / "segmentation.png")
+    protocol = _describe(task, judged)
+    return TaskResult("segmentation", metrics, protocol, len(test.sample_ids))
+
+
+def _train_and_judge(task: Task) -> Judged:
+    """One head, trained on the training split, stopped on the validation split."""
     data = task.run.config.data
     masks = {name: read_masks(task.data_dir, name) for name in (data.train_split, data.val_split, task.split)}
-    names, left_out = choose_classes(task, masks)
+    names, left_out = choose_classes(masks, task.evaluation.findings, (task.split, data.train_split))
     train, val, test = (
         _read_split(task, split, masks[split], names, limit)
         for split, limit in ((data.train_split, MAX_TRAIN), (data.val_split, MAX_VAL), (task.split, None))
     )
-    patch_px = task.run.model.vision.patch_px
     head, step = train_head(
-        train.split, val.split, patch_px, on_progress=lambda at: task.report("segmentation head", at, MAX_STEPS)
+        train.split, val.split, _patch_px(task), on_progress=lambda at: task.report("segmentation head", at, MAX_STEPS)
     )
-    mask_BFYX = test.split.mask_BFYX.numpy()
-    shown_BFYX = (predict(head, test.split.tokens_BND, mask_BFYX.shape[-1]) > 0).numpy()
+    shown = predict(head, test.split.tokens_BND, test.split.mask_BFYX.shape[-1]) > 0
+    trained_on = (
+        f"{len(train.sample_ids)} images of '{data.train_split}', at most {MAX_TRAIN}, first by hash; "
+        f"stopped on '{data.val_split}' at step {step}"
+    )
     units = get_units(read_units(task.data_dir, task.split), test.sample_ids)
-    metrics = judge_masks(shown_BFYX, mask_BFYX, test.split.known_BF.numpy(), names, units, task.evaluation.bootstrap)
-    if task.folder:
-        draw_masks(test.jpegs, mask_BFYX, shown_BFYX, names, task.folder / "segmentation.png")
-    protocol = _describe(task, test, names, step, len(train.sample_ids)) | {"left_out": left_out}
-    return TaskResult("segmentation", metrics, protocol, len(test.sample_ids))
+    return Judged(test, shown.numpy(), names, left_out, units, trained_on)
 
 
-def choose_classes(task: Task, masks: dict[str, dict[int, dict[str, Mask | None]]]) -> tuple[list[str], dict[str, str]]:
-    """Findings that are judged, and why others are not. Raises UsageError."""
+def _cross_validate(task: Task) -> Judged:
+    """A head a fold: a fold of patients is judged, the next one stops the head, the others train it."""
+    splits = [name for name in SPLITS if read_masks(task.data_dir, name)]
+    masks = {name: read_masks(task.data_dir, name) for name in splits}
+    pooled = {"all splits": {key: study for studies in masks.values() for key, study in studies.items()}}
+    names, left_out = choose_classes(pooled, task.evaluation.findings, tuple(pooled))
+    reads = [_read_split(task, name, masks[name], names, None) for name in splits]
+    whole = Read(
+        MaskedSplit(*(torch.cat(parts) for parts in zip(*(read.split for read in reads), strict=True))),
+        [sample_id for read in reads for sample_id in read.sample_ids],
+        [jpeg for read in reads for jpeg in read.jpegs],
+    )
+    units = {key: unit for name in splits for key, unit in read_units(task.data_dir, name).items()}
+    unit_B = get_units(units, whole.sample_ids)
+    fold_B = deal_folds(unit_B, task.evaluation.folds)
+    shown_BFYX, steps = torch.zeros_like(whole.split.mask_BFYX), []
+    for fold in range(task.evaluation.folds):
+        val_B, test_B = fold_B == (fold + 1) % task.evaluation.folds, fold_B == fold
+        train, val, test = (_take_rows(whole.split, rows_B) for rows_B in (~val_B & ~test_B, val_B, test_B))
+        head, step = train_head(train, val, _patch_px(task))
+        shown_BFYX[torch.from_numpy(test_B)] = predict(head, test.tokens_BND, shown_BFYX.shape[-1]) > 0
+        steps.append(step)
+        task.report("segmentation folds", fold + 1, task.evaluation.folds)
+    trained_on = (
+        f"{task.evaluation.folds} folds of patients over splits {', '.join(splits)}: one judged, the next one stops, "
+        f"the others train; stopped at steps {steps}"
+    )
+    return Judged(whole, shown_BFYX.numpy(), names, left_out, unit_B, trained_on)
+
+
+def deal_folds(unit_B: Array, folds: int) -> Array:
+    """Fold of each image: patients in the order of their hash, dealt out in turn, so that none is in two folds.
+
+    Raises:
+        UsageError: fewer than three folds, or fewer patients than folds.
+    """
+    patients, number_B = np.unique(unit_B, return_inverse=True)
+    if not 3 <= folds <= len(patients):
+        raise UsageError(
+            f"evaluation.folds={folds}: expected 3 (train, stop, judge) to {len(patients)}, the patients with masks"
+        )
+    return number_B.ravel() % folds
+
+
+def _take_rows(split: MaskedSplit, rows_B: Array) -> MaskedSplit:
+    return MaskedSplit(*(part[torch.from_numpy(rows_B)] for part in split))
+
+
+def _patch_px(task: Task) -> int:
+    return task.run.model.vision.patch_px
+
+
+def choose_classes(
+    masks: dict[str, dict[int, dict[str, Mask | None]]], findings: Sequence[str], need: Sequence[str]
+) -> tuple[list[str], dict[str, str]]:
+    """Findings that are judged, and why others are not: each needs a mask in the splits `need`. Raises UsageError."""
     for split, studies in masks.items():
         if not studies:
             raise UsageError(f"segmentation: split '{split}' has no masks; it takes train, val and test patients")
     counts = {split: _count(studies.values()) for split, studies in masks.items()}
     there = sorted({name for found in counts.values() for name in found})
-    wanted = task.evaluation.findings or there
-    empty = {
-        name: split
-        for name in wanted
-        for split in (task.split, task.run.config.data.train_split)
-        if not counts[split].get(name)
-    }
+    wanted = findings or there
+    empty = {name: split for name in wanted for split in need if not counts[split].get(name)}
     names = [name for name in wanted if name not in empty]
     if not names:
         raise UsageError(f"segmentation: no finding asked for has masks to train and to judge; there are {there}")
@@ -162,13 +233,13 @@ def judge_masks(
     return metrics
 
 
-def _describe(task: Task, test: Read, names: Sequence[str], step: int, num_train: int) -> dict[str, Any]:
-    known_BF, size_px = test.split.known_BF.numpy(), task.run.config.data.image_size_px
-    full_BF = test.split.mask_BFYX.numpy().any((2, 3))
+def _describe(task: Task, judged: Judged) -> dict[str, Any]:
+    split, size_px = judged.test.split, task.run.config.data.image_size_px
+    known_BF, full_BF = split.known_BF.numpy(), split.mask_BFYX.numpy().any((2, 3))
     return {
         "score": f"SETR-PUP head on the frozen encoder's patch tokens, at {size_px} x {size_px} px",
-        "trained_on": f"{num_train} images of '{task.run.config.data.train_split}', at most {MAX_TRAIN}, first by hash",
-        "stopped": f"best validation loss at step {step} of at most {MAX_STEPS}, patience of {PATIENCE} validations",
+        "trained_on": judged.trained_on,
+        "stopped": f"at the least validation loss of at most {MAX_STEPS} steps, patience of {PATIENCE} validations",
         "threshold": "probability 0.5, fixed",
         "dice": "per image, over the images whose true mask is not empty; mean over findings",
         "empty_kept": "share of images without the finding whose prediction is empty too: counted apart from Dice",
@@ -179,6 +250,7 @@ def _describe(task: Task, test: Read, names: Sequence[str], step: int, num_train
                 "empty": int((known & ~full).sum()),
                 "unknown": int((~known).sum()),
             }
-            for name, known, full in zip(names, known_BF.T, full_BF.T, strict=True)
+            for name, known, full in zip(judged.names, known_BF.T, full_BF.T, strict=True)
         },
+        "left_out": judged.left_out,
     }

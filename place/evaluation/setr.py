@@ -79,7 +79,7 @@ def train_head(
     best, best_step, kept = math.inf, 0, head.state_dict()
     for step in range(1, MAX_STEPS + 1):
         head.train()
-        rows = torch.from_numpy(rng.integers(len(train.tokens_BND), size=BATCH_SIZE))
+        rows = torch.from_numpy(rng.integers(len(train.tokens_BND), size=min(BATCH_SIZE, len(train.tokens_BND))))
         loss = compute_loss(head(train.tokens_BND[rows], size_px), train.mask_BFYX[rows], train.known_BF[rows])
         optimizer.zero_grad()
         loss.backward()

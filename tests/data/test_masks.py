@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from small_sets import draw_image, encode
+from small_sets import draw_image, encode, write_csv_source
 
-from place.config import PrepareConfig, RunError
+from place.config import PrepareConfig, RunError, UsageError
 from place.data.images import Rejected
 from place.data.masks import SourceMask, decode_mask, encode_mask, has_masks, read_masks, resize_mask, store_mask
 from place.data.phantom import generate_study
@@ -134,3 +134,24 @@ def test_absent_is_no_mask_and_masks_are_lossless_and_the_same_each_time():
 def test_a_data_set_without_masks_says_so(data_dir, tmp_path):
     assert has_masks(data_dir)
     assert not has_masks(tmp_path)
+
+
+def test_mask_files_of_a_table_are_told_apart_from_absent_and_unknown(tmp_path):
+    config = write_csv_source(tmp_path, count=3, masks={"lungs": "../masks/{stem}.lungs.png"})
+    (tmp_path / "masks").mkdir()
+    mask_YX = np.zeros((80, 64), bool)
+    (tmp_path / "masks" / "secret-file-1.lungs.png").write_bytes(encode_mask(mask_YX))
+    mask_YX[10:50, 8:40] = True
+    (tmp_path / "masks" / "secret-file-0.lungs.png").write_bytes(encode_mask(mask_YX))
+    run_prepare(config)
+    studies = [study for split in ("train", "val", "test") for study in read_masks(config.output, split).values()]
+    assert len(studies) == 2  # the third has no file
+    assert [study["lungs"] is None for study in studies].count(True) == 1
+    (found,) = [study["lungs"] for study in studies if study["lungs"] is not None]
+    assert found.shape == (60, 48)
+    assert found.mean() == pytest.approx(mask_YX.mean(), abs=0.02)
+
+
+def test_a_mask_pattern_without_a_stem_is_told(tmp_path):
+    with pytest.raises(UsageError, match="expected {stem} in it"):
+        run_prepare(write_csv_source(tmp_path, count=2, masks={"lungs": "lungs.png"}))

@@ -9,7 +9,14 @@ import torch
 from torchmetrics.functional.segmentation import dice_score, mean_iou
 
 from place.config import EvaluationConfig, UsageError
-from place.evaluation.segmentation import compute_overlaps, fit_mask, is_known, judge_masks, run_segmentation
+from place.evaluation.segmentation import (
+    compute_overlaps,
+    deal_folds,
+    fit_mask,
+    is_known,
+    judge_masks,
+    run_segmentation,
+)
 from place.evaluation.setr import MaskedSplit, SetrPup, compute_loss, predict, train_head
 from place.evaluation.task import Task, TaskInput
 from place.training.checkpoint import load_run
@@ -110,3 +117,15 @@ def test_the_task_learns_the_planted_square_and_draws_it(result):
 def test_findings_without_masks_are_told(run_dir, data_dir):
     with pytest.raises(UsageError, match="no finding asked for has masks to train"):
         run_segmentation(build_task(run_dir, data_dir, findings=["edema"]))
+
+
+def test_cross_validation_judges_every_image_once_with_no_patient_on_two_sides(run_dir, data_dir, monkeypatch):
+    monkeypatch.setattr("place.evaluation.setr.MAX_STEPS", 150)
+    found = run_segmentation(build_task(run_dir, data_dir, folds=3))
+    assert found.num_samples == 80 + 40 + 41
+    assert found.metrics["dice.effusion"].value > 0.5
+    unit_B = np.array(["c", "a", "b", "a", "c", "d"])
+    fold_B = deal_folds(unit_B, 3)
+    assert fold_B.tolist() == [2, 0, 1, 0, 2, 0]
+    with pytest.raises(UsageError, match=r"expected 3 \(train, stop, judge\) to 4"):
+        deal_folds(unit_B, 5)
