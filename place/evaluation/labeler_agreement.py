@@ -147,7 +147,7 @@ def build_table(scores: dict[str, dict[str, Score]], halves: Sequence[str]) -> T
 
 
 def _show(score: Score) -> list[str]:
-    return [str(score.count), *(f"{value:.3f}" for value in score[1:])]
+    return [str(score.num_true), *(f"{value:.3f}" for value in score[1:])]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

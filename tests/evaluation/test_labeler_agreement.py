@@ -117,6 +117,9 @@ def test_the_command_prints_a_table_and_writes_it(folder, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "held_out" in shown
     assert "Enlarged Cardiomediastinum" in shown
+    cells = next(line.split() for line in shown.splitlines() if line.startswith("Pleural Effusion"))[2:]
+    assert len(cells) == 8
+    assert int(cells[0]) + int(cells[4]) == 10
     assert max(map(len, shown.splitlines())) <= 110
     tree = json.loads((tmp_path / "out.json").read_text())
     assert sum(tree["scores"]["Pleural Effusion"][half]["num_true"] for half in HALVES) == 10
