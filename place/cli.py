@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_prepare(verbs.add_parser("prepare", help="images and reports to verified shards"))
     _add_pretrain(verbs.add_parser("pretrain", help="train a model on prepared data"))
     _add_evaluate(verbs.add_parser("evaluate", help="judge a trained model"))
+    _add_export(verbs.add_parser("export", help="a run as a folder that transformers and timm load"))
     _add_data(verbs.add_parser("data", help="look at, check or measure prepared data"))
     _add_runs(verbs.add_parser("runs", help="stop a run at its next step"))
     _add_plan(verbs.add_parser("plan", help="memory, steps, time and traffic of a run before it costs anything"))
@@ -104,6 +105,12 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", help="split that is judged")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a folder name such as step_00000100")
     parser.add_argument("overrides", nargs="*", metavar="evaluation.key=value", help="laid over the run's config")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", required=True, help="run folder of a `place pretrain`")
+    parser.add_argument("--output", required=True, help="folder that is written; must not be there yet")
+    parser.add_argument("--checkpoint", default="best", help="best, latest or a folder name such as step_00000100")
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -300,6 +307,17 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def export(arguments: argparse.Namespace) -> int:
+    """`place export`."""
+    from place.export import run_export
+
+    exported = run_export(Path(arguments.run), Path(arguments.output), arguments.checkpoint)
+    for note in exported.notes:
+        print(note)
+    print(f"{exported.folder}: {exported.size_mib:.1f} MiB; transformers.AutoModel loads it after `import place`")
+    return DONE
+
+
 def data(arguments: argparse.Namespace) -> int:
     """`place data inspect|verify|stats DIR`."""
     return DATA_ACTIONS[arguments.action](arguments)
@@ -410,6 +428,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "prepare": prepare,
     "pretrain": pretrain,
     "evaluate": evaluate,
+    "export": export,
     "data": data,
     "runs": runs,
     "doctor": doctor,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,10 @@ from place.model.correlation import CorrelationHead
 from place.model.observations import ObservationExtractor
 from place.model.projection import Projection, mean_by_sentence
 from place.model.text import ReportEncoder, build_report_encoder
-from place.model.vision import ImageEncoder, build_image_encoder, patchify
+from place.model.vision import ImageEncoder, VisionTokens, build_image_encoder, patchify
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 class ImageFeatures(NamedTuple):
@@ -85,9 +87,13 @@ class PlaceModel(nn.Module):
 
     def encode_image(self, image_BCYX: Tensor) -> ImageFeatures:
         """Features of images alone, (B,1,Y,X) standardised."""
-        image_BD, patches_BND = self.vision(image_BCYX)
-        observations_BKD, attention_BKN = self.observe(patches_BND)
-        return ImageFeatures(self.project_image(image_BD), self.project_observation(observations_BKD), attention_BKN)
+        return self.read_image_tokens(self.vision(image_BCYX))
+
+    def read_image_tokens(self, tokens: VisionTokens) -> ImageFeatures:
+        """Features of images whose tokens are known."""
+        observations_BKD, attention_BKN = self.observe(tokens.patches_BND)
+        image_BE, observations_BKE = self.project_image(tokens.image_BD), self.project_observation(observations_BKD)
+        return ImageFeatures(image_BE, observations_BKE, attention_BKN)
 
     def encode_text(self, token_ids_BT: Tensor, attention_BT: Tensor, sentence_of_token_BT: Tensor) -> TextFeatures:
         """Features of reports alone."""
@@ -119,13 +125,13 @@ class PlaceModel(nn.Module):
 
 
 def build_model(
-    config: Config, vocab_size: int, device: torch.device, definition: Path | None = None
+    config: Config, vocab_size: int, device: torch.device, definition: PretrainedConfig | None = None
 ) -> tuple[PlaceModel, str]:
     """Build the model on CPU for use on a device.
 
     Args:
         vocab_size: of the tokenizer.
-        definition: folder `RUN/model` with the report encoder's config.json: builds the architecture without weights.
+        definition: of the report encoder: builds the architecture of the whole model, without weights.
     Returns:
         The model, and a line that says which attention was chosen and why.
     Raises:

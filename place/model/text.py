@@ -86,14 +86,14 @@ def _read_first_position(config: PretrainedConfig) -> int | None:
 
 
 def build_report_encoder(
-    config: TextConfig, vocab_size: int, attention: str, definition: Path | None = None
+    config: TextConfig, vocab_size: int, attention: str, definition: PretrainedConfig | None = None
 ) -> ReportEncoder:
     """Build the report encoder.
 
     Args:
         vocab_size: of the tokenizer; must fit the encoder.
         attention: as asked for; `eager` takes transformers' own, all others the `sdpa` that is routed to ours.
-        definition: folder with a config.json of which the architecture alone is built: a checkpoint is loaded next.
+        definition: builds this architecture alone: a checkpoint is loaded next.
     Raises:
         UsageError: the source holds no encoder or not all of its weights, or the tokenizer does not fit it.
     Source: ours.
@@ -111,11 +111,13 @@ def build_report_encoder(
     return ReportEncoder(encoder, config.pooling)
 
 
-def _build_encoder(config: TextConfig, vocab_size: int, attention: str, definition: Path | None) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModel, BertConfig
+def _build_encoder(
+    config: TextConfig, vocab_size: int, attention: str, definition: PretrainedConfig | None
+) -> PreTrainedModel:
+    from transformers import AutoModel, BertConfig
 
     if definition is not None:
-        return AutoModel.from_config(AutoConfig.from_pretrained(definition), attn_implementation=attention)
+        return AutoModel.from_config(definition, attn_implementation=attention)
     if config.source == "scratch":
         small = BertConfig(
             vocab_size=vocab_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import xxhash
@@ -17,6 +17,9 @@ from place.distributed import broadcast_text, read_world
 from place.model.place import PlaceModel, build_model
 from place.model.vision import read_model_args
 from place.training.state import WEIGHTS
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 STATE = "state.json"
 LISTING = "files.json"
@@ -123,8 +126,8 @@ def load_run(run_dir: str | Path, which: str = "best") -> LoadedRun:
     if fault:
         raise RunError(f"{fault}; choose another one with --checkpoint, or resume the run")
     tokenizer = ReportTokenizer.load(run_dir / "tokenizer", config.data.max_tokens, config.data.max_sentences)
-    portable = config.model_copy(update={"model": _portable_model(config, run_dir)})
-    model, _ = build_model(portable, tokenizer.vocab_size, torch.device("cpu"), definition=run_dir / "model")
+    portable, definition = read_definition(run_dir, config)
+    model, _ = build_model(portable, tokenizer.vocab_size, torch.device("cpu"), definition)
     model.load_state_dict(load_file(folder / WEIGHTS))
     info = json.loads((run_dir / "run.json").read_text())
     return LoadedRun(
@@ -151,10 +154,15 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _portable_model(config: Config, run_dir: Path) -> Any:
-    definition = json.loads((run_dir / "model" / "vision.json").read_text())
+def read_definition(run_dir: Path, config: Config) -> tuple[Config, PretrainedConfig]:
+    """The run's config with a model that can be built without its sources, and the report encoder's definition."""
+    from transformers import AutoConfig
+
+    folder = run_dir / "model"
+    definition = json.loads((folder / "vision.json").read_text())
     vision = config.model.vision.model_copy(update={"source": "scratch", **definition})
-    return config.model.model_copy(update={"vision": vision, "attention": "auto"})
+    model = config.model.model_copy(update={"vision": vision, "attention": "auto"})
+    return config.model_copy(update={"model": model}), AutoConfig.from_pretrained(folder)
 
 
 def _resolve(run_dir: Path, which: str) -> Path:

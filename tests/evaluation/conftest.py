@@ -127,7 +127,9 @@ def write_run(folder: Path, config: Config) -> Path:
     tokenizer = train_tokenizer(sentences, 128, config.data.max_tokens, config.data.max_sentences)
     model, _ = build_model(config, tokenizer.vocab_size, torch.device("cpu"))
     (folder / "config.yaml").write_text(dump_config(config))
-    (folder / "run.json").write_text(json.dumps({"mean": 0.4, "std": 0.12, "commit": "c0ffee"}))
+    (folder / "run.json").write_text(
+        json.dumps({"mean": 0.4, "std": 0.12, "commit": "c0ffee", "data_fingerprint": "f" * 64})
+    )
     write_definition(folder, config, model, tokenizer)
     saver = Saver(folder, TorchEngine(model, config, torch.device("cpu")), 1, 60)
     saver.save({"step": 3, "best_step": 3})

@@ -1,0 +1,1 @@
+"""PLACE as transformers knows it: configuration, model and image processor of an exported folder."""
