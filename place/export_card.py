@@ -32,7 +32,7 @@ output.image_embeds @ output.text_embeds.T
 ```
 
 `last_hidden_state` are patch tokens, `observation_embeds` the pathology observations, `observation_attentions` where
-each of them looks. `place evaluate --encoder FOLDER` judges the folder.{timm}
+each of them looks.{timm}
 
 ## Training
 
