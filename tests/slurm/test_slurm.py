@@ -185,7 +185,7 @@ def test_a_slow_rank_is_named_with_its_lag(job: Job) -> None:
         return sum(r.get("straggler") == "rank 1 on h2" and r["lag_s"] > 0.1 for r in records) >= 3
 
     wait_until(is_named, 120, "the slow rank to be named three times")
-    assert "rank 1 on h2 is 0." in job.read_log()
+    wait_until(lambda: "rank 1 on h2 is 0." in job.read_log(), 10, "the log to say so")
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(
@@ -279,7 +279,13 @@ def standing(rig: Rig, tmp_path: Path) -> Any:
     yield Standing(f"http://{head}:8265", environ)
     for name in rig.names:
         rig.kill(name, rig.find_pids(name, "ray start"), signal="TERM")
-    wait_until(lambda: not [left for left in rig.list_leftovers() if "process" in left], 60, "Ray to be gone")
+    left: list[str] = []
+
+    def is_gone() -> bool:
+        left[:] = [line for line in rig.list_leftovers() if "process" in line]
+        return not left
+
+    wait_until(is_gone, 60, "Ray to be gone", left)
 
 
 def run_ray(rig: Rig, standing: Standing, *arguments: str, timeout_s: float = 300, **environ: str) -> tuple[int, str]:
