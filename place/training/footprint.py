@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,9 @@ from place.config import Config
 from place.model.place import PlaceModel
 from place.model.text import build_report_encoder
 from place.model.vision import build_image_encoder
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 PARTS = ("vision", "text", "heads")
 # Published encoders of BERT base's shape; only the vocabulary differs.
@@ -192,8 +194,8 @@ class _SavesLikeFlash(torch.autograd.Function):
 
 def _build_without_weights(config: Config) -> tuple[PlaceModel, list[str]]:
     """The model on the meta device, and what was assumed of encoders that are not here."""
-    with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
-        definition, vocab_size, assumed = _find_text(config, Path(folder))
+    definition, vocab_size, assumed = _find_text(config)
+    with torch.device("meta"):
         vision = build_image_encoder(config.model.vision, config.data.image_size_px, with_weights=False)
         text = build_report_encoder(config.model.text, vocab_size, "sdpa", definition)
         # Full reports are as long packed as padded; how long others are, fake tensors do not know.
@@ -201,19 +203,19 @@ def _build_without_weights(config: Config) -> tuple[PlaceModel, list[str]]:
         return PlaceModel(config, vision, text, "sdpa"), assumed
 
 
-def _find_text(config: Config, folder: Path) -> tuple[Path | None, int, list[str]]:
-    """Where the report encoder's config.json is; one of BERT base is written where it is not on this machine."""
-    import json
+def _find_text(config: Config) -> tuple[PretrainedConfig | None, int, list[str]]:
+    """The report encoder's definition: its folder's, or that of BERT base where it is not on this machine."""
+    from transformers import AutoConfig, BertConfig
 
     source, said = config.model.text.source, f"reports of data.max_tokens={config.data.max_tokens} tokens"
     if source == "scratch":
         vocab_size = config.model.text.vocab_size
         return None, vocab_size, [said, f"a vocabulary of model.text.vocab_size={vocab_size}"]
     if (Path(source) / "config.json").is_file():
-        return Path(source), 0, [said]
+        return AutoConfig.from_pretrained(source), 0, [said]
     vocab_size = VOCABULARIES.get(source, 30522)
-    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": vocab_size}))
-    return folder, 0, [said, f"{source} has BERT base's shape and {vocab_size} entries (no such folder here)"]
+    assumed = f"{source} has BERT base's shape and {vocab_size} entries (no such folder here)"
+    return BertConfig(vocab_size=vocab_size), 0, [said, assumed]
 
 
 def _build_batch(config: Config, pairs: int, patch_px: int) -> Batch:
