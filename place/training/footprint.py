@@ -194,7 +194,7 @@ class _SavesLikeFlash(torch.autograd.Function):
 
 def _build_without_weights(config: Config) -> tuple[PlaceModel, list[str]]:
     """The model on the meta device, and what was assumed of encoders that are not here."""
-    definition, vocab_size, assumed = _find_text(config)
+    definition, vocab_size, assumed = find_report_encoder(config)
     with torch.device("meta"):
         vision = build_image_encoder(config.model.vision, config.data.image_size_px, with_weights=False)
         text = build_report_encoder(config.model.text, vocab_size, "sdpa", definition)
@@ -203,7 +203,7 @@ def _build_without_weights(config: Config) -> tuple[PlaceModel, list[str]]:
         return PlaceModel(config, vision, text, "sdpa"), assumed
 
 
-def _find_text(config: Config) -> tuple[PretrainedConfig | None, int, list[str]]:
+def find_report_encoder(config: Config) -> tuple[PretrainedConfig | None, int, list[str]]:
     """The report encoder's definition: its folder's, or that of BERT base where it is not on this machine."""
     from transformers import AutoConfig, BertConfig
 
