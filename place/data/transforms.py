@@ -22,10 +22,15 @@ def read_image(encoded: bytes) -> Grey:
     return image_YX
 
 
+def find_square(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Side, top and left of the centre square of an image (Y, X), which is what the model sees, in pixels."""
+    side, (height, width) = min(shape), shape
+    return side, (height - side) // 2, (width - side) // 2
+
+
 def eval_transform(image_YX: Grey, size_px: int, mean: float, std: float) -> Tensor:
     """Centre square, resized and standardised: fp32 (1,size,size). Source: ours."""
-    side = min(image_YX.shape)
-    top, left = (image_YX.shape[0] - side) // 2, (image_YX.shape[1] - side) // 2
+    side, top, left = find_square(image_YX.shape)
     square = image_YX[top : top + side, left : left + side]
     method = cv2.INTER_AREA if side > size_px else cv2.INTER_LINEAR
     resized = cv2.resize(square, (size_px, size_px), interpolation=method)

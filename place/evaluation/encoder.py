@@ -96,10 +96,9 @@ def encode_patches(run: LoadedRun, jpegs: Sequence[bytes]) -> PatchFeatures:
 
     Source: inferred (BioViL, one projection for patches and image).
     """
-    model, image_BCYX = run.model, read_images(run, jpegs)
-    patches_BND = model.vision(image_BCYX).patches_BND
-    observations_BKD, attention_BKN = model.observe(patches_BND)
-    parts = model.project_image(patches_BND), model.project_observation(observations_BKD), attention_BKN
+    tokens = run.model.vision(read_images(run, jpegs))
+    _, observations_BKE, attention_BKN = run.model.read_image_tokens(tokens)
+    parts = run.model.project_image(tokens.patches_BND), observations_BKE, attention_BKN
     return PatchFeatures(*(_check_finite(part.float().cpu(), "image") for part in parts))
 
 

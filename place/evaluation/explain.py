@@ -15,8 +15,9 @@ from scipy.optimize import linear_sum_assignment
 from place.data.prepared import read_samples
 from place.data.report import hash_text
 from place.data.streaming import select_sentences
-from place.data.transforms import read_image
+from place.data.transforms import find_square, read_image
 from place.evaluation.encoder import encode_images, encode_reports
+from place.evaluation.figure import build_figure, save_figure
 from place.evaluation.metrics import Array
 from place.evaluation.task import Task
 
@@ -95,8 +96,7 @@ def explain_sample(task: Task, sample: dict[str, Any]) -> Explained:
 
 def crop_square(image_YX: Array, boxes: list[dict[str, Any]]) -> tuple[Array, list[dict[str, Any]]]:
     """The part of a stored image that the model sees, and its boxes moved along."""
-    side = min(image_YX.shape)
-    top, left = (image_YX.shape[0] - side) // 2, (image_YX.shape[1] - side) // 2
+    side, top, left = find_square(image_YX.shape)
     moved = [
         box | {"box_xyxy": [v - o for v, o in zip(box["box_xyxy"], (left, top, left, top), strict=True)]}
         for box in boxes
@@ -106,12 +106,7 @@ def crop_square(image_YX: Array, boxes: list[dict[str, Any]]) -> tuple[Array, li
 
 def draw_figure(studies: list[Explained], path: Path, subtitle: str) -> None:
     """Draw a row for each study: image with boxes, then attention over the image for each pairing."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.4, 0.7 + 3.0 * len(studies)), dpi=110, facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(studies), 1 + NUM_PAIRS, squeeze=False)
+    figure, axes = build_figure(len(studies), 1 + NUM_PAIRS, (10.4, 0.7 + 3.0 * len(studies)), dpi=110)
     for row, study in zip(axes, studies, strict=True):
         _draw_study(row, study)
     height = figure.get_figheight()
@@ -119,14 +114,11 @@ def draw_figure(studies: list[Explained], path: Path, subtitle: str) -> None:
     figure.text(0.01, 1 - 0.25 / height, "Where the paired observation looks", fontsize=13, weight="bold", va="center")
     note = f"{subtitle}; colour: attention of the observation (V-POR) paired with the sentence; cyan: the truth"
     figure.text(0.01, 1 - 0.48 / height, note, fontsize=8, color="0.35", va="center")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _draw_study(row: Iterable[Axes], study: Explained) -> None:
     first, *others = row
-    for axis in (first, *others):
-        axis.axis("off")
     first.imshow(study.image_YX, cmap="gray", vmin=0, vmax=255)
     _draw_boxes(first, study.boxes, named=True)
     _write_below(first, ", ".join(study.findings) or "no positive label", weight="bold")

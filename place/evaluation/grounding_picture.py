@@ -12,6 +12,7 @@ import numpy as np
 
 from place.data.transforms import read_image
 from place.evaluation.explain import crop_square
+from place.evaluation.figure import build_figure, save_figure
 from place.evaluation.metrics import Array
 
 if TYPE_CHECKING:
@@ -32,13 +33,8 @@ class Grounded(NamedTuple):
 
 def draw_grounded(items: Sequence[Grounded], path: Path, subtitle: str) -> None:
     """Draw a row for each phrase: image with boxes, then each map, scaled to its own range."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = 1 + max(len(item.maps) for item in items)
-    figure = Figure(figsize=(2.7 * columns, 0.7 + 2.95 * len(items)), dpi=100, facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(items), columns, squeeze=False)
+    figure, axes = build_figure(len(items), columns, (2.7 * columns, 0.7 + 2.95 * len(items)))
     for row, item in zip(axes, items, strict=True):
         _draw_row(row, item)
     height = figure.get_figheight()
@@ -46,14 +42,12 @@ def draw_grounded(items: Sequence[Grounded], path: Path, subtitle: str) -> None:
     figure.text(0.01, 1 - 0.22 / height, "Where a phrase points", fontsize=13, weight="bold", va="center")
     note = f"{subtitle}; cyan: the truth; each map from its least (dark) to its largest value (bright)"
     figure.text(0.01, 1 - 0.42 / height, note, fontsize=8, color="0.35", va="center")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _draw_row(row: Sequence[Axes], item: Grounded) -> None:
     image_YX, _ = crop_square(read_image(item.image), [])
     for axis in row:
-        axis.axis("off")
         axis.imshow(image_YX, cmap="gray", vmin=0, vmax=255)
     for axis, (name, map_YX) in zip(row[1:], item.maps.items(), strict=False):
         heat_YX = cv2.resize(map_YX.astype(np.float32), image_YX.shape, interpolation=cv2.INTER_LINEAR)

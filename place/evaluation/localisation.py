@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
+from place.data.transforms import find_square
 from place.evaluation.metrics import Array
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -27,8 +28,7 @@ Box = tuple[float, ...]
 
 def move_box(box_xyxy: Sequence[float], shape: tuple[int, ...]) -> Box | None:
     """A box (x0, y0, x1, y1) of a stored image (Y, X) in its centre square, cut to it; None if nothing is left."""
-    side, (height, width) = min(shape), shape
-    left, top = (width - side) // 2, (height - side) // 2
+    side, top, left = find_square(shape)
     x0, y0, x1, y1 = (
         float(np.clip(value - offset, 0, side)) for value, offset in zip(box_xyxy, (left, top, left, top), strict=True)
     )

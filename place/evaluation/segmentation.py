@@ -12,6 +12,7 @@ from place.config import UsageError
 from place.data.identity import SPLITS
 from place.data.masks import Mask, read_masks, resize_mask
 from place.data.prepared import read_samples
+from place.data.transforms import find_square
 from place.evaluation.encoder import encode_tokens, get_units, read_units, take
 from place.evaluation.metrics import Array, Metric, TaskResult, compute_means, draw_weights, summarize
 from place.evaluation.segmentation_picture import draw_masks
@@ -180,8 +181,7 @@ def fit_mask(mask_YX: Mask | None, size_px: int) -> Mask:
     """A stored mask as the model sees its image: centre square, resized; no mask is all false."""
     if mask_YX is None:
         return np.zeros((size_px, size_px), bool)
-    side, (height, width) = min(mask_YX.shape), mask_YX.shape
-    top, left = (height - side) // 2, (width - side) // 2
+    side, top, left = find_square(mask_YX.shape)
     return resize_mask(mask_YX[top : top + side, left : left + side], (size_px, size_px))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from place.data.transforms import read_image
 from place.evaluation.explain import crop_square
+from place.evaluation.figure import build_figure, save_figure
 from place.evaluation.metrics import Array
 
 COLUMNS = 4
@@ -16,15 +17,8 @@ COLUMNS = 4
 
 def draw_masks(jpegs: Sequence[bytes], mask_BFYX: Array, shown_BFYX: Array, names: Sequence[str], path: Path) -> None:
     """Draw the first images of each finding, in stored order: no score decides."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.4 * COLUMNS, 0.6 + 2.6 * len(names)), dpi=100, facecolor="white")
-    FigureCanvasAgg(figure)
-    rows = figure.subplots(len(names), COLUMNS, squeeze=False)
+    figure, rows = build_figure(len(names), COLUMNS, (2.4 * COLUMNS, 0.6 + 2.6 * len(names)))
     edge = shown_BFYX.shape[-1] - 0.5
-    for axis in rows.flat:
-        axis.axis("off")
     for number, (name, row) in enumerate(zip(names, rows, strict=True)):
         row[0].set_title(name, fontsize=9, loc="left", pad=3)
         for axis, image in zip(row, np.flatnonzero(mask_BFYX[:, number].any((1, 2))), strict=False):
@@ -36,5 +30,4 @@ def draw_masks(jpegs: Sequence[bytes], mask_BFYX: Array, shown_BFYX: Array, name
     height = figure.get_figheight()
     figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.6 / height, bottom=0.1 / height, wspace=0.04, hspace=0.14)
     figure.text(0.01, 1 - 0.22 / height, "Masks: true (cyan) and predicted (orange)", fontsize=12, weight="bold")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save_figure(figure, path)
