@@ -178,6 +178,7 @@ class RunScreen:
     def _follow(self) -> None:
         task = self.bar.add_task("pretrain", total=self.plan.total_steps, note="workers are starting")
         printed, launches = 0.0, 0
+        named: set[str] = set()  # stragglers that a line of this interval names
         while True:
             ended = self.ended.wait(0.5)
             for record in self.attempts.read():
@@ -191,11 +192,17 @@ class RunScreen:
                 self.bar.update(task, completed=record["step"], note=line)
                 is_val, is_last = "val_total" in record, record["step"] == self.plan.total_steps
                 is_due = is_val or is_last or time.perf_counter() - printed > PLAIN_INTERVAL_S
-                where = f"epoch {record['epoch'] + 1:>3}"
-                if is_due and not self.console.is_terminal:
+                if is_due:
                     printed = time.perf_counter()
-                    self.console.print(f"step {record['step']:>6}/{self.plan.total_steps}  {where}  {line}")
-                elif is_val:
+                    named.clear()
+                is_news = record.get("straggler", "") not in {"", *named}
+                named.add(record.get("straggler", ""))
+                where = f"epoch {record['epoch'] + 1:>3}"
+                if (is_due or is_news) and not self.console.is_terminal:
+                    self.console.print(
+                        f"step {record['step']:>6}/{self.plan.total_steps}  {where}  {line}", soft_wrap=True
+                    )
+                elif is_val or is_news:
                     self.console.print(f"{where}  {line}")
             if ended:
                 return

@@ -278,7 +278,7 @@ def standing(rig: Rig, tmp_path: Path) -> Any:
         rig.start_on(name, "bash", "-c", wait + command, log=tmp_path / f"ray.{name}.log", **environ)
     yield Standing(f"http://{head}:8265", environ)
     for name in rig.names:
-        rig.kill(name, rig.find_pids(name, "ray start"), signal="TERM")
+        rig.on(name, str(Path(sys.executable).with_name("ray")), "stop", "--force", check=False)
     left: list[str] = []
 
     def is_gone() -> bool:
@@ -318,12 +318,25 @@ def submit_job(rig: Rig, standing: Standing, job: Job, name: str, *overrides: st
     wait_until(is_taken, 120, "the job server to take a job", said)
 
 
+def wait_for_end(rig: Rig, standing: Standing, name: str, timeout_s: float) -> None:
+    """Wait for a job's end, however it ended; Ray's words are "succeeded", "failed" or "was stopped"."""
+    said = [""]
+
+    def is_ended() -> bool:
+        time.sleep(2)  # each look starts a Python with Ray: more often would slow the run down
+        said[0] = run_ray(rig, standing, "job", "status", name)[1]
+        return any(word in said[0] for word in ("succeeded", "failed", "was stopped"))
+
+    wait_until(is_ended, timeout_s, f"the job {name} to end", said)
+
+
 def test_a_job_on_a_standing_cluster_ends_with_the_same_curve(
     rig: Rig, standing: Standing, pairs: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     job = Job(rig, pairs, tmp_path)
     submit_job(rig, standing, job, "one")
-    wait_until(lambda: "SUCCEEDED" in run_ray(rig, standing, "job", "status", "one")[1], 400, "the job to succeed")
+    wait_for_end(rig, standing, "one", 400)
+    assert "succeeded" in run_ray(rig, standing, "job", "status", "one")[1]
     assert_curve(job.run, undisturbed, rel=1e-5, last=10)
     torch.testing.assert_close(embed(job.run, pairs), embed(undisturbed, pairs), rtol=0, atol=1e-4)
     assert len({worker["host"] for worker in job.read_workers()}) == 3
@@ -343,7 +356,7 @@ def test_a_job_that_is_stopped_saves_a_checkpoint_first(
         assert "was stopped" in run_ray(rig, standing, "job", "stop", "two")[1]
     else:
         rig.on("h1", sys.executable, "-m", "place", "runs", "stop", str(job.run))
-        wait_until(lambda: "RUNNING" not in run_ray(rig, standing, "job", "status", "two")[1], 120, "the job to end")
+        wait_for_end(rig, standing, "two", 120)
     last = max(record["step"] for record in read_jsonl(job.run / "metrics.jsonl"))
     assert int((job.run / "checkpoints" / "latest").read_text().removeprefix("step_")) == last >= 15
     assert "checkpoint saved" in run_ray(rig, standing, "job", "logs", "two")[1]
