@@ -47,7 +47,9 @@ class Outputs(NamedTuple):
     both normalised; `mask_BS` bool, true on real sentences. `z_BNE`: report-conditioned patch features whose
     correlation is trained; `target_BND`: patches they are compared with; `focus_BN` bool: patches that were hidden (all
     true without masking): the loss counts pairs that touch one; `attention_BKN` fp32: share of each patch in each
-    query, rows sum to 1. `logit_scales` (2,): inverse temperatures of the instance and of the pathology loss.
+    query, rows sum to 1. `regions_BNE`, `words_BTE`: patches and tokens in a joint space of their own, unit length, for
+    token-wise alignment; without it N and T are 0. `logit_scales` (2,): inverse temperatures of the instance and of the
+    pathology loss.
     """
 
     image_BE: Tensor
@@ -59,6 +61,8 @@ class Outputs(NamedTuple):
     target_BND: Tensor
     focus_BN: Tensor
     attention_BKN: Tensor
+    regions_BNE: Tensor
+    words_BTE: Tensor
     logit_scales: Tensor
 
 
@@ -69,3 +73,4 @@ class Losses(NamedTuple):
     instance: Tensor
     pathology: Tensor
     correlation: Tensor
+    tokens: Tensor

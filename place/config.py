@@ -213,6 +213,17 @@ class CorrelationLossConfig(Section):
         return method
 
 
+class TokenLossConfig(Section):
+    weight: float = Field(0.0, ge=0)
+    """Weight in the total; 0 leaves the term and its projections out."""
+    attention_scale: float = Field(4.0, gt=0)
+    """Inverse temperature of a word's attention over the patches."""
+    word_scale: float = Field(5.0, gt=0)
+    """Inverse temperature at which the words of a report are summed up."""
+    logit_scale: float = Field(10.0, gt=0)
+    """Inverse temperature of the contrast between studies."""
+
+
 class LossConfig(Section):
     instance: InstanceLossConfig = InstanceLossConfig()
     """Instance alignment (ITA)."""
@@ -220,6 +231,8 @@ class LossConfig(Section):
     """Pathological-level cross-modal alignment (PCMA)."""
     correlation: CorrelationLossConfig = CorrelationLossConfig()
     """Correlation exploration (CCE)."""
+    tokens: TokenLossConfig = TokenLossConfig()
+    """Token-wise alignment as of GLoRIA: a baseline, not part of PLACE."""
     max_logit_scale: float = Field(100.0, gt=1)
     """Largest inverse temperature."""
 

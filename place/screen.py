@@ -290,9 +290,10 @@ def _format_metrics(record: dict[str, Any]) -> str:
             "validation loss {val_total:.3f} = ITA {val_instance:.3f}, PCMA {val_pathology:.3f}, "
             "CCE {val_correlation:.4f}"
         ).format(**record)
+    tokens = ", tokens {tokens:.3f}" if record.get("tokens") else ""
     late = "; {straggler} is {lag_s:.2f} s late each step" if "straggler" in record else ""
     return (
-        "loss {total:.3f} = ITA {instance:.3f}, PCMA {pathology:.3f}, CCE {correlation:.4f}; "
+        "loss {total:.3f} = ITA {instance:.3f}, PCMA {pathology:.3f}, CCE {correlation:.4f}" + tokens + "; "
         "{samples_per_s:.0f} pairs/s, waits {data_wait_share:.0%}" + late
     ).format(**record)
 

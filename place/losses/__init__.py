@@ -1,1 +1,1 @@
-"""The three terms of the objective; each takes tensors, returns this rank's share of a loss over the global batch."""
+"""The terms of the objective; each takes tensors, returns this rank's share of a loss over the global batch."""

@@ -1,4 +1,4 @@
-"""The objective: weighted sum of the three terms, computed in fp32 outside autocast."""
+"""The objective: weighted sum of its terms, computed in fp32 outside autocast."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from place.config import LossConfig
 from place.losses.correlation import correlation_loss
 from place.losses.instance import instance_loss
 from place.losses.pathology import pathology_loss
+from place.losses.tokens import token_loss
 
 
 def compute_losses(outputs: Outputs, batch: Batch, config: LossConfig, grey_level: float) -> Losses:
@@ -27,12 +28,14 @@ def compute_losses(outputs: Outputs, batch: Batch, config: LossConfig, grey_leve
         instance = _instance(outputs, batch, config) if config.instance.weight else zero
         pathology = _pathology(outputs, batch, config) if config.pathology.weight else zero
         correlation = _correlation(outputs, batch, config, grey_level) if config.correlation.weight else zero
+        tokens = _tokens(outputs, batch, config) if config.tokens.weight else zero
         total = (
             config.instance.weight * instance
             + config.pathology.weight * pathology
             + config.correlation.weight * correlation
+            + config.tokens.weight * tokens
         )
-    return Losses(total, instance, pathology, correlation)
+    return Losses(total, instance, pathology, correlation, tokens)
 
 
 def _instance(outputs: Outputs, batch: Batch, config: LossConfig) -> Tensor:
@@ -56,3 +59,8 @@ def _correlation(outputs: Outputs, batch: Batch, config: LossConfig, grey_level:
     return correlation_loss(
         outputs.z_BNE, outputs.target_BND, batch.valid_patch_BN, outputs.focus_BN, config.correlation, grey_level
     )
+
+
+def _tokens(outputs: Outputs, batch: Batch, config: LossConfig) -> Tensor:
+    is_word_BT = batch.sentence_of_token_BT >= 0
+    return token_loss(outputs.regions_BNE, outputs.words_BTE, is_word_BT, batch.report_group_B, config.tokens)

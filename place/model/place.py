@@ -57,6 +57,9 @@ class PlaceModel(nn.Module):
         self.project_text = Projection(text.width, model.joint_width)
         self.project_observation = Projection(vision.width, model.joint_width)
         self.project_sentence = Projection(text.width, model.joint_width)
+        token_wise = bool(config.loss.tokens.weight)
+        self.project_region = Projection(vision.width, model.joint_width) if token_wise else None
+        self.project_word = Projection(text.width, model.joint_width) if token_wise else None
         # Shape (1,): DeepSpeed 0.19.8 cannot broadcast parameters without a dimension.
         self.log_scale_instance = nn.Parameter(torch.tensor([-math.log(config.loss.instance.temperature)]))
         self.log_scale_pathology = nn.Parameter(torch.tensor([-math.log(config.loss.pathology.temperature)]))
@@ -82,6 +85,8 @@ class PlaceModel(nn.Module):
             target_BND,
             torch.ones_like(batch.valid_patch_BN) if hidden_BN is None else hidden_BN,
             attention_BKN,
+            self._project_tokens(self.project_region, patches_BND),
+            self._project_tokens(self.project_word, tokens_BTD),
             self._logit_scales(),
         )
 
@@ -117,6 +122,10 @@ class PlaceModel(nn.Module):
         noise_BN = torch.rand(batch.valid_patch_BN.shape, device=batch.image_BCYX.device)
         count = round(self.mask_ratio * noise_BN.shape[1])
         return noise_BN.argsort(1).argsort(1) < count
+
+    @staticmethod
+    def _project_tokens(project: Projection | None, tokens_BTD: Tensor) -> Tensor:
+        return tokens_BTD[:, :0].float() if project is None else project(tokens_BTD)
 
     def _logit_scales(self) -> Tensor:
         scales = torch.cat([self.log_scale_instance, self.log_scale_pathology]).float().exp()

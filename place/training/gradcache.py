@@ -11,7 +11,16 @@ from place.batch import Batch, Losses, Outputs
 from place.training.engine import Engine
 
 Objective = Callable[[Outputs, Batch], Losses]
-TRAINED = ("image_BE", "text_BE", "observations_BKE", "sentences_BSE", "z_BNE", "logit_scales")
+TRAINED = (
+    "image_BE",
+    "text_BE",
+    "observations_BKE",
+    "sentences_BSE",
+    "z_BNE",
+    "regions_BNE",
+    "words_BTE",
+    "logit_scales",
+)
 
 
 def backward_contrast(engine: Engine, batch: Batch, accumulation: int, objective: Objective) -> tuple[Losses, Tensor]:

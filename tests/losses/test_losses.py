@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from place.kernels import contrast
@@ -9,15 +11,17 @@ from spawn import run_ranks
 from tiny import VOCAB, build_batch, build_tiny_config
 
 from place.batch import Batch, Outputs
+from place.config import TokenLossConfig
 from place.distributed import mean_over_ranks, read_world
 from place.losses import pathology
 from place.losses.instance import instance_loss
 from place.losses.objective import compute_losses
 from place.losses.pathology import PAIRINGS, pathology_loss
+from place.losses.tokens import token_loss
 from place.model.place import build_model
 
 SCALE = torch.tensor(5.0)
-TERMS = ("instance", "pathology", "correlation")
+TERMS = ("instance", "pathology", "correlation", "tokens")
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -69,6 +73,24 @@ def test_pathology_equals_a_loop_over_pairs(pairing: str, negatives: str) -> Non
     expected = plain_pathology(matched[kept], sentences[kept], study[kept], hashes[kept], SCALE, negatives)
     ours = pathology_loss(observations, sentences, mask, hashes, SCALE, pairing, negatives)
     torch.testing.assert_close(ours, expected)
+
+
+def test_token_wise_alignment_equals_a_loop_over_words() -> None:
+    regions, words, groups = unit(3, 5, 6), unit(3, 4, 6, seed=1), torch.tensor([7, 3, 7])
+    is_word = torch.tensor([[0, 1, 1, 0], [0, 1, 1, 1], [0, 0, 0, 0]]).bool()
+    config = TokenLossConfig(attention_scale=4, word_scale=5, logit_scale=10)
+    score = torch.zeros(3, 3, dtype=torch.float64)
+    for image, report in ((i, j) for i in range(3) for j in range(3)):
+        total = 0.0
+        for word in words[report][is_word[report]]:
+            found = (4 * regions[image] @ word).softmax(0) @ regions[image]
+            total += torch.exp(5 * torch.cosine_similarity(found, word, dim=0)).item()
+        score[image, report] = math.log(total) / 5 if total else 0.0
+    expected = 0.0
+    for logits in (10 * score, 10 * score.T):
+        log_p = logits.log_softmax(1)
+        expected -= ((log_p[0, 0] + log_p[0, 2]) / 2 + log_p[1, 1] + (log_p[2, 0] + log_p[2, 2]) / 2).item() / 6
+    assert token_loss(regions, words, is_word, groups, config).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_equal_sentences_are_never_negatives() -> None:
@@ -137,8 +159,7 @@ def build_uneven_batch() -> Batch:
 
 def run_term(name: str) -> dict[str, torch.Tensor]:
     """Loss of one term and its gradients by the model's parameters, averaged over ranks."""
-    others = {term: {"weight": 0.0} for term in TERMS if term != name}
-    config = build_tiny_config(loss=others)
+    config = build_tiny_config(loss={term: {"weight": float(term == name)} for term in TERMS})
     torch.manual_seed(0)
     model, _ = build_model(config, VOCAB, torch.device("cpu"))
     world = read_world()

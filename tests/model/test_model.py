@@ -71,8 +71,9 @@ def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_outputs_have_the_shapes_that_the_contract_names() -> None:
-    out = run(build(), build_batch(5))
+@pytest.mark.parametrize("token_wise", [False, True])
+def test_outputs_have_the_shapes_that_the_contract_names(token_wise: bool) -> None:
+    out = run(build(loss={"tokens": {"weight": float(token_wise)}}), build_batch(5))
     shapes = {name: tuple(value.shape) for name, value in out._asdict().items()}
     assert shapes == {
         "image_BE": (5, 24),
@@ -84,6 +85,8 @@ def test_outputs_have_the_shapes_that_the_contract_names() -> None:
         "target_BND": (5, 16, 64),
         "focus_BN": (5, 16),
         "attention_BKN": (5, 6, 16),
+        "regions_BNE": (5, 16, 24) if token_wise else (5, 0, 32),
+        "words_BTE": (5, 14, 24) if token_wise else (5, 0, 32),
         "logit_scales": (2,),
     }
     assert {out.mask_BS.dtype, out.focus_BN.dtype} == {torch.bool}
