@@ -1,0 +1,281 @@
+"""The controlled experiment: rows that differ in one thing, trained and judged alike over seeds, as one table.
+
+    python -m place.evaluation.ablation configs/ablation/main.yaml
+
+A stopped experiment goes on with what is missing; a run that failed is a row with its reason, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+from scipy.stats import t as student
+
+from place.config import RunError, Section, UsageError, build_config, dump_config
+from place.screen import build_console
+
+
+class ColumnConfig(Section):
+    title: str
+    """Heading of the table."""
+    metric: str
+    """`TASK:METRIC`, as RUN/evaluation/TASK.json names it."""
+    scale: float = 1.0
+    """What the figure is multiplied with, such as 100 for shares that are shown in per cent."""
+    digits: int = Field(3, ge=0, le=6)
+    """Decimals that are shown."""
+
+    @field_validator("metric")
+    @classmethod
+    def _has_a_task(cls, metric: str) -> str:
+        if metric.count(":") != 1:
+            raise ValueError("expected TASK:METRIC")
+        return metric
+
+
+class RowConfig(Section):
+    title: str
+    """Name of the row in the table."""
+    config: tuple[str, ...] = ()
+    """`section.key=value` laid over the base."""
+    seeds: int | None = Field(None, ge=1)
+    """Seeds of this row; none takes those of the experiment."""
+    like: str | None = None
+    """Another row whose runs are read, not trained anew; then only `metrics` are shown."""
+    metrics: dict[str, str] = {}
+    """Column title: `TASK:METRIC` that this row shows there."""
+
+
+class Experiment(Section):
+    """Rows and columns of a controlled experiment."""
+
+    base: str
+    """YAML file of a run that every row starts from, relative to this file."""
+    folder: str
+    """Where runs and the table go."""
+    data: str
+    """Folder written by `place prepare`."""
+    split: str = "test"
+    """Split that is judged; choices are made on `val`."""
+    tasks: str
+    """As `place evaluate --tasks`."""
+    seeds: int = Field(3, ge=1)
+    """Seeds 0, 1, ... of each row."""
+    reference: str
+    """Row that the others are compared with, seed by seed."""
+    columns: tuple[ColumnConfig, ...] = Field(min_length=1)
+    """What is shown."""
+    rows: dict[str, RowConfig] = Field(min_length=1)
+    """What is trained, by folder name."""
+
+    @field_validator("rows")
+    @classmethod
+    def _know_each_other(cls, rows: dict[str, RowConfig]) -> dict[str, RowConfig]:
+        for name, row in rows.items():
+            if row.like is not None and (row.like not in rows or rows[row.like].like):
+                raise ValueError(f"{name}: like={row.like!r} is no row that is trained")
+        return rows
+
+
+class Job(NamedTuple):
+    """One run of a row: its folder, and the configuration that was resolved for it."""
+
+    row: str
+    seed: int
+    folder: Path
+    config: str
+
+
+Figures = dict[str, dict[int, dict[str, float]]]
+"""For each row and seed, figure by `TASK:METRIC`."""
+
+
+def load_experiment(path: Path) -> Experiment:
+    """Read and check an experiment, the configuration of each row included. Raises UsageError, in one line."""
+    try:
+        experiment = Experiment.model_validate(yaml.safe_load(path.read_text()))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; give the YAML file of an experiment") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise UsageError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}") from None
+    if experiment.reference not in experiment.rows:
+        raise UsageError(f"{path}: reference={experiment.reference!r} is no row; take {', '.join(experiment.rows)}")
+    return experiment
+
+
+def plan_jobs(experiment: Experiment, base: Path) -> list[Job]:
+    """All runs, seed by seed, so that an experiment that is stopped has whole rows of the first seeds."""
+    trained = {name: row for name, row in experiment.rows.items() if row.like is None}
+    jobs = []
+    for seed in range(max(row.seeds or experiment.seeds for row in trained.values())):
+        for name, row in trained.items():
+            if seed >= (row.seeds or experiment.seeds):
+                continue
+            folder = Path(experiment.folder) / name / f"seed{seed}"
+            own = (f"data.path={experiment.data}", f"run.dir={folder / 'run'}", f"run.seed={seed}")
+            jobs.append(Job(name, seed, folder, dump_config(build_config(base, [*row.config, *own]))))
+    return jobs
+
+
+def run_job(job: Job, experiment: Experiment) -> dict[str, float]:
+    """Train and judge one run in processes of their own, or read what an earlier call found.
+
+    Returns: figure by `TASK:METRIC`.
+    Raises:
+        RunError: a process failed, with its last line and where the log is; or a column's figure was not found.
+    """
+    key = hashlib.sha256(f"{job.config}{experiment.tasks}{experiment.split}".encode()).hexdigest()
+    found = job.folder / "figures.json"
+    if found.is_file() and (known := json.loads(found.read_text()))["key"] == key:
+        return known["figures"]
+    job.folder.mkdir(parents=True, exist_ok=True)
+    config = job.folder / "config.yaml"
+    config.write_text(job.config)
+    run = job.folder / "run"
+    _call(job, "pretrain", "--config", str(config))
+    judged = ("--data", experiment.data, "--tasks", experiment.tasks, "--split", experiment.split)
+    _call(job, "evaluate", "--run", str(run), *judged)
+    figures = read_figures(run / "evaluation")
+    for column in experiment.columns:
+        if column.metric not in figures:
+            near = difflib.get_close_matches(column.metric, figures, n=3, cutoff=0)
+            raise RunError(f"{column.title}: no figure {column.metric}; there are {', '.join(near)}")
+    part = found.with_suffix(".part")
+    part.write_text(json.dumps({"key": key, "figures": figures}))
+    part.replace(found)
+    return figures
+
+
+def read_figures(folder: Path) -> dict[str, float]:
+    """Every figure of an evaluation by `TASK:METRIC`."""
+    figures = {}
+    for path in sorted(folder.glob("*.json")):
+        tree = json.loads(path.read_text())
+        figures |= {f"{tree['task']}:{name}": metric["value"] for name, metric in tree["metrics"].items()}
+    return figures
+
+
+def build_table(experiment: Experiment, figures: Figures) -> str:
+    """The table in Markdown: mean over seeds, 95 % interval of it, and the difference from the reference.
+
+    Intervals are Student's over seeds: of the mean, and of the difference between runs of one seed. A difference whose
+    interval leaves out 0 is set in bold. One seed has no interval.
+    Source: ours.
+    """
+    heads = ["row", "seeds", *(column.title for column in experiment.columns)]
+    lines = ["| " + " | ".join(heads) + " |", "| --- " + "| ---: " * (len(heads) - 1) + "|"]
+    for name, row in experiment.rows.items():
+        runs = figures.get(row.like or name, {})
+        cells = [row.title, str(len(runs))]
+        for column in experiment.columns:
+            metric = row.metrics.get(column.title, "" if row.like else column.metric)
+            values = [run[metric] * column.scale for run in runs.values() if metric in run]
+            cells.append(_show(values, column.digits) if values else "-")
+            if values and name != experiment.reference:
+                base = figures.get(experiment.reference, {})
+                both = [seed for seed, run in runs.items() if metric in run and column.metric in base.get(seed, {})]
+                gaps = [(runs[seed][metric] - base[seed][column.metric]) * column.scale for seed in both]
+                cells[-1] += _show_gap(gaps, column.digits)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def compute_half_width(values: list[float]) -> float | None:
+    """Half of Student's 95 % interval of the mean of independent values; none for a single one."""
+    if len(values) < 2:
+        return None
+    return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def run_experiment(experiment: Experiment, base: Path, parallel: int, say: Callable[[str], None]) -> list[str]:
+    """Run what is missing, `parallel` at a time, and write FOLDER/table.md and FOLDER/figures.json.
+
+    Returns: a line for each run that failed.
+    """
+    jobs, failed = plan_jobs(experiment, base), []
+    figures: Figures = {}
+    with ThreadPoolExecutor(parallel) as pool:
+        futures = [pool.submit(run_job, job, experiment) for job in jobs]
+        for number, (job, future) in enumerate(zip(jobs, futures, strict=True), start=1):
+            try:
+                figures.setdefault(job.row, {})[job.seed] = future.result()
+                say(f"{number}/{len(jobs)}  {job.row}, seed {job.seed}: done")
+            except RunError as error:
+                failed.append(f"{job.row}, seed {job.seed}: {error}")
+                say(f"{number}/{len(jobs)}  {failed[-1]}")
+            _write(experiment, figures)
+    return failed
+
+
+def _write(experiment: Experiment, figures: Figures) -> None:
+    folder = Path(experiment.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text(build_table(experiment, figures))
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1))
+
+
+def _call(job: Job, *arguments: str) -> None:
+    log = job.folder / f"{arguments[0]}.log"
+    environ = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    with log.open("w") as out:
+        command = [sys.executable, "-m", "place", *arguments]
+        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environ, check=False).returncode
+    if code:
+        last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "no output")
+        raise RunError(f"place {arguments[0]} ended with {code}: {last} ({log})")
+
+
+def _show(values: list[float], digits: int) -> str:
+    half = compute_half_width(values)
+    return f"{statistics.fmean(values):.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
+
+
+def _show_gap(gaps: list[float], digits: int) -> str:
+    if not gaps:
+        return ""
+    mean, half = statistics.fmean(gaps), compute_half_width(gaps)
+    if half is None:
+        return f" ({mean:+.{digits}f})"
+    shown = f"{mean:+.{digits}f} ± {half:.{digits}f}"
+    return f" (**{shown}**)" if abs(mean) > half else f" ({shown})"
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    """Run an experiment and print its table. Exit code 1 if a run failed, 2 on wrong use."""
+    parser = argparse.ArgumentParser(prog="python -m place.evaluation.ablation", description=__doc__)
+    parser.add_argument("experiment", type=Path, help="YAML file; see configs/ablation/")
+    parser.add_argument("--parallel", type=int, default=os.cpu_count() or 1, help="runs at a time; default one a core")
+    asked = parser.parse_args(None if arguments is None else list(arguments))
+    console = build_console()
+    try:
+        experiment = load_experiment(asked.experiment)
+        base = asked.experiment.parent / experiment.base
+        failed = run_experiment(experiment, base, asked.parallel, lambda line: console.print(line, markup=False))
+    except UsageError as error:
+        sys.stderr.write(f"ablation: {error}\n")
+        return 2
+    console.print((Path(experiment.folder) / "table.md").read_text(), markup=False, soft_wrap=True)
+    for line in failed:
+        sys.stderr.write(f"failed: {line}\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""The controlled experiment: what is planned, what the table says, and one experiment of real runs."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import TINY, merge
+
+from place.config import RunError, UsageError
+from place.evaluation import ablation
+from place.evaluation.ablation import Experiment, build_table, compute_half_width, load_experiment, plan_jobs
+
+ROOT = Path(__file__).parents[2]
+TREE = {
+    "base": "base.yaml",
+    "folder": "unused",
+    "data": "unused",
+    "tasks": "retrieval",
+    "seeds": 2,
+    "reference": "a",
+    "columns": [{"title": "R@1", "metric": "retrieval:r1", "scale": 100, "digits": 1}],
+    "rows": {
+        "a": {"title": "A", "seeds": 3},
+        "b": {"title": "B", "config": ["loss.pathology.weight=0"]},
+        "c": {"title": "C", "like": "a", "metrics": {"R@1": "other:r1"}},
+    },
+}
+
+
+def test_the_table_has_means_intervals_and_differences_of_equal_seeds() -> None:
+    figures = {
+        "a": {0: {"retrieval:r1": 0.1, "other:r1": 0.05}, 1: {"retrieval:r1": 0.2}, 2: {"retrieval:r1": 0.3}},
+        "b": {0: {"retrieval:r1": 0.5}, 2: {"retrieval:r1": 0.7}},
+    }
+    _, _, a, b, c = build_table(Experiment.model_validate(TREE), figures).splitlines()
+    # Student's quantiles .975 are 4.3027 of 2 degrees of freedom and 12.706 of 1.
+    assert a == "| A | 3 | 20.0 ± 24.8 |"
+    assert b == "| B | 2 | 60.0 ± 127.1 (**+40.0 ± 0.0**) |"
+    assert c == "| C | 3 | 5.0 (-5.0) |"
+
+
+def test_a_difference_within_its_interval_is_not_bold() -> None:
+    figures = {
+        "a": {0: {"retrieval:r1": 0.5}, 1: {"retrieval:r1": 0.5}},
+        "b": {0: {"retrieval:r1": 0.5}, 1: {"retrieval:r1": 0.7}},
+    }
+    assert "(+10.0 ± 127.1)" in build_table(Experiment.model_validate(TREE), figures)
+
+
+def test_one_value_has_no_interval() -> None:
+    assert compute_half_width([1.0]) is None
+    assert compute_half_width([1.0, 1.0]) == 0
+
+
+def test_runs_come_seed_by_seed_and_differ_in_seed_folder_and_what_the_row_says(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("train: {epochs: 3}")
+    jobs = plan_jobs(Experiment.model_validate(TREE), tmp_path / "base.yaml")
+    assert [(job.row, job.seed) for job in jobs] == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2)]
+    first, second = (yaml.safe_load(job.config) for job in jobs[:2])
+    assert (first["run"]["seed"], first["train"]["epochs"], first["loss"]["pathology"]["weight"]) == (0, 3, 1.0)
+    first["loss"]["pathology"]["weight"] = 0.0
+    first["run"]["dir"] = first["run"]["dir"].replace("/a/", "/b/")
+    assert first == second
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs/ablation").glob("*.yaml")))
+def test_every_committed_experiment_can_be_planned(name: str) -> None:
+    path = ROOT / "configs/ablation" / name
+    tree = yaml.safe_load(path.read_text())
+    if "rows" not in tree:
+        return
+    experiment = load_experiment(path)
+    assert plan_jobs(experiment, path.parent / experiment.base)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"reference": "z"}, "reference='z' is no row; take a, b, c"),
+        ({"rows": {"a": {"title": "A", "like": "b"}}}, "like='b' is no row that is trained"),
+        ({"columns": [{"title": "R@1", "metric": "r1"}]}, "expected task:metric"),
+        ({"seed": 3}, "seed: extra inputs"),
+    ],
+)
+def test_a_faulty_experiment_is_one_line(change: dict, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(TREE | change))
+    with pytest.raises(UsageError) as caught:
+        load_experiment(path)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_job(job: ablation.Job, _: Experiment) -> dict[str, float]:
+        if (job.row, job.seed) == ("b", 0):
+            raise RunError("place pretrain ended with 1: no space left")
+        return {"retrieval:r1": 0.25}
+
+    monkeypatch.setattr(ablation, "run_job", run_job)
+    (tmp_path / "base.yaml").write_text("")
+    experiment = Experiment.model_validate(TREE | {"folder": str(tmp_path / "out")})
+    failed = ablation.run_experiment(experiment, tmp_path / "base.yaml", 2, lambda line: None)
+    assert failed == ["b, seed 0: place pretrain ended with 1: no space left"]
+    assert "| B | 1 | 25.0 (+0.0) |" in (tmp_path / "out/table.md").read_text()
+
+
+@pytest.mark.multiprocess
+def test_an_experiment_of_real_runs_ends_in_a_table_and_does_nothing_twice(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(merge(TINY, {"train": {"global_batch": 32}})))
+    column = {"title": "median rank", "metric": "retrieval:image_to_text.median_rank"}
+    tree = TREE | {"folder": str(tmp_path / "out"), "data": str(prepared), "seeds": 1, "columns": [column]}
+    tree["rows"] = {"a": {"title": "A"}, "b": {"title": "B", "config": ["loss.bad=1"]}}
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    assert ablation.main([str(path)]) == 2
+    assert "unknown config key 'loss.bad'" in capsys.readouterr().err
+    tree["rows"]["b"]["config"] = ["train.max_steps=1"]
+    path.write_text(yaml.safe_dump(tree))
+    assert ablation.main([str(path)]) == 0
+    first = (tmp_path / "out/table.md").read_text()
+    assert re.search(r"^\| A \| 1 \| \d+\.\d{3} \|$", first, re.MULTILINE)
+    shutil.rmtree(tmp_path / "out/a/seed0/run")
+    assert ablation.main([str(path)]) == 0
+    assert (tmp_path / "out/table.md").read_text() == first
+    assert not (tmp_path / "out/a/seed0/run").exists()
