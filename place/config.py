@@ -146,8 +146,8 @@ class ObservationsConfig(Section):
 
 
 class CorrelationConfig(Section):
-    depth: int = Field(1, ge=1)
-    """Cross-attention blocks from patches to report tokens."""
+    depth: int = Field(1, ge=0)
+    """Cross-attention blocks from patches to report tokens; 0 leaves the report out."""
     num_heads: int = Field(8, ge=1)
     """Attention heads."""
     width: int = Field(128, ge=8)

@@ -26,6 +26,7 @@ from pydantic import Field, ValidationError, field_validator
 from scipy.stats import t as student
 
 from place.config import RunError, Section, UsageError, build_config, dump_config
+from place.runlog import read_jsonl
 from place.screen import build_console
 
 
@@ -33,7 +34,7 @@ class ColumnConfig(Section):
     title: str
     """Heading of the table."""
     metric: str
-    """`TASK:METRIC`, as RUN/evaluation/TASK.json names it."""
+    """`TASK:METRIC`, as RUN/evaluation/TASK.json names it, or `pretrain:val_TERM`."""
     scale: float = 1.0
     """What the figure is multiplied with, such as 100 for shares that are shown in per cent."""
     digits: int = Field(3, ge=0, le=6)
@@ -152,7 +153,7 @@ def run_job(job: Job, experiment: Experiment) -> dict[str, float]:
     _call(job, "pretrain", "--config", str(config))
     judged = ("--data", experiment.data, "--tasks", experiment.tasks, "--split", experiment.split)
     _call(job, "evaluate", "--run", str(run), *judged)
-    figures = read_figures(run / "evaluation")
+    figures = read_figures(run)
     for column in experiment.columns:
         if column.metric not in figures:
             near = difflib.get_close_matches(column.metric, figures, n=3, cutoff=0)
@@ -163,10 +164,12 @@ def run_job(job: Job, experiment: Experiment) -> dict[str, float]:
     return figures
 
 
-def read_figures(folder: Path) -> dict[str, float]:
-    """Every figure of an evaluation by `TASK:METRIC`."""
-    figures = {}
-    for path in sorted(folder.glob("*.json")):
+def read_figures(run: Path) -> dict[str, float]:
+    """Every figure of an evaluation by `TASK:METRIC`, and those of the last look at the validation split."""
+    looks = [record for record in read_jsonl(run / "metrics.jsonl") if "val_total" in record]
+    last = looks[-1] if looks else {}
+    figures = {f"pretrain:{name}": value for name, value in last.items() if name.startswith("val_")}
+    for path in sorted((run / "evaluation").glob("*.json")):
         tree = json.loads(path.read_text())
         figures |= {f"{tree['task']}:{name}": metric["value"] for name, metric in tree["metrics"].items()}
     return figures

@@ -40,9 +40,9 @@ class ImageEncoder(nn.Module):
         self.width: int = vit.embed_dim
 
     @property
-    def head_size(self) -> int:
-        """Width of an attention head."""
-        return self.vit.blocks[0].attn.head_dim
+    def head_sizes(self) -> set[int]:
+        """Widths of its attention heads; none in an encoder without blocks."""
+        return {block.attn.head_dim for block in self.vit.blocks}
 
     def forward(self, image_BCYX: Tensor, hidden_BN: Tensor | None = None) -> VisionTokens:
         """Encode (B,1,Y,X); patches where `hidden_BN` is true are shown as the mean grey, which is 0."""

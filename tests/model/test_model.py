@@ -396,3 +396,12 @@ def test_a_conv_stem_is_refused_where_it_cannot_be(vit_folder: Path) -> None:
     config = build_tiny_config(model={"vision": {"stem": "conv", "overrides": {"patch_size": 6}}})
     with pytest.raises(UsageError, match="needs a power of two"):
         build_image_encoder(config.model.vision, 36)
+
+
+def test_without_a_block_the_correlation_head_does_not_see_the_report() -> None:
+    batch = build_batch(4)
+    other = batch._replace(token_ids_BT=batch.token_ids_BT.flip(0))
+    bare, blind = {"correlation": {"depth": 0}}, {"correlation": {"depth": 0}, "vision": {"overrides": {"depth": 0}}}
+    for sections, is_equal in ((bare, True), (blind, True), ({}, False)):
+        model = build(model=sections)
+        assert torch.equal(run(model, batch).z_BNE, run(model, other).z_BNE) == is_equal
