@@ -27,7 +27,6 @@ from scipy.stats import t as student
 
 from place.config import RunError, Section, UsageError, build_config, dump_config
 from place.runlog import read_jsonl
-from place.screen import build_console
 
 
 class ColumnConfig(Section):
@@ -227,6 +226,11 @@ def run_experiment(experiment: Experiment, base: Path, parallel: int, say: Calla
     return failed
 
 
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def _write(experiment: Experiment, figures: Figures) -> None:
     folder = Path(experiment.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -266,15 +270,14 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("experiment", type=Path, help="YAML file; see configs/ablation/")
     parser.add_argument("--parallel", type=int, default=os.cpu_count() or 1, help="runs at a time; default one a core")
     asked = parser.parse_args(None if arguments is None else list(arguments))
-    console = build_console()
     try:
         experiment = load_experiment(asked.experiment)
         base = asked.experiment.parent / experiment.base
-        failed = run_experiment(experiment, base, asked.parallel, lambda line: console.print(line, markup=False))
+        failed = run_experiment(experiment, base, asked.parallel, _say)
     except UsageError as error:
         sys.stderr.write(f"ablation: {error}\n")
         return 2
-    console.print((Path(experiment.folder) / "table.md").read_text(), markup=False, soft_wrap=True)
+    _say((Path(experiment.folder) / "table.md").read_text())
     for line in failed:
         sys.stderr.write(f"failed: {line}\n")
     return 1 if failed else 0
