@@ -20,7 +20,7 @@ from place.data.masks import MASKS, MASKS_FILE
 from place.data.pool import map_in_processes
 from place.data.rows import Table
 from place.data.shards import HASHES, write_index
-from place.data.sources import SOURCES
+from place.data.sources import open_source
 from place.data.spill import FULL
 from place.data.storage import PARTIAL, Folder, Store, open_store
 from place.data.task import NOTHING, PARTS, PartResult, Task, add_results, find_parts, name_table, read_part, run_task
@@ -58,7 +58,7 @@ def run_prepare(
     """
     config = _resolve_paths(config)
     store = open_store(config.output)
-    table = SOURCES[config.source](config)
+    table = open_source(config)
     request = build_request(config, table)
     with _held(store):
         card = _read_card(store, request)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from place.config import PrepareConfig
+from place.config import PrepareConfig, UsageError
 from place.data.csv_source import open_csv
 from place.data.dicom_tree_source import open_dicom_tree
 from place.data.mimic_source import open_mimic
@@ -22,3 +22,20 @@ SOURCES: dict[str, Callable[[PrepareConfig], Table]] = {
     "dicom-tree": open_dicom_tree,
     "r2gen-json": open_r2gen,
 }
+
+TAKE_MASKS = ("csv",)
+
+
+def open_source(config: PrepareConfig) -> Table:
+    """The table of the source that was asked for.
+
+    Raises:
+        UsageError: an option that the source would not look at, or what its opener raises.
+    Source: ours.
+    """
+    if config.masks and config.source not in TAKE_MASKS:
+        raise UsageError(
+            f"--masks {' '.join(config.masks)}: source {config.source} takes no mask files, only "
+            f"{', '.join(TAKE_MASKS)} does; leave it out, or prepare a table of these images with --source csv"
+        )
+    return SOURCES[config.source](config)

@@ -17,7 +17,7 @@ from place.data.report import hash_text
 from place.data.streaming import select_sentences
 from place.data.transforms import find_square, read_image
 from place.evaluation.encoder import encode_images, encode_reports
-from place.evaluation.figure import build_figure, save_figure
+from place.evaluation.figure import build_figure, draw_box, save_figure
 from place.evaluation.metrics import Array
 from place.evaluation.task import Task
 
@@ -138,12 +138,11 @@ def smooth_attention(attention_YX: Array, size_px: int) -> Array:
 
 
 def _draw_boxes(axis: Axes, boxes: list[dict[str, Any]], named: bool) -> None:
-    from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
     for number, box in enumerate(boxes):
-        x0, y0, x1, y1 = box["box_xyxy"]
-        axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="cyan", linewidth=0.8))
+        x0, y0, _, y1 = box["box_xyxy"]
+        draw_box(axis, box["box_xyxy"], linewidth=0.8)
         if named:
             # Names alternate between top and bottom edge: boxes often share a corner.
             y, align = ((y0, "bottom"), (y1, "top"))[number % 2]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -20,6 +22,18 @@ def build_figure(rows: int, columns: int, size: tuple[float, float], dpi: int = 
     for axis in axes.flat:
         axis.axis("off")
     return figure, axes
+
+
+def draw_box(axis: Axes, box_xyxy: Sequence[float], colour: str = "cyan", linewidth: float = 1.0) -> None:
+    """Draw the outline of a box (x0, y0, x1, y1) over an image shown by `imshow`, around the pixels that it holds.
+
+    Pixel centres are at whole numbers there: the edge of a box lies half a pixel before its first pixel. Source: ours.
+    """
+    from matplotlib.patches import Rectangle
+
+    x0, y0, x1, y1 = box_xyxy
+    outline = Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=linewidth)
+    axis.add_patch(outline)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from place.data.transforms import read_image
 from place.evaluation.explain import crop_square
-from place.evaluation.figure import build_figure, save_figure
+from place.evaluation.figure import build_figure, draw_box, save_figure
 from place.evaluation.metrics import Array
 
 if TYPE_CHECKING:
@@ -54,14 +54,7 @@ def _draw_row(row: Sequence[Axes], item: Grounded) -> None:
         axis.imshow(heat_YX, cmap="inferno", alpha=0.6)
         axis.set_title(TITLES[name], fontsize=8, pad=2)
     for axis in row:
-        _draw_boxes(axis, item.boxes)
+        for box in item.boxes:
+            draw_box(axis, box)
     words = "\n".join(textwrap.wrap(f"{item.finding}: {item.text}", 46)[:3])
     row[0].text(0.0, -0.03, words, transform=row[0].transAxes, fontsize=7.5, va="top", ha="left")
-
-
-def _draw_boxes(axis: Axes, boxes: Sequence[Sequence[float]]) -> None:
-    from matplotlib.patches import Rectangle
-
-    for x0, y0, x1, y1 in boxes:
-        # Pixel centres are at whole numbers: the edge of a box lies half a pixel before its first pixel.
-        axis.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor="cyan", linewidth=1.0))

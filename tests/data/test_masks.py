@@ -155,3 +155,11 @@ def test_mask_files_of_a_table_are_told_apart_from_absent_and_unknown(tmp_path):
 def test_a_mask_pattern_without_a_stem_is_told(tmp_path):
     with pytest.raises(UsageError, match="expected {stem} in it"):
         run_prepare(write_csv_source(tmp_path, count=2, masks={"lungs": "lungs.png"}))
+
+
+@pytest.mark.parametrize("source", ["phantom", "mimic-cxr", "mimic-cxr-jpg", "openi", "dicom-tree", "r2gen-json"])
+def test_masks_of_a_source_that_takes_none_are_refused(tmp_path, source):
+    config = PrepareConfig(source=source, output=str(tmp_path), masks={"lungs": "{stem}.png"})
+    with pytest.raises(UsageError, match=f"--masks lungs: source {source} takes no mask files, only csv"):
+        run_prepare(config)
+    assert not any(tmp_path.iterdir())
