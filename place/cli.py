@@ -304,6 +304,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         run, Path(arguments.data), arguments.tasks.split(","), arguments.split, arguments.checkpoint, evaluation
     )
     print_results(results, build_console())
+    print(f"{run / 'evaluation' / 'report.html'}: the same with curves and pictures; holds report texts")
     return DONE
 
 

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 from collections import Counter
 from collections.abc import Iterator
-from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any
 
-import cv2
-
-from place.data.images import encode_grey_jpeg
 from place.data.inspect import Findings, Groups
+from place.data.page import Bar, build_bars, embed_thumbnail, render_page
 from place.data.transforms import read_image
 
-_THUMBNAIL_PX = 320
 _SIGNS = ("positive", "uncertain", "negative", "unknown")
-
-
-class Bar(NamedTuple):
-    """One bar: its height or length is a share of the longest."""
-
-    label: str
-    number: int
-    share: float
 
 
 def build_page(card: dict[str, Any], found: Findings, title: str) -> str:
@@ -33,13 +20,10 @@ def build_page(card: dict[str, Any], found: Findings, title: str) -> str:
         title: what the data set is called.
     Source: ours.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["thousands"] = lambda count: f"{count:,}"
-    template = environment.from_string(resources.files("place.data").joinpath("inspect.html").read_text())
     measured = found.measured
-    return template.render(
+    return render_page(
+        "place.data",
+        "inspect.html",
         title=title,
         card=card,
         splits=[(name, card["counts"][name]) for name in ("train", "val", "test")],
@@ -66,13 +50,6 @@ def build_page(card: dict[str, Any], found: Findings, title: str) -> str:
         repeated=_list_repeated(found.same, found.same_text),
         samples=[_build_sample(sample) for sample in found.samples],
     )
-
-
-def build_bars(pairs: Any) -> list[Bar]:
-    """Bars of (label, count) pairs, in their order. Source: ours."""
-    pairs = list(pairs)
-    most = max((count for _, count in pairs), default=0) or 1
-    return [Bar(label, count, count / most) for label, count in pairs]
 
 
 def _rank(counts: Counter[str]) -> list[Bar]:
@@ -114,14 +91,12 @@ def _list_repeated(same: Groups, texts: dict[int, str]) -> list[tuple[int, str]]
 def _build_sample(sample: dict[str, Any]) -> dict[str, Any]:
     image_YX = read_image(sample["image"])
     height, width = image_YX.shape
-    scale = min(1.0, _THUMBNAIL_PX / max(height, width))
-    small_YX = cv2.resize(image_YX, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     return {
         "split": sample["split"],
         "view": sample["view"] or "view not given",
         "height": height,
         "width": width,
-        "thumbnail": base64.b64encode(encode_grey_jpeg(small_YX, 82)).decode(),
+        "thumbnail": embed_thumbnail(image_YX),
         "boxes": [_build_box(box) for box in sample["boxes"]],
         "positive": [name for name, sign in sample["labels"].items() if sign == 1],
         "uncertain": [name for name, sign in sample["labels"].items() if sign == -1],

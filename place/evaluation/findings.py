@@ -95,6 +95,18 @@ def judge_findings(
     return metrics
 
 
+def list_scores(sample_ids: Sequence[int], score_BF: Array, findings: Findings) -> dict[str, Any]:
+    """Columns sample_id, finding, label (1 or 0) and score: a row an image and finding, where there is a label."""
+    known_FB = ~np.isnan(findings.target_BF.T)
+    place_F, row_B = known_FB.nonzero()
+    return {
+        "sample_id": np.array(sample_ids, dtype=np.int64)[row_B],
+        "finding": [findings.names[place] for place in place_F],
+        "label": findings.target_BF.T[known_FB].astype(np.int8),
+        "score": score_BF.T[known_FB],
+    }
+
+
 def describe_findings(findings: Findings) -> dict[str, Any]:
     """Counts of each judged finding, and the findings left out with the reason, for the protocol."""
     counts = {

@@ -24,13 +24,15 @@ class TaskResult(NamedTuple):
     """What one task found.
 
     `metrics` by name, the headline first; `protocol` says how they came about, chance levels included; `num_samples`
-    counts the images that were judged.
+    counts the images that were judged. `rows` are columns of what each figure was computed from, written as
+    TASK.parquet: with sample_id, finding, label and score the page draws curves.
     """
 
     task: str
     metrics: dict[str, Metric]
     protocol: dict[str, Any]
     num_samples: int
+    rows: dict[str, Any] | None = None
 
 
 def draw_weights(unit_B: Array, count: int, seed: int = 0) -> NDArray[np.uint8]:

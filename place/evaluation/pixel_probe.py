@@ -19,7 +19,14 @@ from place.config import UsageError
 from place.data.prepared import read_samples
 from place.data.transforms import eval_transform, read_image
 from place.evaluation.encoder import get_units, read_units
-from place.evaluation.findings import Findings, build_targets, choose_findings, describe_findings, judge_findings
+from place.evaluation.findings import (
+    Findings,
+    build_targets,
+    choose_findings,
+    describe_findings,
+    judge_findings,
+    list_scores,
+)
 from place.evaluation.metrics import Array, TaskResult
 from place.evaluation.task import Task
 
@@ -34,6 +41,7 @@ class Pixels(NamedTuple):
     pixel_BP: Array
     labels: list[dict[str, int | None]]
     unit_B: Array
+    sample_ids: list[int]
 
 
 def run_pixel_probe(task: Task) -> TaskResult:
@@ -54,7 +62,8 @@ def run_pixel_probe(task: Task) -> TaskResult:
     score_BF = np.stack([predict(features[2], fits[c])[:, f] for f, c in enumerate(chosen_F)], axis=1)
     metrics = judge_findings(score_BF, findings, test.unit_B, task.evaluation.bootstrap)
     protocol = _describe(task, findings, chosen_F, len(train.labels))
-    return TaskResult("pixel_probe", metrics, protocol, len(test.labels))
+    rows = list_scores(test.sample_ids, score_BF, findings)
+    return TaskResult("pixel_probe", metrics, protocol, len(test.labels), rows)
 
 
 def build_features(train_BP: Array, others: list[Array]) -> list[Array]:
@@ -153,7 +162,7 @@ def _read_pixels(task: Task, split: str, limit: int | None = None) -> Pixels:
             labels.append(sample["labels"])
             ids.append(sample["sample_id"])
             task.report(f"read {split} pixels", len(ids), len(wanted))
-    return Pixels(np.stack(rows), labels, get_units(units, ids))
+    return Pixels(np.stack(rows), labels, get_units(units, ids), ids)
 
 
 def _describe(task: Task, findings: Findings, chosen_F: list[int], num_train: int) -> dict[str, Any]:

@@ -65,7 +65,8 @@ def run_retrieval(task: Task) -> TaskResult:
     }
     metrics = judged.pop(headline)
     metrics |= {f"{mode}.{name}": metric for mode, other in judged.items() for name, metric in other.items()}
-    return TaskResult("retrieval", metrics, _describe(headline, gallery, label_BF), len(gallery.query_Q))
+    rows = list_found(split, gallery, scores[headline].numpy())
+    return TaskResult("retrieval", metrics, _describe(headline, gallery, label_BF), len(gallery.query_Q), rows)
 
 
 def build_gallery(groups: list[int], size: int | None) -> Gallery:
@@ -101,6 +102,20 @@ def score_sentences(observations_QKE: Tensor, sentences_GSE: Tensor, mask_GS: Te
         sum_PG = torch.zeros(len(best_PM), len(count_G)).index_add_(1, report_M, best_PM)
         rows.append(sum_PG / count_G.clamp(min=1))
     return torch.cat(rows)
+
+
+def list_found(split: EncodedSplit, gallery: Gallery, score_QG: Array) -> dict[str, Any]:
+    """Of each image: the rank of its own report, that report, and the nearest one with a study that carries it."""
+    rank_Q = rank_matches(score_QG, gallery.answer_Q[:, None] == np.arange(len(gallery.report_G)))
+    own = [split.studies[row] for row in gallery.query_Q]
+    found = [split.studies[row] for row in gallery.report_G[score_QG.argmax(axis=1)]]
+    return {
+        "sample_id": [study.sample_id for study in own],
+        "rank": rank_Q,
+        "report": [" ".join(study.sentences) for study in own],
+        "found_sample_id": [study.sample_id for study in found],
+        "found": [" ".join(study.sentences) for study in found],
+    }
 
 
 def judge_retrieval(

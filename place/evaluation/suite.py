@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from place.config import EvaluationConfig, RunError, UsageError
@@ -17,6 +18,7 @@ from place.evaluation.explain import write_explanation
 from place.evaluation.grounding import run_grounding
 from place.evaluation.metrics import TaskResult
 from place.evaluation.pixel_probe import run_pixel_probe
+from place.evaluation.report import write_report
 from place.evaluation.retrieval import run_retrieval
 from place.evaluation.segmentation import run_segmentation
 from place.evaluation.table import print_results
@@ -49,7 +51,7 @@ def run_evaluation(
     output: Path | None = None,
     on_progress: StepProgress | None = None,
 ) -> dict[str, TaskResult]:
-    """Judge a run on a split of a prepared data set; writes TASK.json for each task, and explain.png.
+    """Judge a run on a split of a prepared data set; writes TASK.json for each task, explain.png and report.html.
 
     Args:
         run_dir: run folder.
@@ -74,6 +76,8 @@ def run_evaluation(
         results[name] = TASKS[name](task)
         write_result(folder, results[name], task, which)
     write_explanation(task, folder / "explain.png")
+    title = f"Evaluation of run {run_dir.resolve().name} on data set {data_dir.resolve().name}"
+    write_report(task, folder, title, list(TASKS))
     return results
 
 
@@ -107,7 +111,7 @@ def choose_tasks(tasks: Sequence[str], offers: Collection[str]) -> list[str]:
 
 
 def write_result(folder: Path, result: TaskResult, task: Task, which: str) -> None:
-    """Write a result as `folder/TASK.json`, whole or not at all."""
+    """Write a result as `folder/TASK.json`, and what it was computed from as TASK.parquet, each whole or not at all."""
     tree = {
         "task": result.task,
         "metrics": {name: metric._asdict() for name, metric in result.metrics.items()},
@@ -118,9 +122,13 @@ def write_result(folder: Path, result: TaskResult, task: Task, which: str) -> No
         "checkpoint": {"which": which, "step": task.run.step},
     }
     path = folder / f"{result.task}.json"
+    part = path.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
+        path.with_suffix(".parquet").unlink(missing_ok=True)
+        if result.rows is not None:
+            pq.write_table(pa.table(result.rows), part)
+            part.replace(path.with_suffix(".parquet"))
         part.write_text(json.dumps(tree, indent=2, allow_nan=False) + "\n")
         part.replace(path)
     except OSError as error:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from place.config import LossConfig
 from place.evaluation.encoder import EncodedSplit, encode_reports
-from place.evaluation.findings import choose_findings, describe_findings, judge_findings
+from place.evaluation.findings import choose_findings, describe_findings, judge_findings, list_scores
 from place.evaluation.metrics import TaskResult
 from place.evaluation.prompts import FindingPrompts, build_prompts
 from place.evaluation.task import Task
@@ -40,9 +40,9 @@ def run_zero_shot(task: Task) -> TaskResult:
     }
     metrics = judged.pop(headline)
     metrics |= {f"{mode}.{name}": metric for mode, other in judged.items() for name, metric in other.items()}
-    return TaskResult(
-        "zero_shot", metrics, _describe(headline, prompts) | describe_findings(findings), len(split.studies)
-    )
+    rows = list_scores([study.sample_id for study in split.studies], scores[headline].numpy(), findings)
+    protocol = _describe(headline, prompts) | describe_findings(findings)
+    return TaskResult("zero_shot", metrics, protocol, len(split.studies), rows)
 
 
 def score_findings(
