@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-ray test-kernels test-gpu bench-wire bench-loader lint clean fuzz test-slurm test-slurm-short chaos
+.PHONY: setup demo test test-ray test-kernels test-gpu bench-wire bench-loader lint clean fuzz test-slurm test-slurm-short chaos ablation ablation-variants
 
 setup: $(READY)
 
@@ -59,7 +59,18 @@ test-slurm: $(READY)
 test-slurm-short: $(READY)
 	$(BIN)/pytest -m slurm_short tests/slurm
 
-# Twenty random faults over one run. About 30 minutes.
+# What each part of PLACE buys: rows of configs/ablation/main.yaml over seeds; stopped, it goes on where it was.
+ablation: datasets/ablation
+	$(BIN)/python -m place.evaluation.ablation configs/ablation/main.yaml
+
+# What each choice within PLACE is worth, judged on the validation split; hours.
+ablation-variants: datasets/ablation
+	$(BIN)/python -m place.evaluation.ablation configs/ablation/variants.yaml
+
+datasets/ablation: | $(READY)
+	$(BIN)/place prepare --source phantom --count 6000 --seed 1 --size-px 80 --split 0.8 0.1 0.1 --output $@
+
+# Twenty random faults over one run. About 25 minutes.
 chaos: $(READY)
 	$(BIN)/pytest -m chaos -s tests/slurm
 
