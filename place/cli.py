@@ -100,7 +100,9 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", required=True, help="run folder of a `place pretrain`")
     parser.add_argument("--data", required=True, help="folder written by `place prepare`")
     parser.add_argument(
-        "--tasks", default="all", help="comma list of zero_shot, retrieval, pixel_probe, grounding, segmentation or all"
+        "--tasks",
+        default="all",
+        help="comma list of zero_shot, retrieval, classification, pixel_probe, grounding, segmentation or all",
     )
     parser.add_argument("--split", default="test", help="split that is judged")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a folder name such as step_00000100")

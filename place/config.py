@@ -378,10 +378,21 @@ class EvaluationConfig(Section):
     """Studies encoded at once."""
     prompts: str | None = None
     """YAML of `finding: {positive: [...], negative: [...]}`; none takes the prompts built in."""
+    label_shares: tuple[float, ...] = (0.01, 0.1, 1.0)
+    """classification: shares of the training patients whose labels are seen."""
+    label_subsets: int = Field(3, ge=1)
+    """classification: random subsets of patients behind each share below 1."""
     folds: int = Field(0, ge=0)
     """segmentation: folds of a cross-validation by patient over all splits; 0 trains on one split, judges another."""
     findings: list[str] = []
     """Findings that count towards the mean; empty takes all labels of the data set."""
+
+    @field_validator("label_shares")
+    @classmethod
+    def _are_shares(cls, shares: tuple[float, ...]) -> tuple[float, ...]:
+        if not shares or not all(0 < share <= 1 for share in shares):
+            raise ValueError("expected shares above 0 and up to 1")
+        return shares
 
 
 class Config(Section):

@@ -80,7 +80,12 @@ def judge_findings(
     Returns: `mean_auroc`, `mean_average_precision`, then `auroc.NAME` and `average_precision.NAME`.
     Source: ours.
     """
-    weight_RB = draw_weights(unit_B, bootstrap, seed)
+    resampled = resample_findings(score_BF, findings, draw_weights(unit_B, bootstrap, seed))
+    return {name: summarize(*pair) for name, pair in resampled.items()}
+
+
+def resample_findings(score_BF: Array, findings: Findings, weight_RB: Array) -> dict[str, tuple[float, Array]]:
+    """The figures of `judge_findings`, each with its value in every resample."""
     values: dict[str, list[tuple[float, Array]]] = {"auroc": [], "average_precision": []}
     for score_B, target_B in zip(score_BF.T, findings.target_BF.T, strict=True):
         known_B = ~np.isnan(target_B)
@@ -89,10 +94,10 @@ def judge_findings(
         values["average_precision"].append(
             (average_precision_score(target, score), compute_average_precisions(score, target, weight))
         )
-    metrics = {f"mean_{kind}": _mean(pairs) for kind, pairs in values.items()}
+    figures = {f"mean_{kind}": _mean(pairs) for kind, pairs in values.items()}
     for kind, pairs in values.items():
-        metrics |= {f"{kind}.{name}": summarize(*pair) for name, pair in zip(findings.names, pairs, strict=True)}
-    return metrics
+        figures |= {f"{kind}.{name}": pair for name, pair in zip(findings.names, pairs, strict=True)}
+    return figures
 
 
 def list_scores(sample_ids: Sequence[int], score_BF: Array, findings: Findings) -> dict[str, Any]:
@@ -120,8 +125,6 @@ def describe_findings(findings: Findings) -> dict[str, Any]:
     return {"findings": counts, "left_out": findings.left_out}
 
 
-def _mean(pairs: list[tuple[float, Array]]) -> Metric:
+def _mean(pairs: list[tuple[float, Array]]) -> tuple[float, Array]:
     """A resample without a class of some finding has no mean over the same findings: its NaN drops it."""
-    return summarize(
-        float(np.mean([value for value, _ in pairs])), np.mean([resampled for _, resampled in pairs], axis=0)
-    )
+    return float(np.mean([value for value, _ in pairs])), np.mean([resampled for _, resampled in pairs], axis=0)

@@ -76,6 +76,16 @@ def compute_means(value_Q: Array, weight_RQ: Array) -> Array:
         return weight_RQ @ np.where(known_Q, value_Q, 0.0) / (weight_RQ @ known_Q.astype(float))
 
 
+def compute_f1s(predicted_B: Array, target_B: Array, weight_RB: Array) -> Array:
+    """F1 of 0 or 1 predictions in each resample; 0 where there is neither a positive nor a prediction of one.
+
+    Source: ours; equals scikit-learn's `f1_score` with `sample_weight` and `zero_division=0`, which a test shows.
+    """
+    hits_R = weight_RB @ (predicted_B * target_B).astype(float)
+    sums_R = weight_RB @ (predicted_B.astype(float) + target_B)
+    return 2 * hits_R / np.maximum(sums_R, 1)
+
+
 def compute_medians(rank_Q: Array, weight_RQ: Array) -> Array:
     """Smallest rank that at least half of each resample reaches."""
     order_Q = np.argsort(rank_Q, kind="stable")

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from place.config import EvaluationConfig, RunError, UsageError
 from place.data.masks import has_masks
 from place.data.prepared import read_card
+from place.evaluation.classification import run_classification
 from place.evaluation.explain import write_explanation
 from place.evaluation.grounding import run_grounding
 from place.evaluation.metrics import TaskResult
@@ -29,11 +30,18 @@ from place.training.checkpoint import load_run
 TASKS: dict[str, Callable[[Task], TaskResult]] = {
     "zero_shot": run_zero_shot,
     "retrieval": run_retrieval,
+    "classification": run_classification,
     "pixel_probe": run_pixel_probe,
     "grounding": run_grounding,
     "segmentation": run_segmentation,
 }
-NEEDS = {"zero_shot": "labels", "pixel_probe": "labels", "grounding": "boxes", "segmentation": "masks"}
+NEEDS = {
+    "zero_shot": "labels",
+    "classification": "labels",
+    "pixel_probe": "labels",
+    "grounding": "boxes",
+    "segmentation": "masks",
+}
 ADVICE = {
     "labels": "prepare it with label columns or take retrieval",
     "boxes": "take one whose sentences have boxes, such as phantoms",

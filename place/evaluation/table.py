@@ -24,9 +24,14 @@ RETRIEVAL_ROWS = {
 
 def print_results(results: dict[str, TaskResult], console: Console) -> None:
     """Print a table for each task, its headline score first, with 95 % intervals and chance levels."""
+    pixels = results.get("pixel_probe") if "classification" in results else None
     for result in results.values():
-        console.print(BUILDERS.get(result.task, _build_findings)(result))
-        for note in _list_notes(result):
+        if result is pixels:
+            continue
+        is_beside = pixels is not None and result.task == "classification"
+        build = BUILDERS.get(result.task, _build_findings)
+        console.print(_build_classification(result, pixels) if is_beside else build(result))
+        for note in _list_notes(result) + ([f"pixels: {pixels.protocol['score']}"] if pixels and is_beside else []):
             console.print(f"  {note}", style="dim", highlight=False)
         console.print()
 
@@ -73,6 +78,29 @@ def _build_retrieval(result: TaskResult) -> Table:
     return table
 
 
+def _build_classification(result: TaskResult, pixels: TaskResult | None = None) -> Table:
+    """AUROC at each share of the labels, that of raw pixels beside it; the other figures are those of the largest."""
+    first, *fewer = result.protocol["shares"]
+    befores = {share: "" if share == "100 %" else f"at_{share.removesuffix(' %')}." for share in (first, *fewer)}
+    beside = ("pixels",) if pixels else ()
+    heads = [head for share in reversed(fewer) for head in (share, *beside)]
+    heads += [first, "95 %", *beside, "AP", "F1", "Brier"]
+    title = f"{result.task.replace('_', ' ')}: AUROC by share of training labels, {result.num_samples} images"
+    table = _build_table(title, ("finding", *heads))
+    for name in ("mean", *result.protocol["findings"]):
+        form = "{}mean_{}" if name == "mean" else f"{{}}{{}}.{name}"
+        cells = []
+        for share in (*reversed(fewer), first):
+            key = form.format(befores[share], "auroc")
+            cells.append(f"{result.metrics[key].value:.3f}")
+            cells += [_show_interval(result.metrics[key])] if share == first else []
+            cells += [f"{pixels.metrics[key].value:.3f}"] if pixels else []
+        others = (form.format(befores[first], kind) for kind in ("average_precision", "f1", "brier"))
+        cells += [f"{result.metrics[key].value:.3f}" for key in others]
+        table.add_row(name, *cells, style="bold" if name == "mean" else "", end_section=name == "mean")
+    return table
+
+
 def _build_grounding(result: TaskResult) -> Table:
     others = [name for name in ("attention", "prior") if f"{name}.mean_cnr" in result.metrics]
     heads = ("finding", "phrases", "pointing", "95 %", "CNR", "95 %", "mIoU", *others)
@@ -110,7 +138,10 @@ def _build_table(title: str, columns: Iterable[str]) -> Table:
     for name in columns:
         is_text = name in ("finding", "direction", "measure")
         table.add_column(
-            name, justify="left" if is_text else "right", no_wrap=not is_text, style="dim" if name in MODES else None
+            name,
+            justify="left" if is_text else "right",
+            no_wrap=not is_text,
+            style="dim" if name in (*MODES, "pixels") else None,
         )
     return table
 
@@ -127,10 +158,25 @@ def _list_notes(result: TaskResult) -> list[str]:
     notes += [f"left out {name}: {reason}" for name, reason in protocol.get("left_out", {}).items()]
     if protocol.get("prompts_from_template"):
         notes.append(f"template prompts: {', '.join(protocol['prompts_from_template'])}")
+    if "accuracy" in result.metrics:
+        accuracy = result.metrics["accuracy"]
+        notes.append(
+            f"accuracy over {len(protocol['findings'])} classes {accuracy.value:.3f}, {_show_interval(accuracy)}"
+        )
     notes += protocol.get("notes", [])
+    for share, found in protocol.get("shares", {}).items():
+        names = sorted({name for some in found["untrained"] for name in some})
+        if names:
+            notes.append(f"not trained, as {share} of the patients lack a class (logit 0): {', '.join(names)}")
     if "gallery" in protocol:
         notes.append(f"ties {protocol['ties']}")
     return notes
 
 
-BUILDERS = {"retrieval": _build_retrieval, "grounding": _build_grounding, "segmentation": _build_segmentation}
+BUILDERS = {
+    "retrieval": _build_retrieval,
+    "classification": _build_classification,
+    "pixel_probe": _build_classification,
+    "grounding": _build_grounding,
+    "segmentation": _build_segmentation,
+}

@@ -78,6 +78,16 @@ def test_the_gallery_is_cut_to_size_and_findings_are_chosen(run_dir, data_dir, t
     print_results(results, Console(file=io.StringIO(), width=100))
 
 
+def test_the_encoder_and_raw_pixels_stand_side_by_side(results):
+    stream = io.StringIO()
+    print_results({name: results[name] for name in ("classification", "pixel_probe")}, Console(file=stream, width=100))
+    text = stream.getvalue()
+    row = next(line for line in text.splitlines() if line.startswith("edema")).split()
+    assert row[-4] == f"{results['pixel_probe'].metrics['auroc.edema'].value:.3f}"
+    assert f"{results['classification'].metrics['auroc.edema'].value:.3f}" in row
+    assert "pixel probe:" not in text
+
+
 def test_a_data_set_without_labels_permits_retrieval_alone(run_dir, unlabelled_dir, tmp_path):
     assert list(run_evaluation(run_dir, unlabelled_dir, ["all"], output=tmp_path)) == ["retrieval"]
     with pytest.raises(UsageError, match="'zero_shot' needs labels"):

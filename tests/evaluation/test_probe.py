@@ -1,4 +1,4 @@
-"""The pixel baseline is logistic regression as scikit-learn fits it, not a weaker one."""
+"""The probe is logistic regression as scikit-learn fits it, not a weaker one; everything is chosen on validation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from place.evaluation.pixel_probe import build_features, choose_penalties, fit_path, predict
+from place.evaluation.probe import build_features, choose_penalties, fit_path, predict
 
 
 @pytest.fixture
