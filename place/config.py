@@ -369,6 +369,39 @@ class ClusterConfig(Section):
     """On nodes with GPUs, give each worker cores of its own, of one CPU socket where they divide."""
 
 
+class GenerationConfig(Section):
+    decoder: str | None = None
+    """Folder of a causal language model (GPT-2 or BERT) with tokenizer that writes; none trains a small GPT-2."""
+    width: int = Field(128, ge=8)
+    """Width of the small decoder."""
+    depth: int = Field(2, ge=1)
+    """Layers of the small decoder."""
+    num_heads: int = Field(4, ge=1)
+    """Attention heads of the small decoder; they divide its width."""
+    max_words: int = Field(80, ge=1)
+    """Longest report that is learned or written, in words and stops (in tokens, with `decoder`)."""
+    steps: int = Field(400, ge=1)
+    """Training steps: the budget of time, counted so that the same seed writes the same reports."""
+    batch_size: int = Field(16, ge=1)
+    """Reports a training step sees."""
+    lr: float = Field(2e-3, gt=0)
+    """Peak learning rate."""
+    max_train: int = Field(4000, ge=1)
+    """Training images, the first by hash; their tokens are held in memory."""
+    beams: int = Field(3, ge=1)
+    """Beams of the search."""
+    seed: int = 0
+    """Seed of weights and batches."""
+
+    @field_validator("num_heads")
+    @classmethod
+    def _divides_the_width(cls, num_heads: int, info: ValidationInfo) -> int:
+        width = info.data.get("width", num_heads)
+        if width % num_heads:
+            raise ValueError(f"must divide width={width}")
+        return num_heads
+
+
 class EvaluationConfig(Section):
     gallery_size: int | None = Field(None, ge=2)
     """Unique reports in the retrieval gallery, the first by hash; none takes all."""
@@ -386,6 +419,8 @@ class EvaluationConfig(Section):
     """segmentation: folds of a cross-validation by patient over all splits; 0 trains on one split, judges another."""
     findings: list[str] = []
     """Findings that count towards the mean; empty takes all labels of the data set."""
+    generation: GenerationConfig = GenerationConfig()
+    """generation: the decoder that writes reports."""
 
     @field_validator("label_shares")
     @classmethod

@@ -102,6 +102,23 @@ def encode_patches(run: LoadedRun, jpegs: Sequence[bytes]) -> PatchFeatures:
     return PatchFeatures(*(_check_finite(part.float().cpu(), "image") for part in parts))
 
 
+class VisualFeatures(NamedTuple):
+    """Of a batch of images: patch tokens (B,N,D) before any projection, V-PORs (B,K,E), image feature (B,E)."""
+
+    patches_BND: Tensor
+    observations_BKE: Tensor
+    image_BE: Tensor
+
+
+@torch.inference_mode()
+def encode_visual(run: LoadedRun, jpegs: Sequence[bytes]) -> VisualFeatures:
+    """Everything that a report can be written from, in one pass."""
+    tokens = run.model.vision(read_images(run, jpegs))
+    image_BE, observations_BKE, _ = run.model.read_image_tokens(tokens)
+    parts = tokens.patches_BND, observations_BKE, image_BE
+    return VisualFeatures(*(_check_finite(part.float().cpu(), "image") for part in parts))
+
+
 @torch.inference_mode()
 def encode_tokens(run: LoadedRun, jpegs: Sequence[bytes]) -> Tensor:
     """The image encoder's own patch tokens (B,N,D) of JPEGs, before any projection."""

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 
 from place.config import EvaluationConfig, RunError, UsageError
 from place.data.masks import has_masks
-from place.data.prepared import read_card
+from place.data.prepared import list_splits, read_card
 from place.evaluation.classification import run_classification
 from place.evaluation.explain import write_explanation
+from place.evaluation.generation import run_generation
 from place.evaluation.grounding import run_grounding
 from place.evaluation.metrics import TaskResult
 from place.evaluation.pixel_probe import run_pixel_probe
@@ -34,6 +35,7 @@ TASKS: dict[str, Callable[[Task], TaskResult]] = {
     "pixel_probe": run_pixel_probe,
     "grounding": run_grounding,
     "segmentation": run_segmentation,
+    "generation": run_generation,
 }
 NEEDS = {
     "zero_shot": "labels",
@@ -41,11 +43,13 @@ NEEDS = {
     "pixel_probe": "labels",
     "grounding": "boxes",
     "segmentation": "masks",
+    "generation": "training reports",
 }
 ADVICE = {
     "labels": "prepare it with label columns or take retrieval",
     "boxes": "take one whose sentences have boxes, such as phantoms",
     "masks": "take one with masks.parquet, such as phantoms prepared anew",
+    "training reports": "prepare it with train and val patients, and judge another split than train",
 }
 
 
@@ -90,9 +94,10 @@ def run_evaluation(
 
 
 def find_offers(data_dir: Path, card: dict[str, Any], split: str) -> set[str]:
-    """What a data set has of that which some tasks need: labels, boxes, masks."""
+    """What a data set has of that which some tasks need: labels, boxes, masks, reports to train on."""
     offers = {"labels"} if card["labels"] else set()
     offers |= {"masks"} if has_masks(data_dir) else set()
+    offers |= {"training reports"} if split != "train" and {"train", "val"} <= set(list_splits(data_dir)) else set()
     manifest = data_dir / "manifest.parquet"
     if manifest.is_file():
         boxes = pq.read_table(manifest, columns=["boxes"], filters=[("split", "==", split)])["boxes"]

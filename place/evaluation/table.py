@@ -133,6 +133,17 @@ def _build_segmentation(result: TaskResult) -> Table:
     return table
 
 
+def _build_generation(result: TaskResult) -> Table:
+    others = [name for name in result.protocol["other_scores"] if f"{name}.bleu_1" in result.metrics]
+    heads = ("measure", "generated", "95 %", *(name.replace("_", " ") for name in others))
+    table = _build_table(f"generation: {result.num_samples} reports", heads)
+    for name in (name for name in result.metrics if "." not in name):
+        metric, beside = result.metrics[name], [result.metrics[f"{other}.{name}"] for other in others]
+        cells = [f"{metric.value:.3f}", _show_interval(metric), *(f"{other.value:.3f}" for other in beside)]
+        table.add_row(name.replace("_", " "), *cells)
+    return table
+
+
 def _build_table(title: str, columns: Iterable[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
     for name in columns:
@@ -179,4 +190,5 @@ BUILDERS = {
     "pixel_probe": _build_classification,
     "grounding": _build_grounding,
     "segmentation": _build_segmentation,
+    "generation": _build_generation,
 }

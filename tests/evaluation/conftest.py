@@ -115,7 +115,7 @@ def build_config(data_dir: Path) -> Config:
             "joint_width": 8,
         },
         "engine": {"kind": "torch", "precision": "fp32"},
-        "evaluation": {"bootstrap": 50, "batch_size": 16},
+        "evaluation": {"bootstrap": 50, "batch_size": 16, "generation": {"width": 32, "steps": 30, "beams": 2}},
     })  # fmt: skip
 
 

@@ -61,6 +61,7 @@ def test_the_tables_fit_100_columns(results):
     assert "…" not in text
     assert "image to text" in text
     assert "left out nodule" in text
+    assert "generation: 41 reports" in text
     assert max(map(len, text.splitlines())) <= 100
 
 
@@ -88,8 +89,8 @@ def test_the_encoder_and_raw_pixels_stand_side_by_side(results):
     assert "pixel probe:" not in text
 
 
-def test_a_data_set_without_labels_permits_retrieval_alone(run_dir, unlabelled_dir, tmp_path):
-    assert list(run_evaluation(run_dir, unlabelled_dir, ["all"], output=tmp_path)) == ["retrieval"]
+def test_a_data_set_without_labels_permits_what_reports_alone_can_tell(run_dir, unlabelled_dir, tmp_path):
+    assert list(run_evaluation(run_dir, unlabelled_dir, ["all"], output=tmp_path)) == ["retrieval", "generation"]
     with pytest.raises(UsageError, match="'zero_shot' needs labels"):
         run_evaluation(run_dir, unlabelled_dir, ["zero_shot"], output=tmp_path)
 
