@@ -417,6 +417,16 @@ class EvaluationConfig(Section):
     """classification: random subsets of patients behind each share below 1."""
     folds: int = Field(0, ge=0)
     """segmentation: folds of a cross-validation by patient over all splits; 0 trains on one split, judges another."""
+    allow_leaks: list[str] = []
+    """Overlaps that are allowed, and then written into the results, such as pretraining.image."""
+    pretraining: list[str] = []
+    """Folders of the pretraining data that the judged split may not overlap with; empty takes those of the run."""
+    other_tests: list[str] = []
+    """Folders of other prepared data sets, whose test images may not be among those judged or trained on here."""
+    id_map: str | None = None
+    """csv of two columns, each row two names of one image, as their data sets' tables have them: re-encoded copies."""
+    salt_file: str | None = None
+    """id_map: the secret that the data sets were prepared with; none takes ~/.config/place/salt."""
     findings: list[str] = []
     """Findings that count towards the mean; empty takes all labels of the data set."""
     generation: GenerationConfig = GenerationConfig()

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 from place.data.storage import Store
 
 MANIFEST_FILE, REJECTED_FILE = "manifest.parquet", "rejected.parquet"
+HASHES_FILE = "hashes.parquet"
+"""Perceptual hashes, written when they are first asked for."""
 
 MANIFEST = pa.schema(
     [

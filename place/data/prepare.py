@@ -15,7 +15,16 @@ from typing import Any
 from place.config import PrepareConfig, RunError, UsageError
 from place.data.card import build_card, write_card
 from place.data.identity import SPLITS
-from place.data.manifest import MANIFEST, MANIFEST_FILE, REJECTED, REJECTED_FILE, concat_tables, read_json, write_json
+from place.data.manifest import (
+    HASHES_FILE,
+    MANIFEST,
+    MANIFEST_FILE,
+    REJECTED,
+    REJECTED_FILE,
+    concat_tables,
+    read_json,
+    write_json,
+)
 from place.data.masks import MASKS, MASKS_FILE
 from place.data.pool import map_in_processes
 from place.data.rows import Table
@@ -33,7 +42,7 @@ OnProgress = Callable[[int, int, int], None]
 PAGE = "inspect.html"
 """What `place data inspect` writes beside the data."""
 _FILES = (MANIFEST_FILE, REJECTED_FILE, MASKS_FILE, "card.json", "card.md")
-_OURS = {PARTS, PAGE, *SPLITS, *_FILES, *(f"{name}{PARTIAL}" for name in _FILES)}
+_OURS = {PARTS, PAGE, HASHES_FILE, *SPLITS, *_FILES, *(f"{name}{PARTIAL}" for name in (*_FILES, HASHES_FILE))}
 _FREE = ("output", "launcher", "address", "num_workers", "input", "image_root", "reports", "salt_file")
 _REQUEST = f"{PARTS}/request.json"
 

@@ -18,6 +18,7 @@ from place.evaluation.classification import run_classification
 from place.evaluation.explain import write_explanation
 from place.evaluation.generation import run_generation
 from place.evaluation.grounding import run_grounding
+from place.evaluation.leaks import Judged, check_leaks, read_pretraining
 from place.evaluation.metrics import TaskResult
 from place.evaluation.pixel_probe import run_pixel_probe
 from place.evaluation.report import write_report
@@ -75,7 +76,7 @@ def run_evaluation(
         on_progress: told the step, what is done of it and its total.
     Raises:
         UsageError: an unknown task, or one that needs what the data set does not have.
-        RunError: a damaged run or data set.
+        RunError: a damaged run or data set, or an overlap with what was trained on (`place.evaluation.leaks`).
     Source: ours.
     """
     card = read_card(data_dir)
@@ -83,9 +84,12 @@ def run_evaluation(
     run = load_run(run_dir, which)
     folder = output or run_dir / "evaluation"
     task = Task(TaskInput(run, data_dir, card, split, evaluation or run.config.evaluation, on_progress, folder))
+    pretraining = read_pretraining(run_dir, run.config, task.evaluation)
+    leaks = check_leaks(Judged(data_dir, card, split), task.evaluation, pretraining, task.report)
     results = {}
     for name in names:
-        results[name] = TASKS[name](task)
+        result = TASKS[name](task)
+        results[name] = result._replace(protocol=result.protocol | {"leaks": leaks})
         write_result(folder, results[name], task, which)
     write_explanation(task, folder / "explain.png")
     title = f"Evaluation of run {run_dir.resolve().name} on data set {data_dir.resolve().name}"

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
+from place.evaluation.leaks import list_leak_notes
 from place.evaluation.metrics import Metric, TaskResult
 
 WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
@@ -34,6 +35,14 @@ def print_results(results: dict[str, TaskResult], console: Console) -> None:
         for note in _list_notes(result) + ([f"pixels: {pixels.protocol['score']}"] if pixels and is_beside else []):
             console.print(f"  {note}", style="dim", highlight=False)
         console.print()
+    for note in _list_leaks(results):
+        console.print(note, style="yellow", highlight=False, soft_wrap=True)
+
+
+def _list_leaks(results: dict[str, TaskResult]) -> list[str]:
+    """What the check for leaks has to say, once: it is the same for all tasks."""
+    leaks = next((result.protocol["leaks"] for result in results.values() if "leaks" in result.protocol), None)
+    return list_leak_notes(leaks) if leaks else []
 
 
 def _build_findings(result: TaskResult) -> Table:

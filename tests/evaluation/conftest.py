@@ -81,9 +81,10 @@ def write_data(folder: Path, labelled: bool = True) -> Path:
             for number in range(count):
                 sample = build_sample(name, number, labelled)
                 writer.write(sample)
-                patient = None if number < 2 else f"{number // 2:016x}"
+                patient = None if number < 2 else f"{len(name)}{number // 2:015x}"
                 masks += build_masks(sample, name) if labelled else []
-                row = {"sample_id": sample["sample_id"], "patient": patient, "split": name}
+                digest = hashlib.sha256(sample["image"]).hexdigest()
+                row = {"sample_id": sample["sample_id"], "patient": patient, "split": name, "source_sha256": digest}
                 rows.append(row | {"boxes": json.dumps(sample["boxes"]), "height_px": 72, "width_px": 64})
     pq.write_table(pa.Table.from_pylist(rows), folder / "manifest.parquet")
     if masks:

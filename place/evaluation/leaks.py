@@ -1,0 +1,253 @@
+"""Leaks: what is judged may not be among what was trained on, by patient, by image and by published maps of ids.
+
+Relations that are checked, each by `patient` and by `image`; an overlap is an error unless `evaluation.allow_leaks`
+names it as RELATION.KIND:
+
+- splits: the splits of the judged data set, of each other.
+- pretraining: the judged split, and what the run was trained on and chose its checkpoint by.
+- NAME (a folder of `evaluation.other_tests`): all splits of the judged data set, and that data set's test split.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from place.config import Config, DataConfig, EvaluationConfig, RunError, UsageError
+from place.data.identity import IdHasher, read_salt
+from place.data.manifest import MANIFEST_FILE
+from place.data.mixture import read_fingerprint
+from place.data.perceptual import (
+    MAX_BITS,
+    MAX_ERROR,
+    ImageHashes,
+    find_similar,
+    measure_error,
+    read_hashes,
+    read_thumbnails,
+)
+from place.data.prepared import read_card
+from place.data.storage import open_store
+from place.data.table import read_header, read_table
+from place.evaluation.metrics import Array
+
+KINDS = ("patient", "image")
+_COLUMNS = ["sample_id", "split", "patient", "source_sha256"]
+_CLOSED = ("phantom", "openi")
+"""Sources whose patients have names of their own: another source's patient of the same name is another one."""
+RULE = (
+    "patient: same keyed hash; image: same source file, or a perceptual hash of 256 bits with at most "
+    f"{MAX_BITS} different and then a pixel error at 64 px of at most {MAX_ERROR}, or the same by the map of ids"
+)
+Report = Callable[[str, int, int], None]
+
+
+class Rows(NamedTuple):
+    """Images of a data set: folder, source, words for the user, then a value an image."""
+
+    data_dir: str
+    source: str
+    label: str
+    sample_id_N: Array
+    split_N: Array
+    patient_N: Array
+    digest_N: Array
+    bits_NH: Array
+
+    def take(self, splits: Collection[str]) -> Rows:
+        """The images of some splits."""
+        own_N = np.isin(self.split_N, list(splits))
+        label = f"split '{', '.join(splits)}' of {self.data_dir}"
+        return Rows(self.data_dir, self.source, label, *(values[own_N] for values in self[3:]))
+
+
+class Pretraining(NamedTuple):
+    """What a run was trained on: its data section, with the folders to look in, and the fingerprint it noted."""
+
+    data: DataConfig
+    fingerprint: str
+
+
+class Judged(NamedTuple):
+    """The data set that is evaluated: folder, card, the split that is judged."""
+
+    data_dir: Path
+    card: dict[str, Any]
+    split: str
+
+
+def read_pretraining(run_dir: Path, config: Config, evaluation: EvaluationConfig) -> Pretraining:
+    """What a run was trained on; `evaluation.pretraining` says where that lies now. Raises UsageError."""
+    data, folders = config.data, evaluation.pretraining
+    if folders:
+        streams = data.list_streams()
+        if len(folders) != len(streams):
+            raise UsageError(f"evaluation.pretraining has {len(folders)} folders; the run has {len(streams)} data sets")
+        moved = tuple(stream.model_copy(update={"path": path}) for stream, path in zip(streams, folders, strict=True))
+        data = data.model_copy(update={"path": folders[0], "streams": moved if data.streams else ()})
+    return Pretraining(data, json.loads((run_dir / "run.json").read_text())["data_fingerprint"])
+
+
+def check_leaks(
+    judged: Judged, evaluation: EvaluationConfig, pretraining: Pretraining | None, report: Report
+) -> dict[str, Any]:
+    """Look for every overlap.
+
+    Args:
+        pretraining: what the encoder was trained on; None where nobody knows.
+        report: told the step, what is done of it and its total.
+    Returns:
+        For the results: `found` (overlapping rows by RELATION.KIND), `allowed`, `not_checked` (relation to reason),
+        `notes`, `rule`.
+    Raises:
+        UsageError: a name in `allow_leaks` that no check has, an id map that cannot be read.
+        RunError: an overlap that is not allowed, or an id map that names no image of the data set.
+    Source: ours.
+    """
+    same, not_checked = _find_same_data(judged, pretraining)
+    names = ["splits", "pretraining", *(Path(folder).name for folder in evaluation.other_tests)]
+    known = [f"{name}.{kind}" for name in names for kind in KINDS]
+    for name in evaluation.allow_leaks:
+        if name not in known:
+            raise UsageError(f"evaluation.allow_leaks: no check is called '{name}'; there are {', '.join(known)}")
+    own = read_rows(judged.data_dir, report)
+    id_map = read_id_map(evaluation, own) if evaluation.id_map else []
+    found: dict[str, int] = {}
+    faults = []
+    for name, left, right in _list_relations(own, judged, evaluation, pretraining, same, not_checked, report):
+        for kind, count in (
+            ("patient", len(find_patients(left, right))),
+            ("image", len(find_images(left, right, id_map))),
+        ):
+            key = f"{name}.{kind}"
+            found[key] = found.get(key, 0) + count
+            if count and key not in evaluation.allow_leaks:
+                faults.append((key, f"{count} {kind}s of {left.label} are also in {right.label}"))
+    if faults:
+        keys = ",".join(dict.fromkeys(key for key, _ in faults))
+        told = "; ".join(fault for _, fault in faults)
+        raise RunError(f"leak: {told}; judge other images, or allow it by name: 'evaluation.allow_leaks=[{keys}]'")
+    allowed = [name for name in evaluation.allow_leaks if found.get(name)]
+    notes = []
+    if same and pretraining and judged.split == pretraining.data.val_split:
+        notes.append("the judged split chose the checkpoint")
+    return {"found": found, "allowed": allowed, "not_checked": not_checked, "notes": notes, "rule": RULE}
+
+
+def _find_same_data(judged: Judged, pretraining: Pretraining | None) -> tuple[bool, dict[str, str]]:
+    """Whether the data set is the one trained on, and why the pretraining data cannot be compared, if so."""
+    if pretraining is None:
+        return False, {"pretraining": "nobody knows what this encoder was trained on"}
+    if judged.card["fingerprint"] == pretraining.fingerprint:
+        return True, {}
+    where = " and ".join(stream.path for stream in pretraining.data.list_streams())
+    advice = "give the folder of the pretraining data with 'evaluation.pretraining=[DIR]'"
+    try:
+        fingerprint = read_fingerprint(pretraining.data)
+    except UsageError:
+        return False, {"pretraining": f"{where} is not there; {advice}"}
+    if fingerprint != pretraining.fingerprint:
+        return False, {"pretraining": f"{where} is not what the run was trained on (another fingerprint); {advice}"}
+    return False, {}
+
+
+def _list_relations(
+    own: Rows,
+    judged: Judged,
+    evaluation: EvaluationConfig,
+    pretraining: Pretraining | None,
+    same: bool,
+    not_checked: dict[str, str],
+    report: Report,
+) -> Iterator[tuple[str, Rows, Rows]]:
+    """Relation and the two sides that may not overlap."""
+    for one, other in combinations(sorted(set(own.split_N.tolist())), 2):
+        yield "splits", own.take([one]), own.take([other])
+    mine = own.take([judged.split])
+    if pretraining and not not_checked:
+        used = (pretraining.data.train_split, pretraining.data.val_split)
+        if same:
+            if judged.split == used[0]:
+                yield "pretraining", mine, mine._replace(label="the split that the run was trained on")
+        else:
+            for stream in pretraining.data.list_streams():
+                yield "pretraining", mine, read_rows(stream.path, report).take(used)
+    for folder in evaluation.other_tests:
+        yield Path(folder).name, own, read_rows(folder, report).take(["test"])
+
+
+def read_rows(data_dir: str | Path, report: Report) -> Rows:
+    """All images of a prepared data set. Raises UsageError, RunError."""
+    card = read_card(data_dir)
+    with open_store(data_dir).open(MANIFEST_FILE) as file:
+        table = pq.read_table(file, columns=_COLUMNS)
+    hashes = read_hashes(data_dir, partial(report, "hash images"))
+    ids, split, patient, digest = (np.array(table[name].to_pylist(), object) for name in _COLUMNS)
+    bits = _order_bits(hashes, ids.astype(np.int64), data_dir)
+    return Rows(
+        str(data_dir), card.get("source", ""), str(data_dir), ids.astype(np.int64), split, patient, digest, bits
+    )
+
+
+def _order_bits(hashes: ImageHashes, ids: Array, data_dir: str | Path) -> Array:
+    place = {sample_id: row for row, sample_id in enumerate(hashes.sample_id_N.tolist())}
+    missing = [sample_id for sample_id in ids.tolist() if sample_id not in place]
+    if missing:
+        raise RunError(
+            f"{data_dir}: sample {missing[0]} is in the manifest and in no shard; prepare the data set again"
+        )
+    return hashes.bits_NH[[place[sample_id] for sample_id in ids.tolist()]]
+
+
+def find_patients(left: Rows, right: Rows) -> set[str]:
+    """Patients that both have. Source: ours."""
+    if left.source != right.source and {left.source, right.source} & {*_CLOSED}:
+        return set()
+    return ({*left.patient_N.tolist()} & {*right.patient_N.tolist()}) - {None, ""}
+
+
+def find_images(left: Rows, right: Rows, id_map: Sequence[tuple[int, int]] = ()) -> set[int]:
+    """sample_id of the images on the left that are also on the right: same file, alike, or the same by the map."""
+    there = {*right.digest_N.tolist()}
+    found = {int(i) for i, digest in zip(left.sample_id_N, left.digest_N, strict=True) if digest in there}
+    own, other = ({*rows.sample_id_N.tolist()} for rows in (left, right))
+    found |= {a for pair in id_map for a, b in (pair, pair[::-1]) if a in own and b in other}
+    pairs = [
+        (int(left.sample_id_N[a]), int(right.sample_id_N[b]))
+        for a, b in find_similar(left.bits_NH, right.bits_NH)
+        if int(left.sample_id_N[a]) not in found
+    ]
+    lefts = read_thumbnails(left.data_dir, {a for a, _ in pairs})
+    rights = read_thumbnails(right.data_dir, {b for _, b in pairs})
+    return found | {a for a, b in pairs if measure_error(lefts[a], rights[b]) <= MAX_ERROR}
+
+
+def read_id_map(evaluation: EvaluationConfig, own: Rows) -> list[tuple[int, int]]:
+    """Pairs of sample ids out of a csv of names. Raises UsageError, RunError."""
+    path = Path(str(evaluation.id_map))
+    header = read_header(path) if path.is_file() else []
+    if len(header) != 2:
+        raise UsageError(f"evaluation.id_map={path}: expected a csv of two columns, got {header or 'no such file'}")
+    table = read_table(path, dict(zip(("left", "right"), header, strict=True)), ())
+    ids = IdHasher(read_salt(evaluation.salt_file))
+    pairs = [(ids.number("image", a), ids.number("image", b)) for a, b in zip(table["left"], table["right"])]
+    if not {number for pair in pairs for number in pair} & {*own.sample_id_N.tolist()}:
+        raise RunError(
+            f"evaluation.id_map={path}: none of its {len(pairs)} rows names an image of {own.data_dir}; write them as "
+            "the table of the data set does, and give the salt file it was prepared with (evaluation.salt_file)"
+        )
+    return pairs
+
+
+def list_leak_notes(leaks: dict[str, Any]) -> list[str]:
+    """Lines for the screen: what was found and allowed, and what could not be checked."""
+    notes = [f"leak allowed: {name}, {leaks['found'][name]} of them" for name in leaks["allowed"]]
+    notes += [f"no check against {name}: {reason}" for name, reason in leaks["not_checked"].items()]
+    return notes + leaks["notes"]
