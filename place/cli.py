@@ -68,6 +68,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--labels", nargs="+", default=[], metavar="NAME", help=fields["label_columns"].description)
     parser.add_argument("--masks", nargs="+", default=[], metavar="FINDING=PATTERN", help=fields["masks"].description)
+    parser.add_argument("--boxes", metavar="FILE", help=fields["boxes"].description)
     parser.add_argument("--views", nargs="+", default=[], metavar="VIEW", help=fields["views"].description)
     parser.add_argument("--case", choices=("keep", "lower"), default="keep", help=fields["case"].description)
     parser.add_argument(

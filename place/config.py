@@ -496,6 +496,8 @@ class PrepareConfig(Section):
     """Quality of the stored grey JPEG."""
     masks: dict[str, str] | None = None
     """csv: finding to the path of its mask file from the image root; {stem} is the image's path without suffix."""
+    boxes: str | None = None
+    """mimic-cxr: table of phrases with boxes, MS_CXR_Local_Alignment_v1.1.0.csv."""
     views: tuple[str, ...] = ()
     """Views that are kept, such as FRONTAL, LATERAL, UNKNOWN, ALL. None keeps the frontal ones, and of csv, openi and
     r2gen-json also the unknown."""

@@ -24,7 +24,7 @@ class FrameRows:
 
     Columns: `number` (position in the input), `identity` (of the image), `patient`, `study`, `split`; and where the
     source has them: `image` and `report` (paths below their roots), `findings`, `impression`, `text`, `view`, `reject`
-    (a reason, else empty), `label:NAME`. All but `number` are text.
+    (a reason, else empty), `label:NAME`. All but `number` are text. `boxes` are of images, by `identity`.
     """
 
     def __init__(
@@ -35,8 +35,9 @@ class FrameRows:
         image_root: str = "",
         report_root: str = "",
         masks: dict[str, str] | None = None,
+        boxes: dict[str, tuple[dict[str, Any], ...]] | None = None,
     ):
-        self.frame, self.labels, self.ids, self.masks = frame, labels, ids, masks or {}
+        self.frame, self.labels, self.ids, self.masks, self.boxes = frame, labels, ids, masks or {}, boxes or {}
         self.image_root, self.report_root = image_root, report_root
         # Positions, and not the table in another order: its reports stay on the disk until their slice is taken.
         self.order = order_by_patient(frame)
@@ -68,6 +69,7 @@ class FrameRows:
             sections=tuple((name, cells[name]) for name in SECTIONS if cells.get(name)),
             view=" ".join(cells.get("view", "").upper().split()),
             labels={label.name: label.read(cells[f"label:{label.column}"]) for label in self.labels},
+            boxes=self.boxes.get(cells["identity"], ()),
             masks=list_mask_files(image, self.image_root, self.masks) if image else (),
             reject=cells.get("reject", ""),
         )

@@ -9,6 +9,7 @@ import pandas as pd
 from place.config import PrepareConfig, RunError, UsageError
 from place.data.frame_rows import FrameRows, mark_mixed_studies, mark_rejects
 from place.data.identity import IdHasher, read_salt
+from place.data.ms_cxr import find_boxes
 from place.data.official_split import assign_splits
 from place.data.rows import Table
 from place.data.table import Label, build_labels, hash_file, read_header, read_table
@@ -32,7 +33,8 @@ def open_mimic(config: PrepareConfig) -> Table:
 
     Looked for in the input folder: `files/`; `mimic-cxr-2.0.0-split.csv.gz`; the images' list and views in
     `mimic-cxr-2.0.0-metadata.csv.gz`, or without views in `cxr-record-list.csv.gz`; reports as files/.../s50414267.txt
-    there, in `mimic-cxr-reports/` or in --reports; labels of CheXpert or else NegBio, if their tables are there.
+    there, in `mimic-cxr-reports/` or in --reports; labels of CheXpert or else NegBio, if their tables are there;
+    boxes with phrases of MS-CXR as --boxes.
     Raises:
         UsageError: a folder or table is missing.
         RunError: unreadable table, a patient in two splits.
@@ -54,10 +56,12 @@ def open_mimic(config: PrepareConfig) -> Table:
     frame["image"] = folder + "/" + frame["identity"] + _SUFFIX[config.source]
     frame["report"] = folder + ".txt"
     ids = IdHasher(read_salt(config.salt_file))
-    parts = [hash_file(file) for file in (_find_list(root), splits_file, labels_file) if file]
+    boxes_file = Path(config.boxes) if config.boxes else None
+    boxes, notes = find_boxes(boxes_file, set(frame["identity"]))
+    parts = [hash_file(file) for file in (_find_list(root), splits_file, labels_file, boxes_file) if file]
     content = ids.digest("input", ":".join([*parts, str(root.resolve()), str(report_root.resolve())])).hex()
-    rows = FrameRows(frame, labels, ids, str(root), str(report_root))
-    return Table(rows, [label.name for label in labels], rule, [], content)
+    rows = FrameRows(frame, labels, ids, str(root), str(report_root), boxes=boxes)
+    return Table(rows, [label.name for label in labels], rule, notes, content)
 
 
 def _find_root(config: PrepareConfig) -> Path:

@@ -102,10 +102,11 @@ def _unpack(table: pa.Table) -> ImageHashes:
 
 def find_similar(a_NH: NDArray[np.bool_], b_MH: NDArray[np.bool_]) -> list[tuple[int, int]]:
     """Rows of a and of b that differ in at most `MAX_BITS` bits, or in all but so many: a negative. Source: ours."""
-    b_MH, pairs = b_MH.astype(np.float32) * 2 - 1, []
+    signs_MH = b_MH.astype(np.float32) * 2 - 1
+    pairs: list[tuple[int, int]] = []
     for first in range(0, len(a_NH), _ROWS):
         a_PH = a_NH[first : first + _ROWS].astype(np.float32) * 2 - 1
-        rows, columns = np.nonzero(np.abs(a_PH @ b_MH.T) >= LOW * LOW - 2 * MAX_BITS)
+        rows, columns = np.nonzero(np.abs(a_PH @ signs_MH.T) >= LOW * LOW - 2 * MAX_BITS)
         pairs += list(zip((rows + first).tolist(), columns.tolist(), strict=True))
     return pairs
 

@@ -43,7 +43,7 @@ PAGE = "inspect.html"
 """What `place data inspect` writes beside the data."""
 _FILES = (MANIFEST_FILE, REJECTED_FILE, MASKS_FILE, "card.json", "card.md")
 _OURS = {PARTS, PAGE, HASHES_FILE, *SPLITS, *_FILES, *(f"{name}{PARTIAL}" for name in (*_FILES, HASHES_FILE))}
-_FREE = ("output", "launcher", "address", "num_workers", "input", "image_root", "reports", "salt_file")
+_FREE = ("output", "launcher", "address", "num_workers", "input", "image_root", "reports", "salt_file", "boxes")
 _REQUEST = f"{PARTS}/request.json"
 
 
@@ -88,7 +88,7 @@ def run_prepare(
 
 def _resolve_paths(config: PrepareConfig) -> PrepareConfig:
     """Paths that hold in every process, wherever it was started."""
-    paths = {name: getattr(config, name) for name in ("input", "image_root", "reports", "salt_file", "output")}
+    paths = {name: getattr(config, name) for name in ("input", "image_root", "reports", "salt_file", "boxes", "output")}
     return config.model_copy(
         update={name: os.path.abspath(path) for name, path in paths.items() if path and "://" not in path}
     )

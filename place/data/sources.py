@@ -24,6 +24,7 @@ SOURCES: dict[str, Callable[[PrepareConfig], Table]] = {
 }
 
 TAKE_MASKS = ("csv",)
+TAKE_BOXES = ("mimic-cxr", "mimic-cxr-jpg")
 
 
 def open_source(config: PrepareConfig) -> Table:
@@ -38,4 +39,6 @@ def open_source(config: PrepareConfig) -> Table:
             f"--masks {' '.join(config.masks)}: source {config.source} takes no mask files, only "
             f"{', '.join(TAKE_MASKS)} does; leave it out, or prepare a table of these images with --source csv"
         )
+    if config.boxes and config.source not in TAKE_BOXES:
+        raise UsageError(f"--boxes: source {config.source} takes none, only {', '.join(TAKE_BOXES)} do; leave it out")
     return SOURCES[config.source](config)

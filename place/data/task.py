@@ -27,6 +27,7 @@ from place.data.images import (
 )
 from place.data.manifest import MANIFEST, REJECTED, pack_table, read_json, write_json
 from place.data.masks import MASKS, store_mask
+from place.data.ms_cxr import ASPECT_TOLERANCE
 from place.data.privacy import has_name
 from place.data.report import count_words, hash_near, hash_text, split_sentences
 from place.data.report_files import read_report
@@ -199,7 +200,7 @@ def read_sample(row: Row, config: PrepareConfig) -> Sample:
         "sample_id": row.sample_id,
         "study_id": int(row.study, 16) >> 1 or 1,
         "report_group": hash_text(" ".join(item["text"] for item in sentences)),
-        "boxes": [_scale_box(box, scale) for box in row.boxes],
+        "boxes": [_scale_box(box, source_YX.shape, scale) for box in row.boxes],
     }
     record = _build_record(row, stored, info, source_YX.shape, image_YX.shape)
     record["warnings"] = list(_find_warnings(sentences, info, source_YX))
@@ -275,9 +276,21 @@ def _find_warnings(sentences: list[dict[str, str]], info: ImageInfo, image_YX: G
         yield "name_in_report"
 
 
-def _scale_box(box: dict[str, Any], scale: tuple[float, float]) -> dict[str, Any]:
+def _scale_box(box: dict[str, Any], source: tuple[int, ...], scale: tuple[float, float]) -> dict[str, Any]:
+    """A box in the pixels of the stored image; `drawn_on` (width, height) says what it was drawn on, else the source.
+
+    Raises Rejected: `box_frame`, it was drawn on an image of another shape.
+    """
     x0, y0, x1, y1 = box["box_xyxy"]
-    return {**box, "box_xyxy": [x0 * scale[1], y0 * scale[0], x1 * scale[1], y1 * scale[0]]}
+    height, width = source
+    drawn_width, drawn_height = box.get("drawn_on", (width, height))
+    if abs(drawn_width * height / (drawn_height * width) - 1) > ASPECT_TOLERANCE:
+        raise Rejected(
+            "box_frame", f"boxes are of {drawn_width:g} x {drawn_height:g} px, the image has {width} x {height}"
+        )
+    scale_x, scale_y = scale[1] * width / drawn_width, scale[0] * height / drawn_height
+    kept = {name: value for name, value in box.items() if name != "drawn_on"}
+    return {**kept, "box_xyxy": [x0 * scale_x, y0 * scale_y, x1 * scale_x, y1 * scale_y]}
 
 
 def _count_labels(counts: dict[str, list[int]], labels: dict[str, int | None]) -> None:
