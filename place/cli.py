@@ -98,7 +98,15 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", required=True, help="run folder of a `place pretrain`")
+    judged = parser.add_mutually_exclusive_group(required=True)
+    judged.add_argument("--run", help="run folder of a `place pretrain`")
+    judged.add_argument(
+        "--encoder",
+        metavar="SOURCE",
+        help="instead of a run: timm:NAME or hf:NAME, a folder of either with safetensors, or of `place export`",
+    )
+    parser.add_argument("--random-weights", action="store_true", help="--encoder: a baseline that has learned nothing")
+    parser.add_argument("--output", help="folder that is written; default RUN/evaluation, needed with --encoder")
     parser.add_argument("--data", required=True, help="folder written by `place prepare`")
     parser.add_argument(
         "--tasks",
@@ -299,16 +307,45 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from place.evaluation.suite import print_results, run_evaluation
     from place.screen import build_console
 
-    run = Path(arguments.run)
+    if arguments.encoder is not None:
+        return _evaluate_encoder(arguments)
+    if arguments.random_weights:
+        raise UsageError("--random-weights goes with --encoder; a run has weights of its own")
+    run, output = Path(arguments.run), arguments.output and Path(arguments.output)
     source = run / "config.yaml"
     if not source.is_file():
         raise UsageError(f"{run} is no run folder (no config.yaml); give the run.dir of a `place pretrain`")
     evaluation = build_config(source, arguments.overrides).evaluation
     results = run_evaluation(
-        run, Path(arguments.data), arguments.tasks.split(","), arguments.split, arguments.checkpoint, evaluation
+        run, Path(arguments.data), arguments.tasks.split(","), arguments.split, arguments.checkpoint, evaluation, output
     )
     print_results(results, build_console())
     print(f"{run / 'evaluation' / 'report.html'}: the same with curves and pictures; holds report texts")
+    return DONE
+
+
+def _evaluate_encoder(arguments: argparse.Namespace) -> int:
+    from place.evaluation.suite import print_results, run_encoder_evaluation
+    from place.screen import build_console
+
+    if arguments.output is None:
+        raise UsageError("--output is needed with --encoder: the folder that results are written to")
+    if arguments.checkpoint != "best":
+        raise UsageError("--checkpoint goes with --run; an encoder is one set of weights")
+    console = build_console()
+    if arguments.random_weights:
+        console.print(f"{arguments.encoder}: random weights, seed 0; nothing has been learned", style="yellow")
+    evaluation = build_config(None, arguments.overrides).evaluation if arguments.overrides else None
+    results = run_encoder_evaluation(
+        arguments.encoder,
+        Path(arguments.data),
+        arguments.tasks.split(","),
+        Path(arguments.output),
+        arguments.split,
+        evaluation,
+        arguments.random_weights,
+    )
+    print_results(results, console)
     return DONE
 
 

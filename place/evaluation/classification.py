@@ -18,7 +18,7 @@ from torch import Tensor
 from place.compat import patch_torchvision
 from place.config import UsageError
 from place.data.prepared import read_samples
-from place.evaluation.encoder import encode_pooled, get_units, read_units, take
+from place.evaluation.encoder import get_units, read_units, take
 from place.evaluation.findings import Findings, choose_findings, describe_findings, list_scores, resample_findings
 from place.evaluation.metrics import Array, Metric, TaskResult, compute_f1s, compute_means, draw_weights, summarize
 from place.evaluation.probe import FeatureSplit, Probed, draw_subsets, probe
@@ -48,12 +48,11 @@ def run_classification(task: Task) -> TaskResult:
         UsageError: the data set has no training or no validation split.
     Source: quoted (Wang et al. 2022, MGCA) for the shares of labels; the rest is ours.
     """
-    data = task.run.config.data
-    train, val, test = (read_features(task, name) for name in (data.train_split, data.val_split, task.split))
+    train, val, test = (read_features(task, name) for name in (task.train_split, task.val_split, task.split))
     judged = judge_probes(task, train, val, test)
     protocol = describe_probe(task, judged) | {
         "score": f"L2 logistic regression on the frozen image encoder's {train.feature_BD.shape[1]} pooled features",
-        "trained_on": f"{len(train.labels)} images of '{data.train_split}'",
+        "trained_on": f"{len(train.labels)} images of '{task.train_split}'",
     }
     return TaskResult("classification", judged.metrics, protocol, judged.num_images, judged.rows)
 
@@ -117,7 +116,7 @@ def read_features(task: Task, split: str) -> FeatureSplit:
     features: list[Tensor] = []
     labels, ids = [], []
     for samples in take(read_samples(task.data_dir, split), task.evaluation.batch_size):
-        features.append(encode_pooled(task.run, [sample["image"] for sample in samples]))
+        features.append(task.encoder.encode_images([sample["image"] for sample in samples]))
         labels += [sample["labels"] for sample in samples]
         ids += [sample["sample_id"] for sample in samples]
         task.report(f"encode {split}", len(ids), len(units))
@@ -134,11 +133,10 @@ def require_units(task: Task, name: str, split: str) -> dict[int, str]:
 
 def describe_probe(task: Task, judged: Judged) -> dict[str, Any]:
     """How a probe was trained and judged."""
-    val_split = task.run.config.data.val_split
     return {
         "shares": judged.shares,
         "subsets": "whole patients, drawn with seeds 0, 1, ...",
-        "chosen_on": f"penalty by AUROC and threshold by F1, each per finding, on '{val_split}'",
+        "chosen_on": f"penalty by AUROC and threshold by F1, each per finding, on '{task.val_split}'",
         "classes": "one-against-rest logits, the highest wins" if "accuracy" in judged.metrics else None,
         "chance": {"mean_auroc": 0.5},
         "interval": "95 % percentile bootstrap over patients; means over subsets are resampled with the subsets fixed",

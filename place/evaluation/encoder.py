@@ -119,18 +119,6 @@ def encode_visual(run: LoadedRun, jpegs: Sequence[bytes]) -> VisualFeatures:
     return VisualFeatures(*(_check_finite(part.float().cpu(), "image") for part in parts))
 
 
-@torch.inference_mode()
-def encode_tokens(run: LoadedRun, jpegs: Sequence[bytes]) -> Tensor:
-    """The image encoder's own patch tokens (B,N,D) of JPEGs, before any projection."""
-    return _check_finite(run.model.vision(read_images(run, jpegs)).patches_BND.float().cpu(), "image")
-
-
-@torch.inference_mode()
-def encode_pooled(run: LoadedRun, jpegs: Sequence[bytes]) -> Tensor:
-    """What stands for each image in the encoder itself (B,D), before any projection."""
-    return _check_finite(run.model.vision(read_images(run, jpegs)).image_BD.float().cpu(), "image")
-
-
 def read_images(run: LoadedRun, jpegs: Sequence[bytes]) -> Tensor:
     """JPEGs as the model sees them in validation, (B,1,size,size), where the model is."""
     size_px = run.config.data.image_size_px

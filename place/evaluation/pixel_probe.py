@@ -23,13 +23,12 @@ def run_pixel_probe(task: Task) -> TaskResult:
         UsageError: the data set has no training or no validation split.
     Source: ours.
     """
-    data = task.run.config.data
-    train, val = (_read_pixels(task, name, MAX_TRAIN) for name in (data.train_split, data.val_split))
+    train, val = (_read_pixels(task, name, MAX_TRAIN) for name in (task.train_split, task.val_split))
     judged = judge_probes(task, train, val, _read_pixels(task, task.split))
-    side_px = min(data.image_size_px, MAX_SIDE_PX)
+    side_px = min(task.encoder.size_px, MAX_SIDE_PX)
     protocol = describe_probe(task, judged) | {
         "score": f"L2 logistic regression on {side_px} x {side_px} standardised pixels",
-        "trained_on": f"{len(train.labels)} images of '{data.train_split}', at most {MAX_TRAIN}, first by hash",
+        "trained_on": f"{len(train.labels)} images of '{task.train_split}', at most {MAX_TRAIN}, first by hash",
     }
     return TaskResult("pixel_probe", judged.metrics, protocol, judged.num_images, judged.rows)
 
@@ -38,11 +37,11 @@ def _read_pixels(task: Task, split: str, limit: int | None = None) -> FeatureSpl
     """Read at most `limit` images of a split, the first by sample_id, which is a hash."""
     units = require_units(task, "pixel_probe", split)
     wanted = set(sorted(units)[:limit])
-    side_px = min(task.run.config.data.image_size_px, MAX_SIDE_PX)
+    side_px = min(task.encoder.size_px, MAX_SIDE_PX)
     rows, labels, ids = [], [], []
     for sample in read_samples(task.data_dir, split):
         if sample["sample_id"] in wanted:
-            image = eval_transform(read_image(sample["image"]), side_px, task.run.mean, task.run.std)
+            image = eval_transform(read_image(sample["image"]), side_px, 0.0, 1.0)
             rows.append(image.numpy().ravel())
             labels.append(sample["labels"])
             ids.append(sample["sample_id"])

@@ -86,13 +86,22 @@ def read_results(folder: Path, task: Task, order: Sequence[str]) -> Judged:
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
             own = result["data_fingerprint"], result["protocol"]["split"], result["checkpoint"]["step"]
+            weights = result.get("encoder", {}).get("weights")
         except (ValueError, KeyError, TypeError):
             raise RunError(f"{path} is no result of an evaluation; evaluate again into an empty folder") from None
-        if own == (task.card["fingerprint"], task.split, task.run.step):
+        same = (task.card["fingerprint"], task.split, task.encoder.step)
+        if own == same and weights == task.encoder.weights:
             results.append(result)
         else:
-            left_out.append(f"{path.name}: step {own[2]}, split '{own[1]}', data {own[0][:12]}")
+            left_out.append(f"{path.name}: {show_subject(result)}, split '{own[1]}', data {own[0][:12]}")
     return Judged(results, left_out)
+
+
+def show_subject(result: dict[str, Any]) -> str:
+    """The encoder that a result judges, and its step if it is of a run."""
+    step = result["checkpoint"]["step"]
+    name = result.get("encoder", {}).get("name", "an encoder of another version")
+    return name + (f", step {step}" if step is not None else "")
 
 
 def read_rows(folder: Path, name: str) -> Table:

@@ -13,7 +13,7 @@ from place.data.identity import SPLITS
 from place.data.masks import Mask, read_masks, resize_mask
 from place.data.prepared import read_samples
 from place.data.transforms import find_square
-from place.evaluation.encoder import encode_tokens, get_units, read_units, take
+from place.evaluation.encoder import get_units, read_units, take
 from place.evaluation.metrics import Array, Metric, TaskResult, compute_means, draw_weights, summarize
 from place.evaluation.segmentation_picture import draw_masks
 from place.evaluation.setr import MAX_STEPS, PATIENCE, MaskedSplit, predict, train_head
@@ -60,20 +60,22 @@ def run_segmentation(task: Task) -> TaskResult:
 
 def _train_and_judge(task: Task) -> Judged:
     """One head, trained on the training split, stopped on the validation split."""
-    data = task.run.config.data
-    masks = {name: read_masks(task.data_dir, name) for name in (data.train_split, data.val_split, task.split)}
-    names, left_out = choose_classes(masks, task.evaluation.findings, (task.split, data.train_split))
+    masks = {name: read_masks(task.data_dir, name) for name in (task.train_split, task.val_split, task.split)}
+    names, left_out = choose_classes(masks, task.evaluation.findings, (task.split, task.train_split))
     train, val, test = (
         _read_split(task, split, masks[split], names, limit)
-        for split, limit in ((data.train_split, MAX_TRAIN), (data.val_split, MAX_VAL), (task.split, None))
+        for split, limit in ((task.train_split, MAX_TRAIN), (task.val_split, MAX_VAL), (task.split, None))
     )
     head, step = train_head(
-        train.split, val.split, _patch_px(task), on_progress=lambda at: task.report("segmentation head", at, MAX_STEPS)
+        train.split,
+        val.split,
+        task.encoder.patch_px,
+        on_progress=lambda at: task.report("segmentation head", at, MAX_STEPS),
     )
     shown = predict(head, test.split.tokens_BND, test.split.mask_BFYX.shape[-1]) > 0
     trained_on = (
-        f"{len(train.sample_ids)} images of '{data.train_split}', at most {MAX_TRAIN}, first by hash; "
-        f"stopped on '{data.val_split}' at step {step}"
+        f"{len(train.sample_ids)} images of '{task.train_split}', at most {MAX_TRAIN}, first by hash; "
+        f"stopped on '{task.val_split}' at step {step}"
     )
     units = get_units(read_units(task.data_dir, task.split), test.sample_ids)
     return Judged(test, shown.numpy(), names, left_out, units, trained_on)
@@ -98,7 +100,7 @@ def _cross_validate(task: Task) -> Judged:
     for fold in range(task.evaluation.folds):
         val_B, test_B = fold_B == (fold + 1) % task.evaluation.folds, fold_B == fold
         train, val, test = (_take_rows(whole.split, rows_B) for rows_B in (~val_B & ~test_B, val_B, test_B))
-        head, step = train_head(train, val, _patch_px(task))
+        head, step = train_head(train, val, task.encoder.patch_px)
         shown_BFYX[torch.from_numpy(test_B)] = predict(head, test.tokens_BND, shown_BFYX.shape[-1]) > 0
         steps.append(step)
         task.report("segmentation folds", fold + 1, task.evaluation.folds)
@@ -125,10 +127,6 @@ def deal_folds(unit_B: Array, folds: int) -> Array:
 
 def _take_rows(split: MaskedSplit, rows_B: Array) -> MaskedSplit:
     return MaskedSplit(*(part[torch.from_numpy(rows_B)] for part in split))
-
-
-def _patch_px(task: Task) -> int:
-    return task.run.model.vision.patch_px
 
 
 def choose_classes(
@@ -161,11 +159,11 @@ def _read_split(
     task: Task, split: str, masks: dict[int, dict[str, Mask | None]], names: Sequence[str], limit: int | None
 ) -> Read:
     """The first `limit` studies with masks, by sample_id, which is a hash."""
-    wanted, size_px = set(sorted(masks)[:limit]), task.run.config.data.image_size_px
+    wanted, size_px = set(sorted(masks)[:limit]), task.encoder.size_px
     tokens, targets, known, ids, jpegs = [], [], [], [], []
     chosen = (sample for sample in read_samples(task.data_dir, split) if sample["sample_id"] in wanted)
     for samples in take(chosen, task.evaluation.batch_size):
-        tokens.append(encode_tokens(task.run, [sample["image"] for sample in samples]))
+        tokens.append(task.encoder.encode_patches([sample["image"] for sample in samples]))
         for sample in samples:
             study = masks[sample["sample_id"]]
             targets.append(np.stack([fit_mask(study.get(name), size_px) for name in names]))
@@ -234,7 +232,7 @@ def judge_masks(
 
 
 def _describe(task: Task, judged: Judged) -> dict[str, Any]:
-    split, size_px = judged.test.split, task.run.config.data.image_size_px
+    split, size_px = judged.test.split, task.encoder.size_px
     known_BF, full_BF = split.known_BF.numpy(), split.mask_BFYX.numpy().any((2, 3))
     return {
         "score": f"SETR-PUP head on the frozen encoder's patch tokens, at {size_px} x {size_px} px",

@@ -16,9 +16,11 @@ from place.data.masks import has_masks
 from place.data.prepared import list_splits, read_card
 from place.evaluation.classification import run_classification
 from place.evaluation.explain import write_explanation
+from place.evaluation.foreign import find_kind, load_foreign
+from place.evaluation.frozen import name_run, wrap_run
 from place.evaluation.generation import run_generation
 from place.evaluation.grounding import run_grounding
-from place.evaluation.leaks import Judged, check_leaks, read_pretraining
+from place.evaluation.leaks import Judged, Pretraining, check_leaks, read_pretraining
 from place.evaluation.metrics import TaskResult
 from place.evaluation.pixel_probe import run_pixel_probe
 from place.evaluation.report import write_report
@@ -27,6 +29,7 @@ from place.evaluation.segmentation import run_segmentation
 from place.evaluation.table import print_results
 from place.evaluation.task import StepProgress, Task, TaskInput
 from place.evaluation.zero_shot import run_zero_shot
+from place.pretrained.load import load_export
 from place.training.checkpoint import load_run
 
 TASKS: dict[str, Callable[[Task], TaskResult]] = {
@@ -46,6 +49,8 @@ NEEDS = {
     "segmentation": "masks",
     "generation": "training reports",
 }
+NEED_REPORTS = ("zero_shot", "retrieval", "grounding", "generation")
+IMAGE_TASKS = [name for name in TASKS if name not in NEED_REPORTS]
 ADVICE = {
     "labels": "prepare it with label columns or take retrieval",
     "boxes": "take one whose sentences have boxes, such as phantoms",
@@ -83,16 +88,69 @@ def run_evaluation(
     names = choose_tasks(tasks, find_offers(data_dir, card, split))
     run = load_run(run_dir, which)
     folder = output or run_dir / "evaluation"
-    task = Task(TaskInput(run, data_dir, card, split, evaluation or run.config.evaluation, on_progress, folder))
+    given = TaskInput(run, data_dir, card, split, evaluation or run.config.evaluation, on_progress, folder)
+    task = Task(given._replace(encoder=wrap_run(run, name_run(run_dir))))
     pretraining = read_pretraining(run_dir, run.config, task.evaluation)
-    leaks = check_leaks(Judged(data_dir, card, split), task.evaluation, pretraining, task.report)
+    return judge(task, names, folder, which, pretraining)
+
+
+def run_encoder_evaluation(
+    source: str,
+    data_dir: Path,
+    tasks: Sequence[str],
+    output: Path,
+    split: str = "test",
+    evaluation: EvaluationConfig | None = None,
+    random_weights: bool = False,
+    on_progress: StepProgress | None = None,
+) -> dict[str, TaskResult]:
+    """Judge any vision encoder as `run_evaluation` judges a run; an export of ours has its report encoder too.
+
+    Args:
+        source: `timm:NAME`, `hf:NAME` or a folder.
+        output: folder that is written.
+        random_weights: a baseline: the architecture with weights drawn with seed 0.
+    Returns: results; tasks of `all` that need a report encoder are there without figures, with the reason.
+    Raises:
+        UsageError: as `run_evaluation`, or a task by name that needs a report encoder.
+    Source: ours.
+    """
+    card = read_card(data_dir)
+    names = choose_tasks(tasks, find_offers(data_dir, card, split))
+    given = TaskInput(None, data_dir, card, split, evaluation or EvaluationConfig(), on_progress, output)
+    if find_kind(source)[0] == "place":
+        if random_weights:
+            raise UsageError("--random-weights is for timm and Hugging Face; pretrain with train.max_steps=1 instead")
+        run = load_export(source)
+        name = f"export {Path(source).resolve().name}"
+        task = Task(
+            given._replace(run=run, evaluation=evaluation or run.config.evaluation, encoder=wrap_run(run, name))
+        )
+        return judge(task, names, output, name)
+    apart = [name for name in names if name in NEED_REPORTS]
+    if apart and "all" not in tasks:
+        raise UsageError(
+            f"task '{apart[0]}' needs a report encoder and {source} has none; take {', '.join(IMAGE_TASKS)}"
+        )
+    task = Task(given._replace(encoder=load_foreign(source, random_weights)))
+    results = judge(task, [name for name in names if name not in apart], output, task.encoder.name)
+    protocol = {"not_applicable": f"needs a report encoder, which {task.encoder.name} has not"}
+    return results | {name: TaskResult(name, {}, protocol, 0) for name in apart}
+
+
+def judge(
+    task: Task, names: Sequence[str], folder: Path, which: str, pretraining: Pretraining | None = None
+) -> dict[str, TaskResult]:
+    """Look for leaks, run tasks and write what they found; nobody knows what foreign encoders were trained on."""
+    leaks = check_leaks(Judged(task.data_dir, task.card, task.split), task.evaluation, pretraining, task.report)
     results = {}
     for name in names:
         result = TASKS[name](task)
         results[name] = result._replace(protocol=result.protocol | {"leaks": leaks})
         write_result(folder, results[name], task, which)
-    write_explanation(task, folder / "explain.png")
-    title = f"Evaluation of run {run_dir.resolve().name} on data set {data_dir.resolve().name}"
+    if task.has_reports:
+        write_explanation(task, folder / "explain.png")
+    title = f"Evaluation of {task.encoder.name} on data set {task.data_dir.resolve().name}"
     write_report(task, folder, title, list(TASKS))
     return results
 
@@ -134,9 +192,10 @@ def write_result(folder: Path, result: TaskResult, task: Task, which: str) -> No
         "metrics": {name: metric._asdict() for name, metric in result.metrics.items()},
         "protocol": {"split": task.split, "bootstrap": task.evaluation.bootstrap} | result.protocol,
         "data_fingerprint": task.card["fingerprint"],
-        "commit": task.run.commit,
+        "commit": task.encoder.commit,
         "num_samples": result.num_samples,
-        "checkpoint": {"which": which, "step": task.run.step},
+        "checkpoint": {"which": which, "step": task.encoder.step},
+        "encoder": {"name": task.encoder.name, "weights": task.encoder.weights},
     }
     path = folder / f"{result.task}.json"
     part = path.with_suffix(".part")
@@ -152,4 +211,4 @@ def write_result(folder: Path, result: TaskResult, task: Task, which: str) -> No
         raise RunError(f"{path}: {error.strerror}; give a folder that can be written") from None
 
 
-__all__ = ["TASKS", "print_results", "run_evaluation"]
+__all__ = ["TASKS", "print_results", "run_encoder_evaluation", "run_evaluation"]

@@ -29,6 +29,9 @@ def print_results(results: dict[str, TaskResult], console: Console) -> None:
     for result in results.values():
         if result is pixels:
             continue
+        if "not_applicable" in result.protocol:
+            console.print(f"{result.task.replace('_', ' ')}: not applicable, {result.protocol['not_applicable']}\n")
+            continue
         is_beside = pixels is not None and result.task == "classification"
         build = BUILDERS.get(result.task, _build_findings)
         console.print(_build_classification(result, pixels) if is_beside else build(result))

@@ -1,4 +1,4 @@
-"""What every task is given: the run, the data set, how to judge, and the split encoded once for all of them."""
+"""What every task is given: the encoder, the data set, how to judge, and the split encoded once for all of them."""
 
 from __future__ import annotations
 
@@ -7,32 +7,51 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from place.config import EvaluationConfig
+from place.config import DataConfig, EvaluationConfig, UsageError
 from place.evaluation.encoder import EncodedSplit, encode_split
+from place.evaluation.frozen import FrozenEncoder, wrap_run
 from place.training.checkpoint import LoadedRun
 
 StepProgress = Callable[[str, int, int], None]
 
 
 class TaskInput(NamedTuple):
-    """`card` is the data set's card.json; `on_progress` is told the step, what is done of it and its total;
+    """A run, or an image encoder alone.
+
+    `card` is the data set's card.json; `on_progress` is told the step, what is done of it and its total;
     pictures go into `folder`, if there is one."""
 
-    run: LoadedRun
+    run: LoadedRun | None
     data_dir: Path
     card: dict[str, Any]
     split: str
     evaluation: EvaluationConfig
     on_progress: StepProgress | None = None
     folder: Path | None = None
+    encoder: FrozenEncoder | None = None
 
 
 class Task:
     """The input, and features that are computed when a task first asks for them."""
 
     def __init__(self, given: TaskInput):
-        self.run, self.data_dir, self.card, self.split, self.evaluation, self.on_progress, self.folder = given
+        self._run, self.data_dir, self.card, self.split, self.evaluation, self.on_progress, self.folder, _ = given
+        data = given.run.config.data if given.run else DataConfig()
+        self.train_split, self.val_split = data.train_split, data.val_split
+        self.encoder = given.encoder or wrap_run(self.run, "run")
         self.labels: list[str] = list(self.card["labels"])
+
+    @property
+    def run(self) -> LoadedRun:
+        """The whole model, report encoder included. Raises UsageError where there is an image encoder alone."""
+        if self._run is None:
+            raise UsageError(f"{self.encoder.name} has no report encoder; give --run or an export of ours")
+        return self._run
+
+    @property
+    def has_reports(self) -> bool:
+        """Whether there is a report encoder too."""
+        return self._run is not None
 
     @cached_property
     def encoded(self) -> EncodedSplit:

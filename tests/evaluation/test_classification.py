@@ -12,8 +12,8 @@ from sklearn.metrics import f1_score, roc_auc_score
 from place.config import EvaluationConfig, UsageError, check_config
 from place.data.prepared import read_card
 from place.evaluation.classification import judge_probe, run_classification
-from place.evaluation.encoder import encode_pooled
 from place.evaluation.findings import choose_findings
+from place.evaluation.frozen import wrap_run
 from place.evaluation.metrics import compute_f1s, draw_weights
 from place.evaluation.pixel_probe import run_pixel_probe
 from place.evaluation.probe import FeatureSplit, Probed, choose_threshold, draw_subsets, probe
@@ -155,7 +155,7 @@ def test_pooled_features_are_those_the_model_projects(run_dir: Path, data_dir: P
 
     run = load_run(run_dir, "latest")
     jpegs = [sample["image"] for sample in read_samples(data_dir, "test")][:4]
-    projected = run.model.project_image(encode_pooled(run, jpegs).clone()).detach()
+    projected = run.model.project_image(wrap_run(run, "run").encode_images(jpegs).clone()).detach()
     np.testing.assert_allclose(projected, encode_images(run, jpegs).image_BE, atol=1e-6)
 
 

@@ -130,7 +130,7 @@ def test_results_of_other_data_or_checkpoints_are_named_and_left_out(run_dir, da
     result["checkpoint"]["step"] = 77
     (copy / "segmentation.json").write_text(json.dumps(result))
     page = rewrite(run_dir, data_dir, copy)
-    assert "segmentation.json: step 77" in page.words
+    assert "segmentation.json: run tiny, step 77" in page.words
     assert "SETR" not in page.words
     assert "A title" in page.words
 

@@ -1,0 +1,90 @@
+"""A frozen image encoder as the image tasks see it: stored images in, pooled features and a grid of patches out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from place.config import RunError
+from place.data.transforms import eval_transform, read_image
+from place.model.vision import VisionTokens
+from place.training.checkpoint import LoadedRun
+
+
+@dataclass(frozen=True)
+class FrozenEncoder:
+    """Any vision model behind one interface.
+
+    Args:
+        name: what results call it.
+        vision: standardised images (B,C,size,size) to `VisionTokens`, in eval mode; patches in a square, row by row.
+        size_px, channels: of the images it takes; a grey image is repeated over the channels.
+        mean, std: of grey levels from 0 to 1, one a channel.
+        patch_px: pixels of the image along a side of a patch.
+        step: of the checkpoint of a run; none for other encoders.
+        commit: of what trained it, as far as it is told.
+    """
+
+    name: str
+    vision: nn.Module
+    size_px: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    patch_px: int
+    step: int | None = None
+    commit: str | None = None
+
+    def encode_images(self, jpegs: Sequence[bytes]) -> Tensor:
+        """What stands for each image in the encoder itself (B,D), before any projection. Raises RunError."""
+        return _check_finite(self._encode(jpegs).image_BD)
+
+    def encode_patches(self, jpegs: Sequence[bytes]) -> Tensor:
+        """Patch features (B,N,D) of a square grid, before any projection. Raises RunError."""
+        return _check_finite(self._encode(jpegs).patches_BND)
+
+    def read_images(self, jpegs: Sequence[bytes]) -> Tensor:
+        """JPEGs as the encoder takes them, fp32 (B,C,size,size): centre square, no augmentation."""
+        images = [read_image(jpeg) for jpeg in jpegs]
+        channels = [
+            torch.stack([eval_transform(image, self.size_px, mean, std)[0] for image in images])
+            for mean, std in zip(self.mean, self.std, strict=True)
+        ]
+        return torch.stack(channels, dim=1)
+
+    @cached_property
+    def weights(self) -> str:
+        """xxh64 of all weights, by name."""
+        digest = xxhash.xxh64()
+        for name, weight in sorted(self.vision.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weight.cpu().contiguous().view(torch.uint8).numpy() if weight.ndim else str(weight.item()))
+        return digest.hexdigest()
+
+    @torch.inference_mode()
+    def _encode(self, jpegs: Sequence[bytes]) -> VisionTokens:
+        device = next(self.vision.parameters()).device
+        return self.vision(self.read_images(jpegs).to(device))
+
+
+def wrap_run(run: LoadedRun, name: str) -> FrozenEncoder:
+    """The image encoder of a run or of an export of ours."""
+    size_px, patch_px = run.config.data.image_size_px, run.model.vision.patch_px
+    return FrozenEncoder(name, run.model.vision, size_px, 1, (run.mean,), (run.std,), patch_px, run.step, run.commit)
+
+
+def name_run(run_dir: Path) -> str:
+    """What a run is called, without the folders of the machine that trained it."""
+    return f"run {run_dir.resolve().name}"
+
+
+def _check_finite(features: Tensor) -> Tensor:
+    if not torch.isfinite(features).all():
+        raise RunError("the image encoder gave a feature that is not finite; evaluate other weights")
+    return features.float().cpu()
