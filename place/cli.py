@@ -17,6 +17,7 @@ from place import __version__
 from place.config import Config, PrepareConfig, RunError, SourceName, UsageError, build_config
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 85
+_PAGE = "the same with curves and pictures; holds report texts"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -311,7 +312,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         return _evaluate_encoder(arguments)
     if arguments.random_weights:
         raise UsageError("--random-weights goes with --encoder; a run has weights of its own")
-    run, output = Path(arguments.run), arguments.output and Path(arguments.output)
+    run = Path(arguments.run)
+    output = Path(arguments.output or run / "evaluation")
     source = run / "config.yaml"
     if not source.is_file():
         raise UsageError(f"{run} is no run folder (no config.yaml); give the run.dir of a `place pretrain`")
@@ -320,7 +322,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         run, Path(arguments.data), arguments.tasks.split(","), arguments.split, arguments.checkpoint, evaluation, output
     )
     print_results(results, build_console())
-    print(f"{run / 'evaluation' / 'report.html'}: the same with curves and pictures; holds report texts")
+    print(f"{output / 'report.html'}: {_PAGE}")
     return DONE
 
 
@@ -332,7 +334,7 @@ def _evaluate_encoder(arguments: argparse.Namespace) -> int:
         raise UsageError("--output is needed with --encoder: the folder that results are written to")
     if arguments.checkpoint != "best":
         raise UsageError("--checkpoint goes with --run; an encoder is one set of weights")
-    console = build_console()
+    output, console = Path(arguments.output), build_console()
     if arguments.random_weights:
         console.print(f"{arguments.encoder}: random weights, seed 0; nothing has been learned", style="yellow")
     evaluation = build_config(None, arguments.overrides).evaluation if arguments.overrides else None
@@ -340,12 +342,13 @@ def _evaluate_encoder(arguments: argparse.Namespace) -> int:
         arguments.encoder,
         Path(arguments.data),
         arguments.tasks.split(","),
-        Path(arguments.output),
+        output,
         arguments.split,
         evaluation,
         arguments.random_weights,
     )
     print_results(results, console)
+    print(f"{output / 'report.html'}: {_PAGE}")
     return DONE
 
 
