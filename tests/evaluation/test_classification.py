@@ -58,6 +58,11 @@ def test_the_penalty_and_the_threshold_come_from_validation_alone() -> None:
     found = probe(train, val, test.feature_BD, ["a"])
     turned = probe(train, build_split(200, 1, sign=-1), test.feature_BD, ["a"])
     assert not np.allclose(found.score_BF, turned.score_BF)
+    val = build_split(200, 1)
+    of_val = probe(train, val, val.feature_BD, ["a"])
+    truth = np.array([row["a"] for row in val.labels], float)
+    assert found.threshold_F == of_val.threshold_F == [choose_threshold(of_val.score_BF[:, 0], truth)]
+    assert found.threshold_F != turned.threshold_F
     # One image in another batch has the score it had: nothing is chosen on what is judged.
     alone = probe(train, val, test.feature_BD[:1], ["a"])
     np.testing.assert_allclose(alone.score_BF, found.score_BF[:1], rtol=1e-5)
