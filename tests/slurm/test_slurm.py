@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -88,6 +89,19 @@ def test_a_ladder_of_node_counts_is_submitted_and_every_rung_has_the_same_curve(
         assert rig.wait_for_end(number, 600)["JobState"] == "COMPLETED", job.read_log()
     for count in (1, 2):
         assert_curve(tmp_path / f"nodes_{count}", alone, rel=1e-4)
+
+
+def test_doctor_looks_at_all_nodes_of_an_allocation(rig: Rig, pairs: Path, tmp_path: Path) -> None:
+    ask = ("srun", f"-N{rig.machines}", "--ntasks-per-node=1", *SITE, f"--chdir={ROOT}", sys.executable, "-m", "place")
+    config = Job(rig, pairs, tmp_path).config
+    said = rig.ctl(*ask, "doctor", "--config", str(config), "--json", OMP_NUM_THREADS="1")
+    findings = json.loads(said[said.index("[") :])
+    by_check = {finding["check"]: finding for finding in findings}
+    assert {finding["state"] for finding in findings} <= {"OK", "WARN", "SKIP"}, said
+    assert by_check["shared folder"]["state"] == by_check["collectives"]["state"] == "OK", said
+    assert sorted(by_check["shared folder"]["hosts"]) == sorted(rig.names), said
+    assert f"on {rig.machines} nodes" in by_check["collectives"]["text"]
+    assert rig.list_leftovers() == []
 
 
 # ---- it is told to end, or something befalls it: the curve is the undisturbed one
