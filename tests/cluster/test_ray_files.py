@@ -99,7 +99,7 @@ def test_ray_accepts_the_runtime_environment() -> None:
     RuntimeEnv(**RUNTIME_ENV)
 
 
-def test_the_package_of_a_job_holds_the_code_and_stays_below_a_mebibyte(tmp_path: Path) -> None:
+def test_the_package_of_a_job_holds_the_code_and_stays_below_two_mebibytes(tmp_path: Path) -> None:
     from ray._private import ray_constants
     from ray._private.runtime_env.packaging import create_package
 
@@ -108,4 +108,4 @@ def test_the_package_of_a_job_holds_the_code_and_stays_below_a_mebibyte(tmp_path
     names = zipfile.ZipFile(tmp_path / "job.zip").namelist()
     assert {"place/cli.py", "cluster/launch.py", "kernels/attention/__init__.py", "configs/demo.yaml"} <= set(names)
     assert [name for name in names if name.split("/")[0] in ("tests", ".git", ".venv", "runs", "datasets")] == []
-    assert (tmp_path / "job.zip").stat().st_size < 1 << 20
+    assert (tmp_path / "job.zip").stat().st_size < 2 << 20
