@@ -460,10 +460,10 @@ def test_phantoms_through_dicom_are_those_through_jpeg(tmp_path):
 def test_boxes_follow_the_image_when_it_is_made_smaller(tmp_path):
     from place.data.task import _scale_box
 
-    assert _scale_box({"box_xyxy": [0, 10, 20, 40], "side": "left"}, (0.5, 0.25)) == {
-        "box_xyxy": [0, 5, 5, 20],
-        "side": "left",
-    }
+    box = {"box_xyxy": [0, 10, 20, 40], "side": "left"}
+    assert _scale_box(box, (100, 80), (0.5, 0.25)) == {"box_xyxy": [0, 5, 5, 20], "side": "left"}
+    larger = {"box_xyxy": [0, 20, 40, 80], "side": "left", "drawn_on": (160, 200)}
+    assert _scale_box(larger, (100, 80), (0.5, 0.25)) == _scale_box(box, (100, 80), (0.5, 0.25))
 
 
 def test_the_card_reads_as_a_page(tmp_path):
