@@ -7,7 +7,7 @@ findings in one L-BFGS.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -95,9 +95,7 @@ def build_features(train_BD: Array, others: Sequence[Array]) -> list[Array]:
     return [feature.astype(np.float32) for feature in (factor, *solved)]
 
 
-def fit_path(
-    feature_BD: Array, target_BF: Array, penalties: tuple[float, ...], on_progress: Callable[[int], None] | None = None
-) -> list[Array]:
+def fit_path(feature_BD: Array, target_BF: Array, penalties: tuple[float, ...]) -> list[Array]:
     """Fit logistic regression for each penalty, strong to weak, each from the one before.
 
     Args:
@@ -107,11 +105,9 @@ def fit_path(
     """
     fits: list[Array] = []
     weight_DF = np.zeros((feature_BD.shape[1] + 1, target_BF.shape[1]))
-    for done, penalty in enumerate(penalties, start=1):
+    for penalty in penalties:
         weight_DF = _fit(feature_BD, target_BF, penalty, weight_DF)
         fits.append(weight_DF)
-        if on_progress:
-            on_progress(done)
     return fits
 
 
