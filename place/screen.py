@@ -195,8 +195,9 @@ class RunScreen:
                 if is_due:
                     printed = time.perf_counter()
                     named.clear()
-                is_news = record.get("straggler", "") not in {"", *named}
-                named.add(record.get("straggler", ""))
+                late = {record["straggler"]} if "straggler" in record else set()
+                is_news = bool(late - named)
+                named |= late
                 where = f"epoch {record['epoch'] + 1:>3}"
                 if (is_due or is_news) and not self.console.is_terminal:
                     self.console.print(
