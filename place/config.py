@@ -531,7 +531,7 @@ def build_config(path: str | Path | None, overrides: list[str] | tuple[str, ...]
         UsageError: unreadable file, unknown key (with the nearest name) or a value out of range.
     Source: ours.
     """
-    tree = _read_tree(Path(path)) if path else {}
+    tree = read_tree(Path(path)) if path else {}
     for item in overrides:
         key, equals, value = item.partition("=")
         if not equals:
@@ -555,7 +555,8 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _read_tree(path: Path, depth: int = 0) -> dict[str, Any]:
+def read_tree(path: Path, depth: int = 0) -> dict[str, Any]:
+    """A YAML file of sections, laid over what it `extends`, unchecked. Raises UsageError, in one line."""
     try:
         text = path.read_text()
     except OSError as error:
@@ -570,7 +571,7 @@ def _read_tree(path: Path, depth: int = 0) -> dict[str, Any]:
         raise UsageError(f"config {path}: extends={base!r}; expected the path of one YAML file")
     if depth:
         raise UsageError(f"config {path}: a base may not extend another one; only one `extends` is allowed")
-    return _merge(_read_tree(path.parent / base, depth + 1), tree)
+    return _merge(read_tree(path.parent / base, depth + 1), tree)
 
 
 def _parse_yaml(text: str, where: str) -> Any:

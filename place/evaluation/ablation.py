@@ -21,11 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
 from pydantic import Field, ValidationError, field_validator
 from scipy.stats import t as student
 
-from place.config import RunError, Section, UsageError, build_config, dump_config
+from place.config import RunError, Section, UsageError, build_config, dump_config, read_tree
 from place.runlog import read_jsonl
 
 
@@ -107,11 +106,7 @@ Figures = dict[str, dict[int, dict[str, float]]]
 def load_experiment(path: Path) -> Experiment:
     """Read and check an experiment, the configuration of each row included. Raises UsageError, in one line."""
     try:
-        experiment = Experiment.model_validate(yaml.safe_load(path.read_text()))
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; give the YAML file of an experiment") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+        experiment = Experiment.model_validate(read_tree(path))
     except ValidationError as error:
         fault = error.errors()[0]
         raise UsageError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}") from None
