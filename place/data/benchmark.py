@@ -36,7 +36,7 @@ from place.data.streaming import select_sentences
 from place.data.tokens import ReportTokenizer, train_tokenizer
 from place.data.transforms import eval_transform, read_image
 
-NUM_PATCHES, WAIT_STEPS, SLEEP_S = 196, 40, 0.1
+NUM_PATCHES, WARM_STEPS, WAIT_STEPS, SLEEP_S = 196, 4, 100, 0.1
 Read = Callable[[bool, float], Iterator[Batch]]
 """Takes whether caches are cold and the share of the epoch to skip; yields batches."""
 
@@ -175,20 +175,18 @@ def drop_pages(files: list[Path]) -> None:
 
 
 def time_wait(bench: Bench, num_workers: int) -> float:
-    """Share of the time that a step of 100 ms waits for its batch of 64, median over steps behind the first few."""
+    """Share of the time that steps of 100 ms wait for their batches of 64, epoch starts but the first included."""
     bench = bench._replace(data=bench.data.model_copy(update={"num_workers": num_workers}), batch=64)
     loader = build_loader(bench, Path(tempfile.mkdtemp(dir=bench.folder)))
-    per_epoch = len(bench.rows) // bench.batch
     waits: list[float] = []
-    for epoch in range(-(-WAIT_STEPS // per_epoch)):
-        batches = loader.read_epoch(epoch, 0, per_epoch, 1)
-        for step in range(per_epoch):
-            asked = time.perf_counter()
-            next(batches)
-            if epoch or step >= 4:
-                waits.append(time.perf_counter() - asked)
-            time.sleep(SLEEP_S)
-    return sum(waits) / (sum(waits) + SLEEP_S * len(waits))
+    batches = loader.read_steps(0, WARM_STEPS + WAIT_STEPS, len(bench.rows) // bench.batch, 1)
+    while len(waits) < WARM_STEPS + WAIT_STEPS:
+        asked = time.perf_counter()
+        next(batches)
+        waits.append(time.perf_counter() - asked)
+        time.sleep(SLEEP_S)
+    waited = sum(waits[WARM_STEPS:])
+    return waited / (waited + SLEEP_S * WAIT_STEPS)
 
 
 def measure(bench: Bench, rounds: int, num_workers: int) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -20,6 +22,9 @@ from place.data.mixture import find_fault
 from place.data.streaming import Pair, ReportPairs
 from place.data.tokens import ReportTokenizer
 from place.distributed import Node, barrier, read_node, read_world
+
+AHEAD = 2
+"""Batches that are taken over from the loader's workers while another trains."""
 
 
 class PairLoader:
@@ -61,6 +66,25 @@ class PairLoader:
             worker_init_fn=_start_worker if data.num_workers else None,
         )
 
+    def read_steps(self, first_step: int, last_step: int, steps_per_epoch: int, world: int) -> Iterator[Batch]:
+        """Batches of steps [first_step, last_step), counted over all epochs.
+
+        The next batches are taken over, and the next epoch is begun, while the caller trains. Without loader workers
+        nothing happens ahead: the caller's own process reads.
+
+        Raises:
+            RunError: as `read_epoch`.
+        """
+        batches = self._read_epochs(first_step, last_step, steps_per_epoch, world)
+        return _read_ahead(batches, AHEAD) if self.data.num_workers else batches
+
+    def _read_epochs(self, step: int, last_step: int, steps_per_epoch: int, world: int) -> Iterator[Batch]:
+        while step < last_step:
+            epoch, first = divmod(step, steps_per_epoch)
+            last = min(steps_per_epoch, last_step - epoch * steps_per_epoch)
+            yield from self.read_epoch(epoch, first, last, world)
+            step += last - first
+
     def read_epoch(self, epoch: int, first_step: int, last_step: int, world: int) -> Iterator[Batch]:
         """Batches [first_step, last_step) of an epoch.
 
@@ -99,6 +123,21 @@ class PairLoader:
     def shm_prefix(self) -> str:
         """Start of the names of the shared memory that streaming holds for this loader."""
         return f"{self.dataset._shm_prefix_int:06d}_"
+
+
+def _read_ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
+    """The same batches, `depth` of them fetched by a thread before they are asked for."""
+    cuda = torch.cuda.is_available()
+    # A new thread is on GPU 0, and memory would be pinned from there.
+    start = (torch.cuda.set_device, (torch.cuda.current_device(),)) if cuda else (None, ())
+    pool = ThreadPoolExecutor(1, "place-loader", *start)
+    try:
+        ahead = deque(pool.submit(next, batches, None) for _ in range(depth))
+        while (batch := ahead.popleft().result()) is not None:
+            ahead.append(pool.submit(next, batches, None))
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,11 @@ def train(
     meter = Meter(log, plan, engine.device, saver)
     timed = meter.time_arrivals(objective)
     stopping = False
+    batches = loader.read_steps(progress["step"], plan.total_steps, plan.steps_per_epoch, world.world)
     while progress["step"] < plan.total_steps and not stopping:
         epoch, first_step = divmod(progress["step"], plan.steps_per_epoch)
         last_step = min(plan.steps_per_epoch, plan.total_steps - epoch * plan.steps_per_epoch)
-        for batch in meter.time_waits(loader.read_epoch(epoch, first_step, last_step, world.world)):
+        for batch in meter.time_waits(islice(batches, last_step - first_step)):
             watchdog.feed()
             seed_step(config.run.seed, progress["step"], world.rank)
             losses, scales = backward_contrast(engine, batch.to(engine.device), plan.accumulation, timed)

@@ -93,18 +93,15 @@ def run_rank(
     )
     if read_node().is_first:
         note_shared_memory(run_dir, [loader.shm_prefix])
-    step = attempt.first_step
-    while step < EPOCHS * steps_per_epoch:
-        epoch, first = divmod(step, steps_per_epoch)
-        for batch in loader.read_epoch(epoch, first, steps_per_epoch, attempt.world):
-            ids = gather(batch.sample_id_B).tolist()
-            step += 1
-            if rank == 0:
-                with (run_dir / "samples.jsonl").open("a") as file:
-                    file.write(json.dumps({"attempt": attempt.number, "step": step, "ids": ids}) + "\n")
-            dist.barrier()
-            if step == attempt.killed_at and rank == attempt.number % attempt.world:
-                os.killpg(0, signal.SIGKILL)
+    batches = loader.read_steps(attempt.first_step, EPOCHS * steps_per_epoch, steps_per_epoch, attempt.world)
+    for step, batch in enumerate(batches, start=attempt.first_step + 1):
+        ids = gather(batch.sample_id_B).tolist()
+        if rank == 0:
+            with (run_dir / "samples.jsonl").open("a") as file:
+                file.write(json.dumps({"attempt": attempt.number, "step": step, "ids": ids}) + "\n")
+        dist.barrier()
+        if step == attempt.killed_at and rank == attempt.number % attempt.world:
+            os.killpg(0, signal.SIGKILL)
     dist.barrier()
     dist.destroy_process_group()
 

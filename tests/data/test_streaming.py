@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 import torch
 from spawn import can_leave_machine, run_ranks
 
+from place.batch import Batch
 from place.config import DataConfig, RunError, UsageError
 from place.data.loader import PairLoader
 from place.data.prepared import count_samples, find_split_faults, list_splits, read_card, read_samples
@@ -50,7 +54,8 @@ def read_steps(
         cache=cache,
     )
     steps = []
-    for batch in loader.read_epoch(epoch, first, last, world.world):
+    begin = epoch * STEPS
+    for batch in loader.read_steps(begin + first, begin + last, STEPS, world.world):
         assert batch.image_BCYX.shape == (GLOBAL_BATCH // world.world, 1, 32, 32)
         looks = batch.image_BCYX.double().flatten(1) @ torch.linspace(1, 2, 1024, dtype=torch.double)
         places = torch.arange(1, batch.token_ids_BT.shape[1] + 1)
@@ -169,6 +174,41 @@ def test_one_loader_reads_epoch_after_epoch(prepared: Path, tokenizer: str, sing
         assert (ids == [set(step) for step in single]) == (epoch == 1)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_steps_go_on_over_the_ends_of_epochs(
+    num_workers: int, prepared: Path, tokenizer: str, single: list[Step], tmp_path: Path
+) -> None:
+    first, last = STEPS - 2, 2 * STEPS + 1
+    steps = build_loader(prepared, tokenizer, tmp_path / "a", num_workers).read_steps(first, last, STEPS, 1)
+    ids = [batch.sample_id_B.tolist() for batch in steps]
+    apart = build_loader(prepared, tokenizer, tmp_path / "b")
+    cut = [(0, STEPS - 2, STEPS), (1, 0, STEPS), (2, 0, 1)]
+    assert ids == [batch.sample_id_B.tolist() for part in cut for batch in apart.read_epoch(*part, 1)]
+    assert [set(step) for step in ids[2:-1]] == [set(step) for step in single]
+
+
+def test_batches_are_taken_over_before_they_are_asked_for(prepared: Path, tokenizer: str, tmp_path: Path) -> None:
+    loader = build_loader(prepared, tokenizer, tmp_path, num_workers=1)
+    asked: list[int] = []
+    read = loader.read_epoch
+
+    def count(epoch: int, first: int, last: int, world: int) -> Iterator[Batch]:
+        for step, batch in enumerate(read(epoch, first, last, world), start=epoch * STEPS + first):
+            asked.append(step)
+            yield batch
+
+    loader.read_epoch = count  # type: ignore[method-assign]
+    steps = loader.read_steps(0, 2 * STEPS, STEPS, 1)
+    for _ in range(STEPS - 1):
+        next(steps)
+    until = time.monotonic() + 30
+    while STEPS not in asked and time.monotonic() < until:
+        time.sleep(0.01)
+    assert asked == list(range(STEPS + 1)), "the next epoch begins before this one ends, and no further ahead"
+    steps.close()  # type: ignore[attr-defined]
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("place-loader")]
+
+
 def test_validation_is_in_stored_order_and_not_augmented(prepared: Path, tokenizer: str) -> None:
     first, again = (join([read_steps(str(prepared), tokenizer, 0, epoch, 0, 2, train=False)]) for epoch in (0, 4))
     assert first == again
@@ -211,7 +251,7 @@ def test_a_flipped_byte_is_named_by_the_loader(num_workers: int, copy: Path, tok
     flip_byte(find_shard(copy))
     loader = build_loader(copy, tokenizer, tmp_path / "cache", num_workers)
     with pytest.raises(RunError, match="is damaged") as caught:
-        list(loader.read_epoch(0, 0, STEPS, 1))
+        list(loader.read_steps(0, STEPS, STEPS, 1))
     assert str(find_shard(copy)) in str(caught.value)
     assert "\n" not in str(caught.value)
 
