@@ -180,11 +180,11 @@ def time_wait(bench: Bench, num_workers: int) -> float:
     loader = build_loader(bench, Path(tempfile.mkdtemp(dir=bench.folder)))
     waits: list[float] = []
     batches = loader.read_steps(0, WARM_STEPS + WAIT_STEPS, len(bench.rows) // bench.batch, 1)
-    while len(waits) < WARM_STEPS + WAIT_STEPS:
-        asked = time.perf_counter()
-        next(batches)
+    asked = time.perf_counter()
+    for _batch in batches:  # held for a step, as training does
         waits.append(time.perf_counter() - asked)
         time.sleep(SLEEP_S)
+        asked = time.perf_counter()
     waited = sum(waits[WARM_STEPS:])
     return waited / (waited + SLEEP_S * WAIT_STEPS)
 

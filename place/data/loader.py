@@ -127,14 +127,21 @@ class PairLoader:
 
 def _read_ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
     """The same batches, `depth` of them fetched by a thread before they are asked for."""
+
+    def take(_: Batch | None) -> Batch | None:
+        return next(batches, None)
+
     cuda = torch.cuda.is_available()
     # A new thread is on GPU 0, and memory would be pinned from there.
     start = (torch.cuda.set_device, (torch.cuda.current_device(),)) if cuda else (None, ())
     pool = ThreadPoolExecutor(1, "place-loader", *start)
+    # Unmapping the shared memory of a batch takes 2 ms: the thread holds it last, once the caller has let go.
+    spent: deque[Batch | None] = deque([None, None])
     try:
-        ahead = deque(pool.submit(next, batches, None) for _ in range(depth))
+        ahead = deque(pool.submit(take, None) for _ in range(depth))
         while (batch := ahead.popleft().result()) is not None:
-            ahead.append(pool.submit(next, batches, None))
+            spent.append(batch)
+            ahead.append(pool.submit(take, spent.popleft()))
             yield batch
     finally:
         pool.shutdown(cancel_futures=True)
