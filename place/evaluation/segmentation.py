@@ -16,7 +16,7 @@ from place.data.transforms import find_square
 from place.evaluation.encoder import get_units, read_units, take
 from place.evaluation.metrics import Array, Metric, TaskResult, compute_means, draw_weights, summarize
 from place.evaluation.segmentation_picture import draw_masks
-from place.evaluation.setr import MAX_STEPS, PATIENCE, MaskedSplit, predict, train_head
+from place.evaluation.setr import SCHEDULE, MaskedSplit, predict, train_head
 from place.evaluation.task import Task
 
 MAX_TRAIN, MAX_VAL = 2000, 400
@@ -70,7 +70,7 @@ def _train_and_judge(task: Task) -> Judged:
         train.split,
         val.split,
         task.encoder.patch_px,
-        on_progress=lambda at: task.report("segmentation head", at, MAX_STEPS),
+        on_progress=lambda at: task.report("segmentation head", at, SCHEDULE.max_steps),
     )
     shown = predict(head, test.split.tokens_BND, test.split.mask_BFYX.shape[-1]) > 0
     trained_on = (
@@ -237,7 +237,7 @@ def _describe(task: Task, judged: Judged) -> dict[str, Any]:
     return {
         "score": f"SETR-PUP head on the frozen encoder's patch tokens, at {size_px} x {size_px} px",
         "trained_on": judged.trained_on,
-        "stopped": f"at the least validation loss of at most {MAX_STEPS} steps, patience of {PATIENCE} validations",
+        "stopped": SCHEDULE.describe(),
         "threshold": "probability 0.5, fixed",
         "dice": "per image, over the images whose true mask is not empty; mean over findings",
         "empty_kept": "share of images without the finding whose prediction is empty too: counted apart from Dice",

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from place.evaluation.heads import Schedule, build_seeded, train_on_tokens
+
 WIDTH, NARROWEST = 512, 16
-MAX_STEPS, EVERY, PATIENCE = 600, 50, 4
-BATCH_SIZE, LR, WEIGHT_DECAY = 32, 1e-3, 1e-4
+SCHEDULE = Schedule()
 
 
 class MaskedSplit(NamedTuple):
@@ -66,34 +66,23 @@ def compute_loss(logit_BFYX: Tensor, mask_BFYX: Tensor, known_BF: Tensor) -> Ten
 def train_head(
     train: MaskedSplit, val: MaskedSplit, patch_px: int, seed: int = 0, on_progress: Callable[[int], None] | None = None
 ) -> tuple[SetrPup, int]:
-    """Train a head for at most `MAX_STEPS`; the weights with the least validation loss are kept.
+    """Train a head by `SCHEDULE`; the weights with the least validation loss are kept.
 
     Returns:
         The head in eval mode, and the step that its weights are of.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        head = SetrPup(train.tokens_BND.shape[-1], train.mask_BFYX.shape[1], patch_px)
-    rng, size_px = np.random.default_rng(seed), train.mask_BFYX.shape[-1]
-    optimizer = torch.optim.AdamW(head.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
-    best, best_step, kept = math.inf, 0, head.state_dict()
-    for step in range(1, MAX_STEPS + 1):
-        head.train()
-        rows = torch.from_numpy(rng.integers(len(train.tokens_BND), size=min(BATCH_SIZE, len(train.tokens_BND))))
-        loss = compute_loss(head(train.tokens_BND[rows], size_px), train.mask_BFYX[rows], train.known_BF[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % EVERY == 0:
-            val_loss = float(compute_loss(predict(head, val.tokens_BND, size_px), val.mask_BFYX, val.known_BF))
-            if val_loss < best:
-                best, best_step, kept = val_loss, step, {k: v.clone() for k, v in head.state_dict().items()}
-            if on_progress:
-                on_progress(step)
-            if step - best_step >= PATIENCE * EVERY:
-                break
-    head.load_state_dict(kept)
-    return head.eval(), best_step
+    size_px = train.mask_BFYX.shape[-1]
+    head = build_seeded(lambda: SetrPup(train.tokens_BND.shape[-1], train.mask_BFYX.shape[1], patch_px), seed)
+
+    def compute_train_loss(rows: Tensor) -> Tensor:
+        return compute_loss(head(train.tokens_BND[rows], size_px), train.mask_BFYX[rows], train.known_BF[rows])
+
+    def compute_val_loss() -> float:
+        return float(compute_loss(predict(head, val.tokens_BND, size_px), val.mask_BFYX, val.known_BF))
+
+    return train_on_tokens(
+        head, compute_train_loss, compute_val_loss, len(train.tokens_BND), SCHEDULE, seed, on_progress
+    )
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from place.config import EvaluationConfig, RunError, UsageError
 from place.data.masks import has_masks
 from place.data.prepared import list_splits, read_card
 from place.evaluation.classification import run_classification
+from place.evaluation.detection import run_detection
 from place.evaluation.explain import write_explanation
 from place.evaluation.foreign import find_kind, load_foreign
 from place.evaluation.frozen import name_run, wrap_run
@@ -39,6 +40,7 @@ TASKS: dict[str, Callable[[Task], TaskResult]] = {
     "pixel_probe": run_pixel_probe,
     "grounding": run_grounding,
     "segmentation": run_segmentation,
+    "detection": run_detection,
     "generation": run_generation,
 }
 NEEDS = {
@@ -47,6 +49,7 @@ NEEDS = {
     "pixel_probe": "labels",
     "grounding": "boxes",
     "segmentation": "masks",
+    "detection": "training boxes",
     "generation": "training reports",
 }
 NEED_REPORTS = ("zero_shot", "retrieval", "grounding", "generation")
@@ -55,6 +58,7 @@ ADVICE = {
     "labels": "prepare it with label columns or take retrieval",
     "boxes": "take one whose sentences have boxes, such as phantoms",
     "masks": "take one with masks.parquet, such as phantoms prepared anew",
+    "training boxes": "take one with boxes in its train, val and judged split, such as phantoms",
     "training reports": "prepare it with train and val patients, and judge another split than train",
 }
 
@@ -156,14 +160,16 @@ def judge(
 
 
 def find_offers(data_dir: Path, card: dict[str, Any], split: str) -> set[str]:
-    """What a data set has of that which some tasks need: labels, boxes, masks, reports to train on."""
+    """What a data set has of that which some tasks need: labels, boxes, masks, reports and boxes to train on."""
     offers = {"labels"} if card["labels"] else set()
     offers |= {"masks"} if has_masks(data_dir) else set()
     offers |= {"training reports"} if split != "train" and {"train", "val"} <= set(list_splits(data_dir)) else set()
     manifest = data_dir / "manifest.parquet"
     if manifest.is_file():
-        boxes = pq.read_table(manifest, columns=["boxes"], filters=[("split", "==", split)])["boxes"]
-        offers |= {"boxes"} if any(cell != "[]" for cell in boxes.to_pylist()) else set()
+        rows = pq.read_table(manifest, columns=["split", "boxes"])
+        boxed = {name for name, boxes in zip(*(rows[key].to_pylist() for key in ("split", "boxes"))) if boxes != "[]"}
+        offers |= {"boxes"} if split in boxed else set()
+        offers |= {"training boxes"} if {"train", "val", split} <= boxed else set()
     return offers
 
 

@@ -145,6 +145,23 @@ def _build_segmentation(result: TaskResult) -> Table:
     return table
 
 
+def _build_detection(result: TaskResult) -> Table:
+    heads = ("finding", "boxes", "AP .5:.95", "95 %", "AP .4:.75", "95 %", "AP .5", "empty images")
+    table = _build_table(f"detection: {result.num_samples} images", heads)
+    rows = [("mean", "mean_{}", "", "")]
+    rows += [
+        (name, f"{{}}.{name}", str(found["boxes"]), str(found["empty"]))
+        for name, found in result.protocol["findings"].items()
+    ]
+    for name, form, boxes, empty in rows:
+        coco, field, half = (result.metrics[form.format(kind)] for kind in ("ap", "ap_40_75", "ap_50"))
+        cells = [cell for metric in (coco, field) for cell in (f"{metric.value:.3f}", _show_interval(metric))]
+        table.add_row(
+            name, boxes, *cells, f"{half.value:.3f}", empty, style="" if boxes else "bold", end_section=not boxes
+        )
+    return table
+
+
 def _build_generation(result: TaskResult) -> Table:
     others = [name for name in result.protocol["other_scores"] if f"{name}.bleu_1" in result.metrics]
     heads = ("measure", "generated", "95 %", *(name.replace("_", " ") for name in others))
@@ -202,5 +219,6 @@ BUILDERS = {
     "pixel_probe": _build_classification,
     "grounding": _build_grounding,
     "segmentation": _build_segmentation,
+    "detection": _build_detection,
     "generation": _build_generation,
 }

@@ -14,9 +14,10 @@ from place.cli import main
 from place.compat import patch_torchvision
 from place.config import EvaluationConfig, UsageError
 from place.data.prepared import read_samples
-from place.evaluation import setr
+from place.evaluation import detector, setr
 from place.evaluation.foreign import find_kind, load_foreign
 from place.evaluation.frozen import wrap_run
+from place.evaluation.heads import Schedule
 from place.evaluation.suite import run_encoder_evaluation, run_evaluation
 from place.export import run_export
 from place.training.checkpoint import load_run
@@ -144,7 +145,8 @@ def test_our_export_is_judged_as_the_run_it_came_from(run_dir, data_dir, tmp_pat
 def test_a_foreign_encoder_is_judged_on_images_and_says_why_not_on_reports(
     timm_vit, data_dir, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(setr, "MAX_STEPS", 50)
+    monkeypatch.setattr(setr, "SCHEDULE", Schedule(max_steps=50))
+    monkeypatch.setattr(detector, "SCHEDULE", Schedule(max_steps=50))
     settings = ["evaluation.bootstrap=0", "evaluation.label_shares=[1.0]", "evaluation.batch_size=64"]
     words = ["evaluate", "--encoder", f"timm:{timm_vit[0]}", "--data", str(data_dir), "--output", str(tmp_path)]
     assert main([*words, *settings]) == 0
@@ -152,7 +154,7 @@ def test_a_foreign_encoder_is_judged_on_images_and_says_why_not_on_reports(
     for name in ("zero shot", "retrieval", "grounding", "generation"):
         assert f"{name}: not applicable, needs a report encoder" in shown
     written = {path.stem for path in tmp_path.glob("*.json")}
-    assert written >= {"classification", "pixel_probe", "segmentation"}
+    assert written >= {"classification", "pixel_probe", "segmentation", "detection"}
     assert written.isdisjoint({"zero_shot", "retrieval", "grounding", "generation"})
     tree = json.loads((tmp_path / "segmentation.json").read_text())
     assert tree["encoder"] == {"name": "timm:vit", "weights": load_foreign(str(timm_vit[0])).weights}

@@ -9,6 +9,7 @@ import torch
 from torchmetrics.functional.segmentation import dice_score, mean_iou
 
 from place.config import EvaluationConfig, UsageError
+from place.evaluation.heads import Schedule
 from place.evaluation.segmentation import (
     compute_overlaps,
     deal_folds,
@@ -120,7 +121,7 @@ def test_findings_without_masks_are_told(run_dir, data_dir):
 
 
 def test_cross_validation_judges_every_image_once_with_no_patient_on_two_sides(run_dir, data_dir, monkeypatch):
-    monkeypatch.setattr("place.evaluation.setr.MAX_STEPS", 150)
+    monkeypatch.setattr("place.evaluation.setr.SCHEDULE", Schedule(max_steps=150))
     found = run_segmentation(build_task(run_dir, data_dir, folds=3))
     assert found.num_samples == 80 + 40 + 41
     assert found.metrics["dice.effusion"].value > 0.5

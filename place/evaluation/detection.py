@@ -1,0 +1,126 @@
+"""Detection: what a small detector on the frozen encoder's patch tokens makes of the findings' true boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from place.config import UsageError
+from place.data.prepared import read_samples
+from place.data.transforms import read_image
+from place.evaluation.detection_metrics import COCO_IOUS, FIELD_IOUS, judge_boxes
+from place.evaluation.detection_picture import draw_boxes
+from place.evaluation.detector import SCHEDULE, BoxedSplit, Boxes, train_detector
+from place.evaluation.encoder import get_units, read_units, take
+from place.evaluation.localisation import move_box
+from place.evaluation.metrics import TaskResult
+from place.evaluation.task import Task
+
+MAX_TRAIN, MAX_VAL = 2000, 400
+
+
+class Read(NamedTuple):
+    """A split with its boxes, in pixels of the image that the encoder sees; sample_id and stored JPEG of each image."""
+
+    split: BoxedSplit
+    sample_ids: list[int]
+    jpegs: list[bytes]
+
+
+def run_detection(task: Task) -> TaskResult:
+    """Train the detector on the training split, stop it on the validation split, judge it.
+
+    Returns: `mean_ap` over COCO's thresholds, `mean_ap_40_75` over the field's, `mean_ap_50`, and each of a finding as
+        `ap.FINDING`.
+    Raises:
+        UsageError: no finding with a box in the training, the validation and the judged split.
+    Source: inferred (MGCA: frozen encoder, detector trained on top); pyramid, detector and intervals as their modules.
+    """
+    there = {split: list_boxed(task, split) for split in (task.train_split, task.val_split, task.split)}
+    names, left_out = choose_boxed(there, task.evaluation.findings)
+    train, val, test = (
+        _read_split(task, split, names, limit)
+        for split, limit in ((task.train_split, MAX_TRAIN), (task.val_split, MAX_VAL), (task.split, None))
+    )
+    detector, step = train_detector(
+        train.split,
+        val.split,
+        task.encoder.size_px,
+        len(names),
+        on_progress=lambda at: task.report("detector", at, SCHEDULE.max_steps),
+    )
+    guesses = detector.predict(test.split.tokens_BND)
+    unit_B = get_units(read_units(task.data_dir, task.split), test.sample_ids)
+    task.report("judge boxes", 0, 1)
+    metrics = judge_boxes(test.split.boxes, guesses, names, unit_B, task.evaluation.bootstrap)
+    if task.folder:
+        draw_boxes(test.jpegs, test.split.boxes, guesses, names, task.encoder.size_px, task.folder / "detection.png")
+    protocol = {
+        "score": f"FCOS on a simple feature pyramid over the frozen encoder's tokens, {task.encoder.size_px} px",
+        "trained_on": f"{len(train.jpegs)} images of '{task.train_split}', at most {MAX_TRAIN}, first by hash; "
+        f"stopped on '{task.val_split}' at step {step}",
+        "stopped": SCHEDULE.describe(),
+        "frame": "the centre square of the stored image; boxes are cut to it",
+        "ap": f"mean over intersection over union {COCO_IOUS[0]} to {COCO_IOUS[-1]}, as COCO",
+        "ap_40_75": f"mean over intersection over union {FIELD_IOUS[0]} to {FIELD_IOUS[-1]}, as the field has it",
+        "images_without_boxes": "judged: whatever is found there is a false alarm",
+        "interval": "95 % percentile bootstrap over patients",
+        "findings": _count(test.split.boxes, names),
+        "left_out": left_out,
+    }
+    return TaskResult("detection", metrics, protocol, len(test.jpegs))
+
+
+def list_boxed(task: Task, split: str) -> set[str]:
+    """Findings with a box in a split."""
+    return {box["finding"] for sample in read_samples(task.data_dir, split) for box in sample["boxes"]}
+
+
+def choose_boxed(there: dict[str, set[str]], wanted: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Findings that are judged, and why others are not: each needs a box in every split. Raises UsageError."""
+    asked = list(wanted) or sorted(set.union(*there.values()))
+    missing = {name: [split for split, found in there.items() if name not in found] for name in asked}
+    names = [name for name in asked if not missing[name]]
+    if not names:
+        counted = "; ".join(f"{split}: {', '.join(sorted(found)) or 'none'}" for split, found in there.items())
+        raise UsageError(f"detection: no finding asked for has boxes in every split; there are {counted}")
+    return names, {name: f"no box in split '{splits[0]}'" for name, splits in missing.items() if splits}
+
+
+def _read_split(task: Task, split: str, names: Sequence[str], limit: int | None) -> Read:
+    """The first `limit` studies by sample_id, which is a hash, with boxes or without."""
+    wanted = set(sorted(read_units(task.data_dir, split))[:limit])
+    tokens, boxes, ids, jpegs = [], [], [], []
+    chosen = (sample for sample in read_samples(task.data_dir, split) if sample["sample_id"] in wanted)
+    for samples in take(chosen, task.evaluation.batch_size):
+        tokens.append(task.encoder.encode_patches([sample["image"] for sample in samples]))
+        boxes += [fit_boxes(sample, names, task.encoder.size_px) for sample in samples]
+        ids += [sample["sample_id"] for sample in samples]
+        jpegs += [sample["image"] for sample in samples]
+        task.report(f"read {split} boxes", len(ids), len(wanted))
+    return Read(BoxedSplit(torch.cat(tokens), boxes), ids, jpegs)
+
+
+def fit_boxes(sample: dict[str, Any], names: Sequence[str], size_px: int) -> Boxes:
+    """Boxes of an image as the model sees it: cut to the centre square and scaled; of `names` only."""
+    shape = read_image(sample["image"]).shape if sample["boxes"] else (size_px, size_px)
+    scale = size_px / min(shape)
+    rows, findings = [], []
+    for box in sample["boxes"]:
+        seen = move_box(box["box_xyxy"], shape) if box["finding"] in names else None
+        if seen:
+            rows.append([value * scale for value in seen])
+            findings.append(names.index(box["finding"]))
+    return Boxes(torch.tensor(rows, dtype=torch.float32).reshape(-1, 4), torch.tensor(findings, dtype=torch.int64))
+
+
+def _count(boxes: Sequence[Boxes], names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Boxes of each finding, images with one, and images without."""
+    counts = np.array([np.bincount(truth.finding_P.numpy(), minlength=len(names)) for truth in boxes])
+    return {
+        name: {"boxes": int(own_B.sum()), "images": int((own_B > 0).sum()), "empty": int((own_B == 0).sum())}
+        for name, own_B in zip(names, counts.T, strict=True)
+    }

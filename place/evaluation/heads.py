@@ -1,0 +1,77 @@
+"""Training of a small head on a frozen encoder's tokens: stopped on the validation split, the best weights kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Head = TypeVar("Head", bound=nn.Module)
+
+
+class Schedule(NamedTuple):
+    """At most `max_steps` of `batch_size`, a look at validation `every` so many, an end after `patience` in vain."""
+
+    max_steps: int = 600
+    every: int = 50
+    patience: int = 4
+    batch_size: int = 32
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+
+    def describe(self) -> str:
+        """When training stops, in words."""
+        return (
+            f"at the least validation loss of at most {self.max_steps} steps, patience of {self.patience} validations"
+        )
+
+
+def build_seeded(build: Callable[[], Head], seed: int) -> Head:
+    """Build a head from weights that depend on the seed alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build()
+
+
+def train_on_tokens(
+    head: Head,
+    compute_loss: Callable[[Tensor], Tensor],
+    compute_val_loss: Callable[[], float],
+    num_images: int,
+    schedule: Schedule,
+    seed: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> tuple[Head, int]:
+    """Train a head by AdamW on random images.
+
+    Args:
+        compute_loss: of the images (rows, int64) of a batch.
+        compute_val_loss: of the whole validation split; called in eval mode, without gradients.
+    Returns:
+        The head in eval mode, and the step that its weights are of.
+    """
+    rng = np.random.default_rng(seed)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay)
+    best, best_step, kept = math.inf, 0, head.state_dict()
+    for step in range(1, schedule.max_steps + 1):
+        head.train()
+        loss = compute_loss(torch.from_numpy(rng.integers(num_images, size=min(schedule.batch_size, num_images))))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % schedule.every == 0:
+            head.eval()
+            with torch.no_grad():
+                val_loss = compute_val_loss()
+            if val_loss < best:
+                best, best_step, kept = val_loss, step, {k: v.clone() for k, v in head.state_dict().items()}
+            if on_progress:
+                on_progress(step)
+            if step - best_step >= schedule.patience * schedule.every:
+                break
+    head.load_state_dict(kept)
+    return head.eval(), best_step
