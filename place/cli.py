@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_data(verbs.add_parser("data", help="look at, check or measure prepared data"))
     _add_runs(verbs.add_parser("runs", help="stop a run at its next step"))
     _add_plan(verbs.add_parser("plan", help="memory, steps, time and traffic of a run before it costs anything"))
+    _add_scale(verbs.add_parser("scale", help="measure a run at several sizes, and predict larger ones"))
     _add_doctor(verbs.add_parser("doctor", help="check this machine or cluster before the first run"))
     return parser
 
@@ -139,6 +140,11 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("stop",))
     parser.add_argument("run", help="run folder")
+
+
+def _add_scale(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="YAML file of the ladder; see configs/scale/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the base of every rung")
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -453,6 +459,21 @@ def plan(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def scale(arguments: argparse.Namespace) -> int:
+    """`place scale`: a ladder of rungs; 1 when one of them failed."""
+    from place.cluster.scaling import list_faults, load_scale, run_ladder
+    from place.cluster.scaling_page import write_results
+    from place.screen import print_scaling
+
+    path = Path(arguments.config)
+    asked = load_scale(path, arguments.overrides)
+    results = run_ladder(asked, path.parent / asked.base, partial(print, flush=True))
+    page = write_results(Path(asked.folder), f"Scaling of {path.stem}", results)
+    print_scaling(results, list(list_faults(results["rows"])))
+    print(f"{page}: the same with plots; scaling.csv and scaling.json beside it")
+    return FAILED if any(row["status"] != "ok" for row in results["rows"]) else DONE
+
+
 def doctor(arguments: argparse.Namespace) -> int:
     """`place doctor`: one line a finding; 1 when anything failed."""
     from place.cluster.doctor.findings import exit_code
@@ -478,6 +499,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "runs": runs,
     "doctor": doctor,
     "plan": plan,
+    "scale": scale,
 }
 
 if __name__ == "__main__":

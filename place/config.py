@@ -34,6 +34,10 @@ class RunConfig(Section):
     """Optimiser steps between two lines of metrics.jsonl."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
+    time_phases: bool = False
+    """Write into metrics.jsonl where the time of a step goes, and what its hosts sent (`place scale` does)."""
+    probe: Literal["none", "synthetic", "loader"] = "none"
+    """What is left out to find a limit: `synthetic` trains on one batch again and again, `loader` only reads."""
 
 
 class AugmentConfig(Section):

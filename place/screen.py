@@ -147,11 +147,12 @@ class RunScreen:
             where = "before the first checkpoint" if step is None else f"at step {step}, checkpoint saved"
             self.console.print(f"stopped {where}; the same command goes on from there")
             return
-        first, last = read_epoch_means(self.run_dir)
-        self.console.print(
-            f"total train loss {first['total']:.3f} (epoch {first['epoch'] + 1}) -> "
-            f"{last['total']:.3f} (epoch {last['epoch'] + 1})"
-        )
+        if self.config.run.probe != "loader":
+            first, last = read_epoch_means(self.run_dir)
+            self.console.print(
+                f"total train loss {first['total']:.3f} (epoch {first['epoch'] + 1}) -> "
+                f"{last['total']:.3f} (epoch {last['epoch'] + 1})"
+            )
         self.console.print(f"run folder: {self.run_dir}")
 
     def _print_plan(self) -> None:
@@ -257,6 +258,37 @@ def print_forecast(forecast: dict[str, Any]) -> None:
     console.print(f"assumed: {'; '.join(forecast['assumed'])}")
 
 
+def print_scaling(results: dict[str, Any], faults: list[str]) -> None:
+    """What `place scale` measured: a line a row, the model against what was held out, and what a reader must know."""
+    console = build_console()
+    names = ("rung", "what", "pairs/s", "p5 to p95", "efficiency", "step ms", "exposed ms", "start s")
+    table = Table(*(Column(n, justify="left" if n in ("rung", "what") else "right") for n in names), box=None)
+    for row in (row for row in results["rows"] if row["status"] == "ok"):
+        rates, exposed = row["pairs_per_s"], row["exposed_s"]
+        table.add_row(
+            row["rung"],
+            row["probe"],
+            f"{rates['median']:,.1f}",
+            f"{rates['p5']:,.1f} to {rates['p95']:,.1f}",
+            f"{row['efficiency']:.0%}" if "efficiency" in row else "-",
+            f"{1000 * row['step_s']:,.1f}",
+            "-" if exposed is None else f"{1000 * exposed:,.1f}",
+            f"{row['start_s']:.1f}",
+        )
+    console.print(table)
+    for row in (row for row in results["model"].get("rungs", []) if row["hold_out"]):
+        measured, (says, low, high) = row["measured"]["exposed"], row["predicted"]["exposed"]
+        console.print(
+            f"held out, {row['rung']}: exposed communication {1000 * measured:,.1f} ms, predicted {1000 * says:,.1f} "
+            f"({1000 * low:,.1f} to {1000 * high:,.1f}), off by {abs(says / measured - 1):.1%}",
+            highlight=False,
+        )
+    if "why_not" in results["model"]:
+        console.print(f"no model of scaling: {results['model']['why_not']}", highlight=False)
+    for line in faults:
+        console.print(line, style="yellow", highlight=False, soft_wrap=True)
+
+
 def _name_setting(row: dict[str, Any]) -> str:
     engine = "torch" if row["stage"] is None else f"ZeRO-{row['stage']}"
     recompute = ", recompute" if row["recompute"] else ""
@@ -286,6 +318,8 @@ def _format_source(source: str) -> str:
 
 
 def _format_metrics(record: dict[str, Any]) -> str:
+    if "samples_per_s" in record and "total" not in record:
+        return f"{record['samples_per_s']:,.0f} pairs/s read, nothing is trained (run.probe=loader)"
     if "val_total" in record:
         return (
             "validation loss {val_total:.3f} = ITA {val_instance:.3f}, PCMA {val_pathology:.3f}, "

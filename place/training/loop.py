@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from itertools import islice
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from place.batch import Losses
+from place.batch import Batch, Losses
 from place.config import Config, RunError
 from place.data.loader import PairLoader
 from place.data.mixture import read_fingerprint
@@ -21,6 +23,7 @@ from place.runlog import RunLog
 from place.training.engine import Engine
 from place.training.gradcache import Objective, backward_contrast
 from place.training.meter import Meter
+from place.training.phases import Phases
 from place.training.plan import RunPlan
 from place.training.saver import Saver
 from place.training.stop import is_asked
@@ -54,21 +57,46 @@ def train(
         RunError: the loss is not finite (names the last good checkpoint), a shard is damaged, or a checkpoint could
             not be written.
     """
+    phases = Phases(engine.device) if config.run.time_phases else None
+    with phases.watch_collectives() if phases else nullcontext():
+        return _train(config, plan, engine, loader, val_loader, objective, log, watchdog, progress, phases)
+
+
+def _train(
+    config: Config,
+    plan: RunPlan,
+    engine: Engine,
+    loader: PairLoader,
+    val_loader: PairLoader | None,
+    objective: Objective,
+    log: RunLog | None,
+    watchdog: Watchdog,
+    progress: Progress,
+    phases: Phases | None,
+) -> str:
     run_dir, world = Path(config.run.dir), read_world()
     saver = Saver(run_dir, engine, config.train.keep_checkpoints, config.cluster.timeout_s)
-    meter = Meter(log, plan, engine.device, saver)
+    meter = Meter(log, plan, engine.device, saver, phases)
     timed = meter.time_arrivals(objective)
     stopping = False
     batches = loader.read_steps(progress["step"], plan.total_steps, plan.steps_per_epoch, world.world)
+    if config.run.probe == "synthetic":
+        batches = itertools.repeat(next(batches))
+    elif config.run.probe == "loader":
+        return _read_only(plan, batches, meter, watchdog, config.run.log_every_steps)
     while progress["step"] < plan.total_steps and not stopping:
         epoch, first_step = divmod(progress["step"], plan.steps_per_epoch)
         last_step = min(plan.steps_per_epoch, plan.total_steps - epoch * plan.steps_per_epoch)
-        for batch in meter.time_waits(islice(batches, last_step - first_step)):
+        for batch in meter.time_waits(itertools.islice(batches, last_step - first_step)):
             watchdog.feed()
             seed_step(config.run.seed, progress["step"], world.rank)
-            losses, scales = backward_contrast(engine, batch.to(engine.device), plan.accumulation, timed)
+            batch = batch.to(engine.device)
+            meter.mark("copy")
+            losses, scales = backward_contrast(engine, batch, plan.accumulation, timed)
+            meter.mark("backward")
             lr = plan.compute_lr(progress["step"], config.optim.min_lr_ratio)
             grad_norm = engine.step(lr)
+            meter.mark("optimiser")
             saver.check()
             progress["step"] += 1
             step = progress["step"]
@@ -81,7 +109,9 @@ def train(
                 values = mean_over_ranks(torch.stack([losses.total.detach(), grad_norm.to(losses.total)])).tolist()
                 _check_finite({"loss": values[0], "gradient norm": values[1]}, step, run_dir, saver)
             if (stopping or is_due) and not ends_epoch:
+                meter.mark("other")
                 saver.save({**progress, **describe_lineage(config, plan), "world": plan.world})
+                meter.mark("checkpoint")
             if stopping and not ends_epoch:
                 saver.wait()
                 return "stopped"
@@ -97,6 +127,16 @@ def train(
         meter.restart()
     saver.wait()
     return "done" if progress["step"] == plan.total_steps else "stopped"
+
+
+def _read_only(plan: RunPlan, batches: Iterator[Batch], meter: Meter, watchdog: Watchdog, every: int) -> str:
+    """Read every batch and train nothing: the rate at which data come."""
+    for step, _ in enumerate(meter.time_waits(batches), start=1):
+        watchdog.feed()
+        meter.steps += 1
+        if step % every == 0:
+            meter.write_rate(step, (step - 1) // plan.steps_per_epoch)
+    return "done"
 
 
 def evaluate_loss(

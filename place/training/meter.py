@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from place.batch import Batch, Losses, Outputs
-from place.distributed import gather, gather_objects, mean_over_ranks
+from place.distributed import gather, gather_objects, mean_over_ranks, read_node
 from place.runlog import RunLog
 from place.training.gradcache import Objective
+from place.training.phases import PHASES, Phases
 from place.training.plan import RunPlan
 from place.training.saver import Saver
 
@@ -31,8 +32,12 @@ class Meter:
     features are there, where it first waits for the others (at ZeRO stage 3 it waits earlier, and lags blur).
     """
 
-    def __init__(self, log: RunLog | None, plan: RunPlan, device: torch.device, saver: Saver):
-        self.log, self.plan, self.device, self.saver = log, plan, device, saver
+    def __init__(
+        self, log: RunLog | None, plan: RunPlan, device: torch.device, saver: Saver, phases: Phases | None = None
+    ):
+        self.log, self.plan, self.device, self.saver, self.phases = log, plan, device, saver, phases
+        self.node = read_node() if phases else None
+        self.sent_bytes = _count_sent_bytes()
         self.samples: list[tuple[int, int, Tensor]] = []
         self.hosts = [record["host"] for record in gather_objects({"host": socket.gethostname()})]
         self.restart()
@@ -46,9 +51,11 @@ class Meter:
     def time_waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; counts the time that the loop waited for them."""
         while True:
+            self.mark("other")
             asked = time.perf_counter()
             batch = next(batches, None)
             self.waited_s += time.perf_counter() - asked
+            self.mark("wait")
             if batch is None:
                 return
             self._got = self._mark()
@@ -59,9 +66,25 @@ class Meter:
 
         def timed(outputs: Outputs, batch: Batch) -> Losses:
             self._spans.append((self._got, self._mark()))
-            return objective(outputs, batch)
+            self.mark("forward")
+            losses = objective(outputs, batch)
+            self.mark("loss")
+            return losses
 
         return timed
+
+    def write_rate(self, step: int, epoch: int) -> None:
+        """Write how fast batches came to all ranks since the last line, where nothing else is done with them."""
+        elapsed_s = mean_over_ranks(torch.tensor([time.perf_counter() - self.began], device=self.device)).item()
+        if self.log is not None:
+            rate = round(self.steps * self.plan.global_batch / elapsed_s, 2)
+            self.log.write_metrics(step, {"epoch": epoch, "samples_per_s": rate})
+        self.restart()
+
+    def mark(self, phase: str) -> None:
+        """The end of a phase of the step, where phases are timed."""
+        if self.phases:
+            self.phases.mark(phase)
 
     def count(self, step: int, epoch: int, batch: Batch) -> None:
         """Note a finished step and which samples it saw."""
@@ -71,6 +94,7 @@ class Meter:
     def write(self, step: int, epoch: int, losses: Losses, scales: Tensor, lr: float, grad_norm: Tensor) -> None:
         """Write a line of metrics.jsonl and the samples since the last one."""
         means = mean_over_ranks(torch.stack(losses).detach()).tolist()
+        phases = self._describe_phases()
         own_s = gather(torch.tensor([self._read_own_s()], device=self.device)).tolist()
         elapsed_s = time.perf_counter() - self.began
         if self.log is not None:
@@ -89,10 +113,27 @@ class Meter:
                 "memory_mib": _read_memory_mib(self.device),
                 **describe_lag(own_s, elapsed_s / self.steps, self.hosts),
                 **self.saver.take_times(),
+                **phases,
             }
             self.log.write_metrics(step, values)
         self.samples.clear()
         self.restart()
+
+    def _describe_phases(self) -> dict[str, Any]:
+        """Mean seconds a step of each phase, over ranks, and MiB a step that all hosts sent."""
+        if self.phases is None or self.node is None:
+            return {}
+        self.mark("other")
+        own, before = self.phases.take(), self.sent_bytes
+        self.sent_bytes = _count_sent_bytes()
+        sent = float(self.sent_bytes - before) if self.node.is_first else 0.0
+        values = torch.tensor([[own.get(name, 0.0) for name in PHASES] + [sent]], dtype=torch.float64)
+        values = gather(values.to(self.device)).cpu() / max(1, self.steps)
+        means = values.mean(0).tolist()
+        return {
+            "phase_s": {name: round(value, 6) for name, value in zip(PHASES, means) if value},
+            "sent_mib": round(float(values[:, -1].sum()) / 2**20, 3),
+        }
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":
@@ -127,6 +168,11 @@ def describe_lag(own_s: list[float], step_s: float, hosts: list[str]) -> dict[st
     lag_s = own_s[rank] - statistics.median_low(own_s)
     is_large = lag_s > max(STRAGGLER_S, STRAGGLER_SHARE * step_s)
     return {"lag_s": round(lag_s, 4), **({"straggler": f"rank {rank} on {hosts[rank]}"} if is_large else {})}
+
+
+def _count_sent_bytes() -> int:
+    """What this host's network cards sent so far."""
+    return sum(card.bytes_sent for name, card in psutil.net_io_counters(pernic=True).items() if name != "lo")
 
 
 def _read_memory_mib(device: torch.device) -> int:

@@ -1,0 +1,418 @@
+"""`place scale`: one run at several sizes, what its limits are, and what that says of larger ones.
+
+Every rung is a `place pretrain` of its own, on the Ray cluster at RAY_ADDRESS or as a Slurm job. A rung that fails is a
+row with its reason; a ladder that was stopped goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from place.cluster.budget import compute_flops, compute_traffic
+from place.cluster.scaling_model import Network, build_point, compute_rounds, fit_resampled, predict_interval
+from pydantic import Field, ValidationError
+
+from place.config import Config, RunError, Section, UsageError, build_config, dump_config, read_tree
+from place.runlog import read_jsonl
+from place.training.footprint import Footprint, measure_footprint
+from place.training.plan import build_plan
+from place.training.pretrain import read_commit
+
+PROBES = {
+    "synthetic": "one batch again and again: the ceiling of compute and network",
+    "loader": "reading only: the ceiling of the input",
+    "alone": "one worker with its share of the batch: no communication",
+}
+SLURM_SCRIPT = Path(__file__).parent.parent / "slurm" / "pretrain.sh"
+
+
+class RungConfig(Section):
+    workers: int = Field(ge=1)
+    """Training workers, one a GPU where there are any."""
+    nodes: int | None = Field(None, ge=1)
+    """Nodes of the Slurm job; none takes one a worker."""
+    name: str | None = None
+    """Name of the row; none takes the workers and what differs."""
+    config: tuple[str, ...] = ()
+    """`section.key=value` laid over the base, such as engine.zero_stage=3."""
+    network: Network | None = None
+    """Network of this rung where it is not that of the ladder."""
+    hold_out: bool = False
+    """Measured, and predicted from the other rungs without being fitted."""
+
+
+class ScaleConfig(Section):
+    """A ladder."""
+
+    base: str
+    """YAML file of the run that every rung starts from, relative to this file."""
+    folder: str
+    """Where runs, rows, plots and the page go."""
+    scaling: Literal["strong", "weak"] = "strong"
+    """`strong`: every rung has the base's global batch; `weak`: the base's batch is that of one worker."""
+    steps: int = Field(40, ge=4)
+    """Optimiser steps of a rung."""
+    warmup_steps: int = Field(10, ge=1)
+    """Steps at its start that are not counted."""
+    repeats: int = Field(1, ge=1)
+    """Runs of each rung; steps of all are pooled."""
+    probes: tuple[Literal["synthetic", "loader", "alone"], ...] = ("synthetic", "loader", "alone")
+    """Rows beside the full run of each rung."""
+    launcher: Literal["ray", "slurm"] = "ray"
+    """`slurm` submits each rung by slurm/pretrain.sh and waits for it; PLACE_SBATCH holds more words for sbatch."""
+    timeout_s: float = Field(3600, gt=0)
+    """Longest run of a rung, in seconds."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Dense peak of one worker's device in the precision of the run; none leaves out MFU."""
+    network: Network | None = None
+    """Network between the nodes, for the model of scaling."""
+    rungs: tuple[RungConfig, ...] = Field(min_length=1)
+    """What is measured, in this order."""
+    overrides: tuple[str, ...] = ()
+    """`section.key=value` laid over the base of every rung; the command line's."""
+    predict: tuple[Network, ...] = ()
+    """Networks that larger sizes are predicted on."""
+    predict_workers: tuple[int, ...] = (8, 64, 256, 1024)
+    """Sizes that are predicted."""
+
+
+Steps = dict[str, list[dict[str, float]]]
+"""For each rung the phases of its steps, in seconds."""
+
+
+class Job(NamedTuple):
+    """One run: its rung, what is left out in it, which repeat it is, its folder and its resolved configuration."""
+
+    rung: RungConfig
+    name: str
+    probe: str
+    repeat: int
+    folder: Path
+    config: Config
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing is left out."""
+        return self.probe == "full"
+
+
+def load_scale(path: Path, overrides: Sequence[str] = ()) -> ScaleConfig:
+    """Read and check a ladder; `section.key=value` is laid over every rung. Raises UsageError, in one line."""
+    try:
+        scale = ScaleConfig.model_validate(read_tree(path) | {"overrides": tuple(overrides)})
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise UsageError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}") from None
+    if scale.warmup_steps >= scale.steps - 2:
+        raise UsageError(f"{path}: steps={scale.steps} leaves too little after warmup_steps={scale.warmup_steps}")
+    names = [name_rung(rung) for rung in scale.rungs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise UsageError(f"{path}: two rungs are called '{twice}'; give them a name")
+    return scale
+
+
+def name_rung(rung: RungConfig) -> str:
+    """What a rung is called."""
+    return rung.name or " ".join([f"{rung.workers} workers" if rung.workers > 1 else "1 worker", *rung.config])
+
+
+def plan_jobs(scale: ScaleConfig, base: Path) -> list[Job]:
+    """All runs in their order. Raises UsageError where a rung's configuration is not possible."""
+    return [
+        _plan_job(scale, base, rung, probe, repeat)
+        for rung in scale.rungs
+        for probe in ("full", *scale.probes)
+        for repeat in range(scale.repeats if probe == "full" else 1)
+    ]
+
+
+def _plan_job(scale: ScaleConfig, base: Path, rung: RungConfig, probe: str, repeat: int) -> Job:
+    name = name_rung(rung)
+    slug = "".join(char if char.isalnum() else "_" for char in name)
+    folder = Path(scale.folder) / slug / (probe if probe != "full" else f"full{repeat}")
+    ladder = build_config(base, [*scale.overrides, *rung.config])
+    pairs = ladder.train.global_batch * (rung.workers if scale.scaling == "weak" else 1)
+    workers = rung.workers
+    if probe == "alone":
+        if pairs % workers:
+            raise UsageError(f"{name}: a global batch of {pairs} does not divide over {workers} workers")
+        pairs, workers = pairs // workers, 1
+    own = [
+        f"run.dir={folder / 'run'}",
+        f"cluster.num_workers={workers}",
+        f"train.global_batch={pairs}",
+        f"train.max_steps={scale.steps}",
+        f"train.checkpoint_every_steps={scale.steps}",
+        "run.log_every_steps=1",
+        "run.time_phases=true",
+        "run.tensorboard=false",
+        "data.val_split=none",
+        # A rung that lost a worker measured something else.
+        "cluster.max_failures=0",
+        "cluster.rejoin_timeout_s=0",
+    ]
+    own += [f"run.probe={probe}"] if probe in ("synthetic", "loader") else []
+    return Job(rung, name, probe, repeat, folder, build_config(base, [*scale.overrides, *rung.config, *own]))
+
+
+def run_ladder(scale: ScaleConfig, base: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Run what is missing, one run at a time.
+
+    Returns: `rows`, one for each rung and probe, as `build_rows`; `model`, as `build_predictions`; and what was asked.
+    """
+    jobs = plan_jobs(scale, base)
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for number, job in enumerate(jobs, start=1):
+        record = run_job(job, scale)
+        found.setdefault((job.name, job.probe), []).append(record)
+        rate = f"{np.median(record['samples_per_s']):,.1f} pairs/s" if record["samples_per_s"] else record["reason"]
+        say(f"{number}/{len(jobs)}  {job.name}, {job.probe}: {rate}")
+    rows = build_rows(scale, jobs, found)
+    steps = {
+        name: [phase for record in records if not record["reason"] for phase in record["phase_s"]]
+        for (name, probe), records in found.items()
+        if probe == "full"
+    }
+    return {
+        "scaling": scale.scaling,
+        "flop_rule": "model FLOPs of a step: 3 x forward (torch.utils.flop_counter), recomputation and losses with it",
+        "commit": read_commit(),
+        "rows": rows,
+        "model": build_predictions(scale, base, rows, steps),
+    }
+
+
+def run_job(job: Job, scale: ScaleConfig) -> dict[str, Any]:
+    """Run one run, or read what an earlier call measured; one that failed before is tried again.
+
+    Returns: `reason` (empty where it went well) and, step by step behind the warm-up, `samples_per_s`, `step_s`,
+        `phase_s`, `lag_s`, `sent_mib`, `loss`; `memory_mib`, `start_s`.
+    """
+    key = hashlib.sha256(f"{dump_config(job.config)}{scale.steps}{scale.warmup_steps}".encode()).hexdigest()
+    path = job.folder / "measured.json"
+    if path.is_file() and (known := json.loads(path.read_text()))["key"] == key and not known["reason"]:
+        return known
+    run = job.folder / "run"
+    if run.exists():
+        # What a run left that was cut off would be taken for a part of this one.
+        run.rename(job.folder / f"run-{int(time.time())}")
+    job.folder.mkdir(parents=True, exist_ok=True)
+    config = job.folder / "config.yaml"
+    config.write_text(dump_config(job.config))
+    began, reason = time.time(), ""
+    try:
+        _call(build_command(job, scale, config), job.folder / "log", scale.timeout_s)
+    except RunError as error:
+        reason = str(error)
+    record = {"key": key, "reason": reason, **read_steps(run, scale, job.config, began)}
+    if not reason and not record["samples_per_s"]:
+        record["reason"] = f"no step behind the warm-up was logged ({job.folder / 'log'})"
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record))
+    part.replace(path)
+    return record
+
+
+def build_command(job: Job, scale: ScaleConfig, config: Path) -> list[str]:
+    """What starts a run and waits for its end."""
+    if scale.launcher == "slurm":
+        nodes = 1 if job.probe == "alone" else job.rung.nodes or job.rung.workers
+        extra = shlex.split(os.environ.get("PLACE_SBATCH", ""))
+        return ["sbatch", "--wait", f"--nodes={nodes}", "--no-requeue", *extra, str(SLURM_SCRIPT), str(config)]
+    return [sys.executable, "-m", "place", "pretrain", "--config", str(config)]
+
+
+def _call(command: list[str], log: Path, timeout_s: float) -> None:
+    """Run a command to its end. Raises RunError with its last line."""
+    try:
+        with log.open("w") as out:
+            code = subprocess.run(
+                command, stdout=out, stderr=subprocess.STDOUT, timeout=timeout_s, check=False
+            ).returncode
+    except subprocess.TimeoutExpired:
+        raise RunError(f"not done after {timeout_s:g} s ({log})") from None
+    except FileNotFoundError:
+        raise UsageError(f"{command[0]} is not installed here; take launcher=ray, or start on a login node") from None
+    if code:
+        lines = [line for line in log.read_text().splitlines() if line.strip()]
+        raise RunError(f"ended with {code}: {lines[-1] if lines else 'no output'} ({log})")
+
+
+def read_steps(run: Path, scale: ScaleConfig, config: Config, began: float) -> dict[str, Any]:
+    """What a run wrote of its steps, those of the warm-up left out."""
+    records = [record for record in read_jsonl(run / "metrics.jsonl") if "samples_per_s" in record]
+    pairs = list(zip(records, records[1:]))[scale.warmup_steps - 1 :]
+    # From line to line: what writing the line takes is part of the step.
+    seconds = [max(after["time"] - before["time"], 1e-3) for before, after in pairs]
+    steps = [after for _, after in pairs]
+    return {
+        "samples_per_s": [config.train.global_batch / value for value in seconds],
+        "step_s": seconds,
+        "phase_s": [step.get("phase_s", {}) for step in steps],
+        "lag_s": [step["lag_s"] for step in steps if "lag_s" in step],
+        "sent_mib": [step["sent_mib"] for step in steps if "sent_mib" in step],
+        "loss": [record["total"] for record in records if "total" in record],
+        "memory_mib": max((step.get("memory_mib", 0) for step in steps), default=0),
+        "start_s": round(records[0]["time"] - began, 2) if records else None,
+    }
+
+
+def build_rows(
+    scale: ScaleConfig, jobs: list[Job], found: dict[tuple[str, str], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """A row for each rung and probe: rates, efficiency against the smallest rung, where a step goes, costs.
+
+    `pairs_per_s` median, p5, p95 over steps; `efficiency` of a worker against a worker of the smallest rung that went
+    well; `phase_s` means, `unexplained` the share of the step that they miss; `exposed_s` what is waited for in
+    collectives; `mfu` of the model's FLOPs (`flop_rule`). Source: ours.
+    """
+    rows, footprints = [], {}
+    for job in {(job.name, job.probe): job for job in jobs}.values():
+        records = found.get((job.name, job.probe), [])
+        good = [record for record in records if not record["reason"]]
+        row: dict[str, Any] = {
+            "rung": job.name,
+            "probe": job.probe,
+            "workers": job.rung.workers,
+            "global_batch": job.config.train.global_batch,
+            "hold_out": job.rung.hold_out,
+            "status": "ok" if good else "failed",
+            "reason": "; ".join(sorted({record["reason"] for record in records if record["reason"]})),
+            "mfu": None,
+        }
+        if good:
+            row |= _summarize(good, job.config.cluster.num_workers)
+            if job.probe != "loader":
+                engine = json.dumps(job.config.model.model_dump(mode="json")) + str(job.config.engine)
+                if engine not in footprints:
+                    footprints[engine] = measure_footprint(job.config)
+                row |= _describe_work(job, footprints[engine], row["step_s"], scale)
+        rows.append(row)
+    _add_efficiency(rows)
+    _add_curves(rows, found)
+    return rows
+
+
+def _summarize(records: list[dict[str, Any]], workers: int) -> dict[str, Any]:
+    rates = [rate for record in records for rate in record["samples_per_s"]]
+    step_s = float(np.mean([value for record in records for value in record["step_s"]]))
+    phases = [phase for record in records for phase in record["phase_s"] if phase]
+    names = {name: None for phase in phases for name in phase}
+    means = {name: float(np.mean([phase.get(name, 0.0) for phase in phases])) for name in names}
+    low, median, high = (float(value) for value in np.percentile(rates, [5, 50, 95]))
+    exposed = [phase.get("gather", 0.0) + phase.get("communication", 0.0) for phase in phases]
+    lags = [value for record in records for value in record["lag_s"]]
+    sent = [value for record in records for value in record["sent_mib"]]
+    return {
+        "runs": len(records),
+        "steps": len(rates),
+        "pairs_per_s": {"median": median, "p5": low, "p95": high},
+        "pairs_per_s_worker": median / workers,
+        "step_s": step_s,
+        "phase_s": means,
+        "unexplained": abs(1 - sum(means.values()) / step_s) if means else None,
+        "exposed_s": float(np.median(exposed)) if exposed else None,
+        "lag_s": float(np.median(lags)) if lags else None,
+        "sent_mib": float(np.mean(sent)) if sent else None,
+        "memory_mib": max(record["memory_mib"] for record in records) or None,
+        "start_s": float(np.median([record["start_s"] for record in records])),
+        "worker_hours_per_million": 1e6 * workers / median / 3600,
+    }
+
+
+def count_work(config: Config, footprint: Footprint, world: int, pairs: int) -> dict[str, float]:
+    """FLOPs of one of `world` workers in a step of `pairs`, and the bytes that it sends."""
+    config = config.model_copy(update={"train": config.train.model_copy(update={"global_batch": pairs})})
+    plan = build_plan(config, world, pairs, 0)
+    stage = config.engine.zero_stage if config.engine.kind == "deepspeed" else None
+    traffic = compute_traffic(footprint, plan, config, stage)
+    return {"flop_worker": compute_flops(footprint, plan, config) / world, "bytes_worker": sum(traffic.values())}
+
+
+def _describe_work(job: Job, footprint: Footprint, step_s: float, scale: ScaleConfig) -> dict[str, Any]:
+    config, world = job.config, job.config.cluster.num_workers
+    work = count_work(config, footprint, world, config.train.global_batch)
+    network = job.rung.network or scale.network
+    return {
+        **work,
+        "local_batch": config.train.global_batch // world,
+        "mfu": work["flop_worker"] / step_s / (scale.peak_tflops * 1e12) if scale.peak_tflops else None,
+        "rounds": compute_rounds(world, network.topology) if network else None,
+        "network": network.model_dump() if network else None,
+    }
+
+
+def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]], steps: Steps) -> dict[str, Any]:
+    """Fit the model to the full rungs that went well, and say what it gives for those held out and for larger sizes.
+
+    Args:
+        steps: the phases of the steps of each rung.
+    Returns: `factors`; `held_out`, measured beside predicted seconds; `sizes`, predicted; or only `why_not`.
+    """
+    full = [row for row in rows if row["probe"] == "full" and row["status"] == "ok" and row["network"]]
+    fitted = [row for row in full if not row["hold_out"]]
+    if not fitted:
+        return {"why_not": "no rung that went well has a network and is not held out"}
+    models = fit_resampled([build_point(row, steps[row["rung"]]) for row in fitted])
+    held_out = []
+    for row in full:
+        point = build_point(row, steps[row["rung"]])
+        says = predict_interval(models, point.flop_worker, point.bytes_worker, point.rounds, point.bandwidth)
+        compute, exposed, rest = np.median(point.seconds_S3, axis=0).tolist()
+        measured = {"compute": compute, "exposed": exposed, "rest": rest, "step": compute + exposed + rest}
+        held_out.append({"rung": row["rung"], "hold_out": row["hold_out"], "measured": measured, "predicted": says})
+    config = build_config(base, list(scale.overrides))
+    footprint, sizes = measure_footprint(config), []
+    for network in scale.predict:
+        for world in scale.predict_workers:
+            pairs = config.train.global_batch * (world if scale.scaling == "weak" else 1)
+            if pairs % world == 0:
+                work = count_work(config, footprint, world, pairs)
+                rounds, bandwidth = compute_rounds(world, network.topology), network.bandwidth_gbit * 1e9 / 8
+                says = predict_interval(models, work["flop_worker"], work["bytes_worker"], rounds, bandwidth)
+                sizes.append({"network": network.name, "workers": world, "global_batch": pairs, "predicted": says})
+    return {"factors": models[0]._asdict(), "rungs": held_out, "sizes": sizes}
+
+
+def _add_efficiency(rows: list[dict[str, Any]]) -> None:
+    for probe in ("full", "synthetic"):
+        own = [row for row in rows if row["probe"] == probe and row["status"] == "ok"]
+        if own:
+            base = min(own, key=lambda row: row["workers"])
+            for row in own:
+                row["efficiency"] = row["pairs_per_s_worker"] / base["pairs_per_s_worker"]
+
+
+def _add_curves(rows: list[dict[str, Any]], found: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
+    """For full runs of one global batch: how far their losses lie apart, at most, relative to the first of them."""
+    first: dict[int, np.ndarray] = {}
+    for row in rows:
+        if row["probe"] != "full" or row["status"] != "ok":
+            continue
+        losses = np.array(next(r for r in found[row["rung"], "full"] if not r["reason"])["loss"])
+        base = first.setdefault(row["global_batch"], losses)
+        size = min(len(base), len(losses))
+        row["loss_apart"] = float(np.max(np.abs(losses[:size] / base[:size] - 1)))
+
+
+def list_faults(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What a reader must know before the figures: rungs that failed, gaps in the breakdown, losses that differ."""
+    for row in rows:
+        where = f"{row['rung']}, {row['probe']}"
+        if row["status"] != "ok":
+            yield f"{where}: failed, {row['reason']}"
+        if row.get("unexplained") is not None and row["unexplained"] > 0.03:
+            yield f"{where}: the phases miss {row['unexplained']:.1%} of the step"
+        if row.get("loss_apart", 0.0) > 1e-2:
+            yield f"{where}: its losses are up to {row['loss_apart']:.2%} off those of the first rung with that batch"

@@ -1,0 +1,129 @@
+"""A model of a step's time, fitted to the rungs that were measured, and what it says of sizes that were not.
+
+    step = wait + compute + rest + communication
+    compute       c0 + c1 x FLOPs of a worker                        forward, loss, backward, optimiser
+    communication r x rounds + k x bytes of a worker / bandwidth     exposed: what is waited for in collectives
+    wait, rest    as measured, mean over the rungs                   data, copies, logging
+
+Rounds are the messages that follow each other in one collective: 2(N-1) on a ring, 2 log2 N on a tree. All factors are
+at least 0 (non-negative least squares), and each is fitted on the phases that it explains, not on the sum.
+Source: ours; rounds and bytes of a collective as Thakur et al. 2005 count them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field
+from scipy.optimize import nnls
+
+from place.config import Section
+
+COMPUTE = ("forward", "loss", "backward", "optimiser")
+COMMUNICATION = ("gather", "communication")
+RESAMPLES = 200
+
+
+class Network(Section):
+    """A network between nodes."""
+
+    name: str = "network"
+    """What it is called."""
+    bandwidth_gbit: float = Field(gt=0)
+    """Bandwidth of one worker in one direction, in Gbit/s."""
+    latency_us: float = Field(0.0, ge=0)
+    """Time of one message of no size, in microseconds."""
+    topology: Literal["ring", "tree"] = "ring"
+    """How a collective goes around."""
+
+
+class Point(NamedTuple):
+    """A rung as the model sees it: seconds of each step (steps, 3: compute, communication, rest), and its work."""
+
+    seconds_S3: np.ndarray
+    flop_worker: float
+    bytes_worker: float
+    rounds: float
+    bandwidth: float
+    """Bytes a second."""
+
+
+class Model(NamedTuple):
+    """Factors: c0, c1 (seconds, seconds a FLOP), r (seconds a round), k (1 where the wire is all there is), rest."""
+
+    start_s: float
+    per_flop_s: float
+    per_round_s: float
+    per_wire: float
+    rest_s: float
+
+    def predict(self, flop_worker: float, bytes_worker: float, rounds: float, bandwidth: float) -> dict[str, float]:
+        """Seconds of a step by term."""
+        compute = self.start_s + self.per_flop_s * flop_worker
+        exposed = self.per_round_s * rounds + self.per_wire * bytes_worker / bandwidth
+        return {"compute": compute, "exposed": exposed, "rest": self.rest_s, "step": compute + exposed + self.rest_s}
+
+
+def compute_rounds(world: int, topology: str) -> float:
+    """Messages that follow each other in an all-reduce of `world` workers."""
+    if world == 1:
+        return 0.0
+    return 2 * math.log2(world) if topology == "tree" else 2.0 * (world - 1)
+
+
+def build_point(row: dict[str, Any], phases: Sequence[dict[str, float]]) -> Point:
+    """A measured rung: its row, and the phases of its steps."""
+    known = (*COMPUTE, *COMMUNICATION)
+    parts = [
+        (
+            sum(phase.get(name, 0.0) for name in COMPUTE),
+            sum(phase.get(name, 0.0) for name in COMMUNICATION),
+            sum(value for name, value in phase.items() if name not in known),
+        )
+        for phase in phases
+    ]
+    bandwidth = row["network"]["bandwidth_gbit"] * 1e9 / 8
+    return Point(np.array(parts), row["flop_worker"], row["bytes_worker"], row["rounds"], bandwidth)
+
+
+def fit(points: Sequence[Point], rng: np.random.Generator | None = None) -> Model:
+    """Fit to the medians of the steps of each point; with `rng`, of steps that are drawn with replacement."""
+    seconds_P3 = np.stack([_compute_median(point.seconds_S3, rng) for point in points])
+    flops = np.array([point.flop_worker for point in points])
+    # Solved in units of the largest, for the numbers differ by a dozen orders.
+    start, per_flop = _solve([np.ones_like(flops), flops / flops.max()], seconds_P3[:, 0])
+    rounds = np.array([point.rounds for point in points])
+    wire = np.array([point.bytes_worker / point.bandwidth for point in points])
+    per_round, per_wire = _solve([rounds, wire], seconds_P3[:, 1])
+    return Model(start, per_flop / flops.max(), per_round, per_wire, float(np.mean(seconds_P3[:, 2])))
+
+
+def fit_resampled(points: Sequence[Point], count: int = RESAMPLES, seed: int = 0) -> list[Model]:
+    """The fit, and then fits to resampled steps, for intervals: of the noise of steps, not of the model's form."""
+    rng = np.random.default_rng(seed)
+    return [fit(points), *(fit(points, rng) for _ in range(count))]
+
+
+def predict_interval(
+    models: Sequence[Model], flop_worker: float, bytes_worker: float, rounds: float, bandwidth: float
+) -> dict[str, tuple[float, float, float]]:
+    """Of each term: value, and the 2.5 and 97.5 percentiles over the resamples."""
+    found = [model.predict(flop_worker, bytes_worker, rounds, bandwidth) for model in models]
+    intervals = {}
+    for name in found[0]:
+        low, high = np.percentile([one[name] for one in found[1:]] or [found[0][name]], [2.5, 97.5])
+        intervals[name] = (found[0][name], float(low), float(high))
+    return intervals
+
+
+def _compute_median(seconds_S3: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+    rows = rng.integers(len(seconds_S3), size=len(seconds_S3)) if rng else slice(None)
+    return np.median(seconds_S3[rows], axis=0)
+
+
+def _solve(columns: Sequence[np.ndarray], target: np.ndarray) -> tuple[float, float]:
+    first, second = nnls(np.stack(columns, axis=1), target)[0]
+    return float(first), float(second)

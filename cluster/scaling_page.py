@@ -1,0 +1,114 @@
+"""What `place scale` writes: scaling.json, scaling.csv, scaling.png, and a page that needs nothing else."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from place.cluster.scaling import PROBES, list_faults
+
+from place.data.page import embed, render_page
+from place.training.phases import PHASES
+
+COLUMNS = (
+    "rung", "probe", "status", "workers", "global_batch", "local_batch", "runs", "steps", "pairs_per_s", "p5", "p95",
+    "pairs_per_s_worker", "efficiency", "step_s", *(f"{name}_s" for name in PHASES), "unexplained", "exposed_s",
+    "lag_s", "sent_mib", "memory_mib", "mfu", "worker_hours_per_million", "start_s", "loss_apart", "hold_out", "reason",
+)  # fmt: skip
+COLOURS = {
+    "forward": "#3b6fb6", "loss": "#6b9fe0", "backward": "#24487a", "optimiser": "#8f6bb3", "gather": "#e0a43a",
+    "communication": "#b4443a", "wait": "#3f8f5f", "copy": "#8fc7a5", "checkpoint": "#7a6a58", "other": "#b9c2cc",
+}  # fmt: skip
+
+
+def write_results(folder: Path, title: str, results: dict[str, Any]) -> Path:
+    """Write all four files. Returns the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scaling.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "scaling.csv").write_text(build_csv(results["rows"]))
+    full = [row for row in results["rows"] if row["probe"] == "full" and row["status"] == "ok"]
+    pictures = []
+    if full:
+        (folder / "scaling.png").write_bytes(draw_scaling(results, "png"))
+        pictures.append(embed(draw_scaling(results, "svg"), "image/svg+xml"))
+    page = folder / "scaling.html"
+    page.write_text(
+        render_page(
+            "place.cluster",
+            "scaling.html",
+            title=title,
+            results=results,
+            probes=PROBES,
+            faults=list(list_faults(results["rows"])),
+            pictures=pictures,
+            phases=[name for name in PHASES if any(name in row.get("phase_s", {}) for row in full)],
+            full=full,
+            has_mfu=any(row["mfu"] for row in full),
+        )
+    )
+    return page
+
+
+def build_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """A line a row; empty where a figure does not apply."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows:
+        rates = row.get("pairs_per_s", {})
+        flat = {**row, "pairs_per_s": rates.get("median"), "p5": rates.get("p5"), "p95": rates.get("p95")}
+        flat |= {f"{name}_s": seconds for name, seconds in row.get("phase_s", {}).items()}
+        writer.writerow(["" if flat.get(name) is None else flat[name] for name in COLUMNS])
+    return out.getvalue()
+
+
+def draw_scaling(results: dict[str, Any], kind: str) -> bytes:
+    """Rates over workers with the ideal line and the ceilings, and where a step goes, as png or svg."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    full = [row for row in results["rows"] if row["probe"] == "full" and row["status"] == "ok"]
+    figure = Figure(figsize=(11, 4.3), dpi=110, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    rates, parts = figure.subplots(1, 2, width_ratios=(1, 1 + 0.12 * len(full)))
+    base = min(full, key=lambda row: row["workers"])
+    most = max(row["workers"] for row in full)
+    ideal = [0, most * base["pairs_per_s_worker"]]
+    rates.plot([0, most], ideal, color="0.6", linestyle="--", linewidth=1, label="ideal")
+    top = 1.15 * max(max(row["pairs_per_s"]["p95"] for row in full), ideal[1])
+    shown = {
+        "full": ("whole run", "#3b6fb6"),
+        "synthetic": ("one batch again", "#e0a43a"),
+        "loader": ("reading", "#3f8f5f"),
+    }
+    for probe, (label, colour) in shown.items():
+        own = [row for row in results["rows"] if row["probe"] == probe and row["status"] == "ok"]
+        if own:
+            label += "" if own[0]["pairs_per_s"]["median"] < top else " (above)"
+            x, y = [row["workers"] for row in own], [row["pairs_per_s"]["median"] for row in own]
+            low, high = ([abs(row["pairs_per_s"][p] - v) for row, v in zip(own, y)] for p in ("p5", "p95"))
+            rates.errorbar(x, y, yerr=[low, high], color=colour, marker="o", linestyle="none", capsize=3, label=label)
+    rates.set(xlabel="workers", ylabel="pairs a second", xlim=(0, most * 1.08), title="Rate: median, p5 to p95")
+    rates.set_ylim(0, top)
+    rates.xaxis.get_major_locator().set_params(integer=True)
+    rates.legend(frameon=False, fontsize=8)
+    bottoms = [0.0] * len(full)
+    for name in PHASES:
+        heights = [1000 * row["phase_s"].get(name, 0.0) for row in full]
+        if any(heights):
+            parts.bar(range(len(full)), heights, 0.6, bottoms, color=COLOURS[name], label=name)
+            bottoms = [low + height for low, height in zip(bottoms, heights)]
+    parts.set_xticks(range(len(full)), [row["rung"].replace(" ", "\n", 1) for row in full], fontsize=8)
+    parts.set(ylabel="ms a step", title="Where a step goes: mean over workers")
+    parts.set_xlim(-0.6, len(full) - 0.4)
+    parts.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), reverse=True)
+    for axis in (rates, parts):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.title.set_fontsize(10)
+    out = io.BytesIO()
+    figure.savefig(out, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return out.getvalue()

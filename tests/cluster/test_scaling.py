@@ -1,0 +1,177 @@
+"""`place scale`: real runs become rows, a failed rung is a row with its reason, the model finds what made the data."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from place.cluster import scaling
+from place.cluster.scaling import RungConfig, build_command, list_faults, load_scale, name_rung, plan_jobs, run_job
+from place.cluster.scaling_model import Point, compute_rounds, fit, fit_resampled, predict_interval
+
+from place.cli import main
+from place.config import UsageError
+
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "configs" / "scale" / "tiny.yaml")
+
+
+def write_ladder(folder: Path, **options: Any) -> Path:
+    ladder = {"base": TINY, "folder": str(folder / "out"), "steps": 6, "warmup_steps": 2, "probes": []}
+    path = folder / "ladder.yaml"
+    path.write_text(yaml.safe_dump(ladder | {"rungs": [{"workers": 1}]} | options))
+    return path
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> tuple[Path, list[str], int]:
+    """A ladder of one worker without Ray, with every probe, and a rung that cannot be."""
+    folder = tmp_path_factory.mktemp("scale")
+    rungs = [
+        {"workers": 1, "network": {"bandwidth_gbit": 1}},
+        {"workers": 1, "name": "wrong", "config": ["data.train_split=nowhere"]},
+    ]
+    ladder = write_ladder(folder, rungs=rungs, probes=["synthetic", "loader"])
+    words = [f"data.path={prepared}", "data.image_size_px=32", "cluster.launcher=local", "engine.kind=torch"]
+    words += ["train.global_batch=8", "cluster.num_workers=1"]
+    return folder / "out", ["scale", "--config", str(ladder), *words], main(["scale", "--config", str(ladder), *words])
+
+
+def test_rungs_become_rows_and_a_failed_one_has_its_reason(scaled: tuple[Path, list[str], int]) -> None:
+    folder, _, code = scaled
+    results = json.loads((folder / "scaling.json").read_text())
+    rows = {(row["rung"], row["probe"]): row for row in results["rows"]}
+    assert code == 1
+    assert {key for key, row in rows.items() if row["status"] == "ok"} == {
+        ("1 worker", probe) for probe in ("full", "synthetic", "loader")
+    }
+    assert "nowhere" in rows["wrong", "full"]["reason"]
+    full, loader = rows["1 worker", "full"], rows["1 worker", "loader"]
+    assert full["unexplained"] < 0.03
+    assert full["steps"] == 4
+    assert full["pairs_per_s"]["p5"] <= full["pairs_per_s"]["median"] <= full["pairs_per_s"]["p95"]
+    assert full["phase_s"]["forward"] > 0
+    assert loader["pairs_per_s"]["median"] > full["pairs_per_s"]["median"]
+    assert (full["efficiency"], full["loss_apart"]) == (1, 0)
+    assert results["model"]["factors"]["per_wire"] == 0
+    with (folder / "scaling.csv").open() as file:
+        assert [row["status"] for row in csv.DictReader(file)] == ["ok", "ok", "ok", "failed", "failed", "failed"]
+    page = (folder / "scaling.html").read_text()
+    assert page.count("<tr>") > 8
+    assert "data:image/svg+xml" in page
+    assert "nowhere" in page
+    assert (folder / "scaling.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_ladder_goes_on_with_what_is_missing(
+    scaled: tuple[Path, list[str], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, words, _ = scaled
+    before = (folder / "1_worker" / "full0" / "measured.json").stat().st_mtime_ns
+    called: list[list[str]] = []
+
+    def refuse(command: list[str], log: Path, timeout_s: float) -> None:
+        called.append(command)
+
+    monkeypatch.setattr(scaling, "_call", refuse)
+    assert main(words) == 1
+    assert {Path(command[-1]).parents[1].name for command in called} == {"wrong"}
+    assert (folder / "1_worker" / "full0" / "measured.json").stat().st_mtime_ns == before
+
+
+def test_strong_and_weak_scaling_share_out_the_batch(tmp_path: Path) -> None:
+    ladder = write_ladder(tmp_path, rungs=[{"workers": 3}], probes=["alone"])
+    for kind, whole, alone in (("strong", 24, 8), ("weak", 72, 24)):
+        scale = load_scale(ladder).model_copy(update={"scaling": kind})
+        jobs = {job.probe: job.config for job in plan_jobs(scale, Path(TINY))}
+        assert (jobs["full"].train.global_batch, jobs["full"].cluster.num_workers) == (whole, 3)
+        assert (jobs["alone"].train.global_batch, jobs["alone"].cluster.num_workers) == (alone, 1)
+
+
+def test_a_rung_by_slurm_is_a_job_that_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE_SBATCH", "--account=x --time=1:00:00")
+    scale = load_scale(
+        write_ladder(tmp_path, rungs=[{"workers": 16, "nodes": 2}], launcher="slurm"), ["train.epochs=3"]
+    )
+    scale = scale.model_copy(update={"scaling": "weak"})
+    command = build_command(plan_jobs(scale, Path(TINY))[0], scale, tmp_path / "c.yaml")
+    assert command[:5] == ["sbatch", "--wait", "--nodes=2", "--no-requeue", "--account=x"]
+    assert Path(command[-2]).is_file()
+
+
+def test_a_rung_that_takes_too_long_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scale = load_scale(write_ladder(tmp_path, timeout_s=0.2))
+    monkeypatch.setattr(scaling, "build_command", lambda *_: ["sleep", "5"])
+    assert "not done after 0.2 s" in run_job(plan_jobs(scale, Path(TINY))[0], scale)["reason"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rungs": []}, "rungs: tuple should have at least 1 item"),
+        ({"rungs": [{"workers": 1}, {"workers": 1}]}, "two rungs are called '1 worker'"),
+        ({"warmup_steps": 5}, "leaves too little"),
+        ({"scalling": "weak"}, "scalling"),
+    ],
+)
+def test_a_wrong_ladder_is_one_line(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        load_scale(write_ladder(tmp_path, **options))
+    assert "\n" not in str(caught.value)
+
+
+def test_faults_are_told_before_the_figures() -> None:
+    rows = [
+        {"rung": "a", "probe": "full", "status": "failed", "reason": "gone"},
+        {"rung": "b", "probe": "full", "status": "ok", "unexplained": 0.04, "loss_apart": 0.02},
+        {"rung": "c", "probe": "full", "status": "ok", "unexplained": 0.02, "loss_apart": 0.001},
+    ]
+    assert [line.split(":")[0] for line in list_faults(rows)] == ["a, full", "b, full", "b, full"]
+
+
+def test_a_rung_is_called_by_what_differs() -> None:
+    assert name_rung(RungConfig(workers=2, config=("engine.zero_stage=3",))) == "2 workers engine.zero_stage=3"
+
+
+# ---- the model
+
+
+def build_points(rng: np.random.Generator, noise: float) -> list[Point]:
+    """Steps of a machine with known factors, on three sizes and two networks."""
+    points = []
+    for world, flop in ((1, 8e9), (2, 4e9), (4, 2e9), (4, 2e9)):
+        bandwidth = 1e9 if len(points) < 3 else 2e9
+        sent, rounds = 4e7 * (world - 1) / world, compute_rounds(world, "ring")
+        compute, exposed = 0.01 + 2e-11 * flop, 3e-3 * rounds + 1.2 * sent / bandwidth
+        steps = np.array([[compute, exposed, 0.005]]) * rng.normal(1, noise, (400, 3))
+        points.append(Point(steps, flop, sent, rounds, bandwidth))
+    return points
+
+
+def test_the_fit_finds_the_factors_that_made_the_data() -> None:
+    model = fit(build_points(np.random.default_rng(0), 0.0))
+    assert model == pytest.approx((0.01, 2e-11, 3e-3, 1.2, 0.005), rel=1e-6)
+    says = model.predict(1e9, 3.5e7, compute_rounds(8, "ring"), 4e9)
+    assert says["exposed"] == pytest.approx(3e-3 * 14 + 1.2 * 3.5e7 / 4e9)
+    assert says["step"] == pytest.approx(says["compute"] + says["exposed"] + says["rest"])
+
+
+def test_intervals_hold_the_truth_and_narrow_with_less_noise() -> None:
+    widths = []
+    for noise in (0.1, 0.01):
+        models = fit_resampled(build_points(np.random.default_rng(1), noise), count=100)
+        value, low, high = predict_interval(models, 2e9, 3e7, 6.0, 1.5e9)["exposed"]
+        assert low <= value <= high
+        assert value == pytest.approx(3e-3 * 6 + 1.2 * 3e7 / 1.5e9, rel=0.02)
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 3
+
+
+def test_rounds_of_a_ring_and_a_tree() -> None:
+    assert [compute_rounds(world, "ring") for world in (1, 2, 8)] == [0, 2, 14]
+    assert [compute_rounds(world, "tree") for world in (1, 2, 8)] == [0, 2, 6]

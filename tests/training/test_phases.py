@@ -1,0 +1,58 @@
+"""Phases of a step: they follow each other without a gap, and collectives are taken out of those around them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from spawn import run_ranks
+
+from place.training.phases import Phases
+
+
+def test_phases_sum_to_the_time_that_passed() -> None:
+    began = time.perf_counter()
+    phases = Phases(torch.device("cpu"))
+    for name, seconds in (("wait", 0.02), ("forward", 0.03), ("wait", 0.01)):
+        time.sleep(seconds)
+        phases.mark(name)
+    passed, taken = time.perf_counter() - began, phases.take()
+    assert sum(taken.values()) == pytest.approx(passed, rel=0.05)
+    assert taken["wait"] >= 0.03
+    assert taken["forward"] >= 0.03
+    assert phases.take() == {}
+
+
+def wait_for_each_other(folder: str) -> dict[str, float]:
+    """Rank 1 comes 0.2 s late to a collective of the loss, and to one of the optimiser that is waited for later."""
+    late, phases = 0.2 * dist.get_rank(), Phases(torch.device("cpu"))
+    tensor, plain = torch.ones(4), dist.all_reduce
+    dist.barrier()
+    phases.mark("other")
+    phases.take()
+    with phases.watch_collectives():
+        time.sleep(late)
+        dist.all_reduce(tensor)
+        phases.mark("loss")
+        work = dist.all_reduce(tensor, async_op=True)
+        time.sleep(late)
+        work.wait()
+        phases.mark("optimiser")
+    assert dist.all_reduce is plain
+    assert tensor.tolist() == [4.0] * 4
+    assert Path(folder).is_dir()
+    return phases.take()
+
+
+@pytest.mark.multiprocess
+def test_the_wait_for_others_is_communication_and_not_the_phase_around_it(tmp_path: Path) -> None:
+    early, late = run_ranks(wait_for_each_other, 2, str(tmp_path))
+    assert early["gather"] > 0.15
+    assert early["loss"] < 0.1
+    assert late["loss"] > 0.15
+    assert late["gather"] < 0.1
+    assert late["optimiser"] > 0.15
+    assert early["optimiser"] < 0.1
