@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-ray test-kernels test-gpu bench-wire bench-loader lint clean fuzz test-slurm test-slurm-short chaos ablation ablation-variants
+.PHONY: setup demo test test-ray test-kernels test-gpu bench-wire bench-loader bench-scale lint clean fuzz test-slurm test-slurm-short chaos ablation ablation-variants
 
 setup: $(READY)
 
@@ -49,6 +49,10 @@ bench-wire: $(READY)
 # Samples a second of one core against image files, WebDataset and HDF5; time to resume; share of waiting. About 5 minutes.
 bench-loader: $(READY)
 	$(BIN)/python -m place.data.benchmark --output build/loader.json
+
+# `place scale` on three machines: a ladder, a shaped network against the model, a machine that is cut off (root, Linux). 25 minutes.
+bench-scale: $(READY)
+	$(BIN)/python tests/rig/bench_scale.py --output build/scale
 
 # Every case of the cluster run on three machines with a real Slurm (root, Debian; installs Slurm). About 30 minutes; stopped, it
 # goes on where it was, as long as the commit is the same.

@@ -168,19 +168,7 @@ def main() -> int:
     folder = asked.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "data" / "card.json").is_file():
-        words = [
-            "--source",
-            "phantom",
-            "--count",
-            "1200",
-            "--size-px",
-            "80",
-            "--split",
-            "0.9",
-            "0.05",
-            "0.05",
-            "--output",
-        ]
+        words = ["--source", "phantom", "--count", "1200", "--size-px", "80", "--output"]
         subprocess.run([sys.executable, "-m", "place", "prepare", *words, str(folder / "data")], check=True, cwd=ROOT)
     faults = []
     with Machines(folder) as machines:
