@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(verbs.add_parser("evaluate", help="judge a trained model"))
     _add_export(verbs.add_parser("export", help="a run as a folder that transformers and timm load"))
     _add_data(verbs.add_parser("data", help="look at, check or measure prepared data"))
-    _add_runs(verbs.add_parser("runs", help="stop a run at its next step"))
+    _add_runs(verbs.add_parser("runs", help="list runs and where they stand, or stop one at its next step"))
     _add_plan(verbs.add_parser("plan", help="memory, steps, time and traffic of a run before it costs anything"))
     _add_scale(verbs.add_parser("scale", help="measure a run at several sizes, and predict larger ones"))
     _add_doctor(verbs.add_parser("doctor", help="check this machine or cluster before the first run"))
@@ -138,8 +138,11 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("stop",))
-    parser.add_argument("run", help="run folder")
+    parser.usage = "place runs [-h] [--json] [FOLDER ...]\n       place runs stop RUN"
+    parser.add_argument(
+        "words", nargs="*", default=["runs"], metavar="FOLDER", help="lists the runs below; default runs. Or: stop RUN"
+    )
+    parser.add_argument("--json", action="store_true", help="print the list as JSON")
 
 
 def _add_scale(parser: argparse.ArgumentParser) -> None:
@@ -271,14 +274,21 @@ LAUNCHERS: dict[str, Callable[[Config], int]] = {
 def _watch(config: Config, plan: Any, run: Callable[[], str]) -> int:
     """Run with the progress on the screen; a signal asks the run to stop at its next step."""
     from place.node import clean_node
+    from place.runlog import note_end, note_start
     from place.screen import RunScreen
+    from place.training.stop import read_stop
 
     run_dir = Path(config.run.dir)
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     _catch_signals(run_dir)
     try:
+        note_start(run_dir)
         with RunScreen(config, plan) as screen:
             outcome = run()
+        note_end(run_dir, outcome, read_stop(run_dir))
+    except Exception as error:
+        note_end(run_dir, "failed", str(error))
+        raise
     finally:
         clean_node(run_dir)
         if threading.current_thread() is threading.main_thread():
@@ -429,10 +439,27 @@ DATA_ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 def runs(arguments: argparse.Namespace) -> int:
-    """`place runs stop RUN`: ask a run to save a checkpoint at its next step and end with 85."""
+    """`place runs [FOLDER ...]`: where each run stands. `place runs stop RUN`: ask one to end."""
+    from place.runs import list_runs
+    from place.screen import print_runs
+
+    if arguments.words[0] == "stop":
+        return _stop_run(arguments)
+    standings = list_runs([Path(word) for word in arguments.words])
+    if arguments.json:
+        print(json.dumps([standing._asdict() for standing in standings], indent=1))
+    else:
+        print_runs(standings, arguments.words)
+    return DONE
+
+
+def _stop_run(arguments: argparse.Namespace) -> int:
+    """Ask a run to save a checkpoint at its next step and end with 85."""
     from place.training.stop import ask_to_stop
 
-    run = Path(arguments.run)
+    if len(arguments.words) != 2 or arguments.json:
+        raise UsageError("stop: expected one run folder, as in `place runs stop runs/mine`")
+    run = Path(arguments.words[1])
     if not (run / "config.yaml").is_file():
         raise UsageError(f"{run} is no run folder (no config.yaml)")
     ask_to_stop(run, "place runs stop")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,10 +65,10 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class Tail:
-    """What a log gained since the last look, however long it is. Final."""
+    """What a log gained since the last look, however long it is, and in its last `back` bytes before that. Final."""
 
-    def __init__(self, path: Path):
-        self.path, self.offset = path, path.stat().st_size if path.is_file() else 0
+    def __init__(self, path: Path, back: int = 0):
+        self.path, self.offset = path, max(0, path.stat().st_size - back) if path.is_file() else 0
 
     def read(self) -> Iterator[dict[str, Any]]:
         """The objects of the whole lines that are new; a line that a killed writer left is passed over."""
@@ -93,9 +96,21 @@ def read_surviving(path: Path) -> list[dict[str, Any]]:
 
 
 def write_attempt(run_dir: Path, record: dict[str, Any]) -> None:
-    """A line of attempts.jsonl: a start of the workers, or notes about one."""
+    """A line of attempts.jsonl: a start of the command or of its workers, notes about one, or how the command ended."""
     with (run_dir / "attempts.jsonl").open("a") as file:
         file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+
+
+def note_start(run_dir: Path) -> None:
+    """A line of attempts.jsonl: which process a `place pretrain` is."""
+    write_attempt(run_dir, {"command": {"host": socket.gethostname(), "pid": os.getpid()}})
+
+
+def note_end(run_dir: Path, outcome: str, why: str) -> None:
+    """A line of attempts.jsonl: how a `place pretrain` ended (done, stopped, failed), and why if it is not done."""
+    # Where the disk is full nothing can be noted, and that it is full is what the user must hear.
+    with contextlib.suppress(OSError):
+        write_attempt(run_dir, {"outcome": outcome, **({"why": " ".join(why.split())} if outcome != "done" else {})})
 
 
 def count_attempts(run_dir: Path) -> int:

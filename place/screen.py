@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -17,8 +18,10 @@ from rich.table import Column, Table
 
 from place.config import Config
 from place.runlog import Tail, read_newest_step, read_surviving
+from place.runs import Standing, format_span
 
 PLAIN_INTERVAL_S = 5.0
+RUNS_COLUMNS, RUN_COLUMNS = 100, 36
 
 
 def build_console() -> Console:
@@ -208,6 +211,52 @@ class RunScreen:
                     self.console.print(f"{where}  {line}")
             if ended:
                 return
+
+
+STATE_COLOURS = {"running": "green", "done": "default", "stopped": "yellow", "failed": "red", "unknown": "magenta"}
+
+
+def print_runs(standings: list[Standing], folders: list[str]) -> None:
+    """A line a run: state, step, loss, speed, what is left; below them why those are not done that are not."""
+    console = build_console()
+    if not standings:
+        console.print(f"no run in or below {', '.join(folders)}", markup=False)
+        return
+    columns = (Column(header, justify="right", no_wrap=True) for header in ("step", "loss", "pairs/s", "ETA", "age"))
+    table = Table(
+        Column("run", overflow="fold"), Column("state", no_wrap=True), *columns, box=None, header_style="bold"
+    )
+    above = find_common(standings)
+    if above:
+        console.print(f"below {above}:", markup=False, soft_wrap=True)
+    for run in standings:
+        state = f"[{STATE_COLOURS[run.state]}]{run.state}[/]"
+        name = os.path.relpath(run.run, above) if above else run.run
+        table.add_row(escape(name), state, _show_step(run), *_show_pace(run))
+    console.print(table, width=min(console.width, RUNS_COLUMNS))
+    for run in standings:
+        if run.reason:
+            console.print(f"{run.state}  {run.run}: {run.reason}", markup=False, soft_wrap=True)
+
+
+def find_common(standings: list[Standing]) -> str:
+    """The folder that all runs are below, where their names are too long to be shown with it; else empty."""
+    names = [run.run for run in standings]
+    if max(map(len, names)) <= RUN_COLUMNS or len({os.path.isabs(name) for name in names}) > 1:
+        return ""
+    return os.path.commonpath([os.path.dirname(name) for name in names])
+
+
+def _show_step(run: Standing) -> str:
+    return "" if run.step is None or run.total_steps is None else f"{run.step:,}/{run.total_steps:,}"
+
+
+def _show_pace(run: Standing) -> list[str]:
+    shown = [
+        "" if run.loss is None else f"{run.loss:.3f}",
+        "" if run.samples_per_s is None else f"{run.samples_per_s:,.0f}",
+    ]
+    return [*shown, *("" if span is None else format_span(span) for span in (run.eta_s, run.age_s))]
 
 
 def print_findings(findings: list[Any]) -> None:
