@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from place.cluster.budget import STAGES, Setting, compute_flops, compute_memory, compute_traffic
+from place.cluster.scaling import count_work, read_model
+from place.cluster.scaling_model import compute_rounds
 
 from place.config import Config
 from place.data.prepared import read_shard_list
@@ -37,13 +40,16 @@ GPUS = {
 
 
 class Question(NamedTuple):
-    """What was asked: `num_samples` of train and validation pairs where data are not prepared yet; `mfu` as a share."""
+    """What was asked: `num_samples` of train and validation pairs where data are not prepared yet; `mfu` as a share.
+
+    `scaling`: scaling.json of a ladder, whose model says the time instead of an assumed MFU."""
 
     gpu: str
     memory_gib: float
     mfu: float
     num_samples: int | None
     num_val_samples: int
+    scaling: Path | None = None
 
 
 def build_forecast(config: Config, question: Question) -> dict[str, Any]:
@@ -57,7 +63,7 @@ def build_forecast(config: Config, question: Question) -> dict[str, Any]:
     stage = config.engine.zero_stage if config.engine.kind == "deepspeed" else None
     own = Setting(stage, config.engine.activation_checkpointing, plan.accumulation)
     return {
-        "assumed": [*footprint.assumed, f"MFU {question.mfu:.0%} of {question.gpu}'s peak", *_say_source(question)],
+        "assumed": [*footprint.assumed, _say_speed(question), *_say_source(question)],
         "parameters": {name: part.parameters for name, part in footprint.parts.items()},
         "gflop_per_pair": {name: part.pair_flops / 1e9 for name, part in footprint.parts.items()},
         "plan": plan.model_dump(),
@@ -109,6 +115,11 @@ def _compute_time(footprint: Footprint, plan: RunPlan, config: Config, question:
     peak = (gpu.bf16_tflops if config.engine.precision != "fp32" else gpu.fp32_tflops) * 1e12
     flops = compute_flops(footprint, plan, config)
     step_s = flops / (plan.world * peak * question.mfu)
+    if question.scaling is not None:
+        model, network = read_model(question.scaling)
+        work = count_work(config, footprint, plan.world, plan.global_batch)
+        rounds, bandwidth = compute_rounds(plan.world, network.topology), network.bandwidth_gbit * 1e9 / 8
+        step_s = model.predict(work["flop_worker"], work["bytes_worker"], rounds, bandwidth)["step"]
     rate = plan.local_batch / step_s
     return {
         "tflop_per_step": flops / 1e12,
@@ -123,6 +134,12 @@ def _compute_time(footprint: Footprint, plan: RunPlan, config: Config, question:
 
 def _usable(question: Question) -> float:
     return question.memory_gib - RESERVE_GIB
+
+
+def _say_speed(question: Question) -> str:
+    if question.scaling is None:
+        return f"MFU {question.mfu:.0%} of {question.gpu}'s peak"
+    return f"the workers and the network that {question.scaling} was measured on"
 
 
 def _say_source(question: Question) -> list[str]:

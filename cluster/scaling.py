@@ -19,7 +19,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from place.cluster.budget import compute_flops, compute_traffic
-from place.cluster.scaling_model import Network, build_point, compute_rounds, fit_resampled, predict_interval
+from place.cluster.scaling_model import (
+    Model,
+    Network,
+    build_point,
+    compute_rounds,
+    fit_resampled,
+    predict_interval,
+)
 from pydantic import Field, ValidationError
 
 from place.config import Config, RunError, Section, UsageError, build_config, dump_config, read_tree
@@ -404,6 +411,18 @@ def _add_curves(rows: list[dict[str, Any]], found: dict[tuple[str, str], list[di
         base = first.setdefault(row["global_batch"], losses)
         size = min(len(base), len(losses))
         row["loss_apart"] = float(np.max(np.abs(losses[:size] / base[:size] - 1)))
+
+
+def read_model(path: Path) -> tuple[Model, Network]:
+    """The model that a ladder was fitted with, and the network that it was measured on. Raises UsageError."""
+    try:
+        results = json.loads(path.read_text())
+        factors, rows = results["model"]["factors"], results["rows"]
+        return Model(**factors), Network(**next(row["network"] for row in rows if row.get("network")))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; give the scaling.json of a `place scale`") from None
+    except (ValueError, KeyError, TypeError, StopIteration):
+        raise UsageError(f"{path} holds no fitted model; give the scaling.json of a ladder with a network") from None
 
 
 def list_faults(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -155,6 +155,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", default="h100", help="a100-40, a100-80, l40s, h100 or h200; default h100")
     parser.add_argument("--gpu-memory-gib", type=float, help="another size of memory than that GPU's")
     parser.add_argument("--mfu", type=float, default=0.2, help="share of peak FLOP/s that is reached; default 0.2")
+    parser.add_argument("--scaling", metavar="FILE", help="scaling.json of a `place scale`: its model instead of --mfu")
     parser.add_argument("--samples", type=int, metavar="N", help="training pairs, where data.path is not prepared yet")
     parser.add_argument("--val-samples", type=int, default=0, metavar="N", help="validation pairs, with --samples")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
@@ -477,7 +478,8 @@ def plan(arguments: argparse.Namespace) -> int:
     if not 0 < arguments.mfu <= 1:
         raise UsageError(f"--mfu {arguments.mfu}: expected a share above 0 and up to 1")
     memory_gib = arguments.gpu_memory_gib or GPUS[arguments.gpu].memory_gib
-    question = Question(arguments.gpu, memory_gib, arguments.mfu, arguments.samples, arguments.val_samples)
+    measured = Path(arguments.scaling) if arguments.scaling else None
+    question = Question(arguments.gpu, memory_gib, arguments.mfu, arguments.samples, arguments.val_samples, measured)
     forecast = build_forecast(build_config(arguments.config, arguments.overrides), question)
     if arguments.json:
         print(json.dumps(forecast, indent=1))

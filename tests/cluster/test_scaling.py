@@ -68,6 +68,23 @@ def test_rungs_become_rows_and_a_failed_one_has_its_reason(scaled: tuple[Path, l
     assert (folder / "scaling.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_plan_takes_its_time_from_the_model(
+    scaled: tuple[Path, list[str], int], prepared: Path, capsys: pytest.CaptureFixture
+) -> None:
+    measured = scaled[0] / "scaling.json"
+    words = [*scaled[1][3:], "--scaling", str(measured), "--json"]
+    assert main(["plan", "--config", TINY, *words]) == 0
+    told = json.loads(capsys.readouterr().out)
+    results = json.loads(measured.read_text())
+    row = next(row for row in results["model"]["rungs"] if row["rung"] == "1 worker")
+    assert told["time"]["step_s"] == pytest.approx(row["predicted"]["step"][0], rel=1e-3)
+    assert f"{measured} was measured on" in " ".join(told["assumed"])
+    empty = prepared.parent / "empty.json"
+    empty.write_text("{}")
+    assert main(["plan", "--config", TINY, *scaled[1][3:], "--scaling", str(empty)]) == 2
+    assert "holds no fitted model" in capsys.readouterr().err
+
+
 def test_a_ladder_goes_on_with_what_is_missing(
     scaled: tuple[Path, list[str], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
