@@ -86,7 +86,7 @@ class ScaleConfig(Section):
     rungs: tuple[RungConfig, ...] = Field(min_length=1)
     """What is measured, in this order."""
     overrides: tuple[str, ...] = ()
-    """`section.key=value` laid over the base of every rung; the command line's."""
+    """`section.key=value` laid over the base of every rung; those of the command line come behind."""
     predict: tuple[Network, ...] = ()
     """Networks that larger sizes are predicted on."""
     predict_workers: tuple[int, ...] = (8, 64, 256, 1024)
@@ -116,7 +116,8 @@ class Job(NamedTuple):
 def load_scale(path: Path, overrides: Sequence[str] = ()) -> ScaleConfig:
     """Read and check a ladder; `section.key=value` is laid over every rung. Raises UsageError, in one line."""
     try:
-        scale = ScaleConfig.model_validate(read_tree(path) | {"overrides": tuple(overrides)})
+        tree = read_tree(path)
+        scale = ScaleConfig.model_validate(tree | {"overrides": (*tree.get("overrides", ()), *overrides)})
     except ValidationError as error:
         fault = error.errors()[0]
         raise UsageError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}") from None

@@ -101,6 +101,17 @@ def test_a_ladder_goes_on_with_what_is_missing(
     assert (folder / "1_worker" / "full0" / "measured.json").stat().st_mtime_ns == before
 
 
+LADDERS = [path for path in sorted((ROOT / "configs" / "scale").glob("*.yaml")) if "\nrungs:" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", LADDERS, ids=lambda path: path.stem)
+def test_ladders_that_come_along_are_possible(path: Path) -> None:
+    scale = load_scale(path, ["data.path=somewhere"])
+    jobs = plan_jobs(scale, path.parent / scale.base)
+    assert {job.config.data.path for job in jobs} == {"somewhere"}
+    assert {name_rung(rung) for rung in scale.rungs} == {job.name for job in jobs}
+
+
 def test_strong_and_weak_scaling_share_out_the_batch(tmp_path: Path) -> None:
     ladder = write_ladder(tmp_path, rungs=[{"workers": 3}], probes=["alone"])
     for kind, whole, alone in (("strong", 24, 8), ("weak", 72, 24)):
