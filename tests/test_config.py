@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from place.cluster.scaling import load_scale
 
 from place.config import Config, UsageError, build_config, check_config, dump_config
 from place.evaluation.ablation import load_experiment
@@ -144,6 +145,8 @@ def test_the_schema_is_json_and_describes_every_knob() -> None:
 def test_a_shipped_config_loads_and_its_header_names_command_and_hardware(path: Path) -> None:
     if "\nrows:" in path.read_text():
         load_experiment(path)
+    elif "\nrungs:" in path.read_text():
+        load_scale(path)
     else:
         build_config(path)
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
