@@ -61,8 +61,8 @@ class Machines:
 
     def __enter__(self) -> Machines:
         self.call("up", "3")
-        for machine, role in (("h1", "head"), ("h2", "worker"), ("h3", "worker")):
-            self.start(machine, f"bash {ROOT}/slurm/ray_node.sh {role}", self.folder / f"ray-{machine}.log")
+        for machine in ("h1", "h2", "h3"):
+            self.start_ray(machine)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -79,6 +79,11 @@ class Machines:
         words = ["bash", str(HERE / "hosts.sh"), "exec", machine, "bash", "-c", command]
         with log.open("a") as out:
             return subprocess.Popen(words, env=self.environ, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
+
+    def start_ray(self, machine: str) -> None:
+        """Its Ray; one that was cut off for long enough has ended."""
+        role = "head" if machine == "h1" else "worker"
+        self.start(machine, f"bash {ROOT}/slurm/ray_node.sh {role}", self.folder / f"ray-{machine}.log")
 
     def shape(self, mbit: int) -> None:
         """Every machine sends and receives at most so much."""
@@ -143,6 +148,7 @@ def run_cut(machines: Machines) -> list[str]:
     machines.call("cut", "h3")
     code = started.wait()
     machines.call("heal", "h3")
+    machines.start_ray("h3")
     rows = {row["rung"]: row for row in machines.read("cut")["rows"]}
     say(f"cut off: 3 workers {rows['3 workers']['status']}, {rows['3 workers']['reason']}")
     states = [rows[name]["status"] for name in ("2 workers", "3 workers", "2 workers again")]
