@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,7 @@ def train(
     log: RunLog | None,
     watchdog: Watchdog,
     progress: Progress,
+    phases: Phases | None = None,
 ) -> str:
     """Train to the end of the plan or until asked to stop.
 
@@ -51,29 +51,13 @@ def train(
         log: on rank 0, None elsewhere.
         watchdog: ends this process when a step hangs.
         progress: where to begin; kept up to date.
+        phases: where the time of a step is counted, if it is.
     Returns:
         `done` or `stopped`.
     Raises:
         RunError: the loss is not finite (names the last good checkpoint), a shard is damaged, or a checkpoint could
             not be written.
     """
-    phases = Phases(engine.device) if config.run.time_phases else None
-    with phases.watch_collectives() if phases else nullcontext():
-        return _train(config, plan, engine, loader, val_loader, objective, log, watchdog, progress, phases)
-
-
-def _train(
-    config: Config,
-    plan: RunPlan,
-    engine: Engine,
-    loader: PairLoader,
-    val_loader: PairLoader | None,
-    objective: Objective,
-    log: RunLog | None,
-    watchdog: Watchdog,
-    progress: Progress,
-    phases: Phases | None,
-) -> str:
     run_dir, world = Path(config.run.dir), read_world()
     saver = Saver(run_dir, engine, config.train.keep_checkpoints, config.cluster.timeout_s)
     meter = Meter(log, plan, engine.device, saver, phases)

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from place.runlog import RunLog, count_attempts, write_attempt
 from place.training.checkpoint import agree_on_checkpoint, read_state, write_definition, write_text
 from place.training.engine import Engine, TorchEngine
 from place.training.loop import Progress, describe_lineage, train
+from place.training.phases import Phases
 from place.training.plan import RunPlan, build_plan
 from place.training.stop import withdraw_stop
 from place.training.watchdog import Watchdog
@@ -92,8 +94,15 @@ def run_worker(config: Config, launch: str, build_engine: BuildEngine | None = N
     Raises:
         RunError, UsageError: see `train`, `find_checkpoint` and the builders.
     """
-    run_dir, world = Path(config.run.dir), read_world()
     device = choose_device()
+    phases = Phases(device) if config.run.time_phases else None
+    # From before the engine is built: DeepSpeed keeps some of torch's collectives under names of its own.
+    with phases.watch_collectives() if phases else nullcontext():
+        return _work(config, launch, build_engine or TorchEngine, device, phases)
+
+
+def _work(config: Config, launch: str, build_engine: BuildEngine, device: torch.device, phases: Phases | None) -> str:
+    run_dir, world = Path(config.run.dir), read_world()
     torch.manual_seed(config.run.seed)
     cv2.setNumThreads(1)
     attempt = _open_attempt(run_dir, launch)
@@ -102,7 +111,7 @@ def run_worker(config: Config, launch: str, build_engine: BuildEngine | None = N
     if world.is_first:
         write_definition(run_dir, config, model, tokenizer)
     num_patches = (config.data.image_size_px // model.vision.patch_px) ** 2
-    engine = (build_engine or TorchEngine)(model, config, device)
+    engine = build_engine(model, config, device)
     plan = build_run_plan(config, world.world)
     progress, notes = _resume(config, engine, plan)
     if progress["step"] >= plan.total_steps:
@@ -124,7 +133,7 @@ def run_worker(config: Config, launch: str, build_engine: BuildEngine | None = N
         if node.is_first:
             note_shared_memory(run_dir, [item.shm_prefix for item in (loader, val_loader) if item])
         objective = functools.partial(_objective, config, 1 / (255 * loader.dataset.std))
-        outcome = train(config, plan, engine, loader, val_loader, objective, log, watchdog, progress)
+        outcome = train(config, plan, engine, loader, val_loader, objective, log, watchdog, progress, phases)
         barrier()
         return outcome
     finally:
