@@ -394,6 +394,9 @@ def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]]
 
 
 def _add_efficiency(rows: list[dict[str, Any]]) -> None:
+    """Against the smallest rung, where rungs differ in size."""
+    if len({row["workers"] for row in rows}) == 1:
+        return
     for probe in ("full", "synthetic"):
         own = [row for row in rows if row["probe"] == probe and row["status"] == "ok"]
         if own:

@@ -57,7 +57,8 @@ def test_rungs_become_rows_and_a_failed_one_has_its_reason(scaled: tuple[Path, l
     assert full["pairs_per_s"]["p5"] <= full["pairs_per_s"]["median"] <= full["pairs_per_s"]["p95"]
     assert full["phase_s"]["forward"] > 0
     assert loader["pairs_per_s"]["median"] > full["pairs_per_s"]["median"]
-    assert (full["efficiency"], full["loss_apart"]) == (1, 0)
+    assert full["loss_apart"] == 0
+    assert "efficiency" not in full, "there is but one size"
     assert results["model"]["factors"]["per_wire"] == 0
     with (folder / "scaling.csv").open() as file:
         assert [row["status"] for row in csv.DictReader(file)] == ["ok", "ok", "ok", "failed", "failed", "failed"]
@@ -160,6 +161,15 @@ def test_faults_are_told_before_the_figures() -> None:
         {"rung": "c", "probe": "full", "status": "ok", "unexplained": 0.02, "loss_apart": 0.001},
     ]
     assert [line.split(":")[0] for line in list_faults(rows)] == ["a, full", "b, full", "b, full"]
+
+
+def test_efficiency_is_that_of_a_worker_against_the_smallest_rung() -> None:
+    rows = [
+        {"rung": str(workers), "probe": "full", "status": "ok", "workers": workers, "pairs_per_s_worker": rate}
+        for workers, rate in ((4, 60.0), (1, 80.0), (2, 72.0))
+    ]
+    scaling._add_efficiency(rows)
+    assert [row["efficiency"] for row in rows] == [0.75, 1.0, 0.9]
 
 
 def test_a_rung_is_called_by_what_differs() -> None:
