@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_prepare(verbs.add_parser("prepare", help="images and reports to verified shards"))
     _add_pretrain(verbs.add_parser("pretrain", help="train a model on prepared data"))
     _add_evaluate(verbs.add_parser("evaluate", help="judge a trained model"))
+    _add_compare(verbs.add_parser("compare", help="two evaluations of the same images, paired by patient"))
     _add_export(verbs.add_parser("export", help="a run as a folder that transformers and timm load"))
     _add_data(verbs.add_parser("data", help="look at, check or measure prepared data"))
     _add_runs(verbs.add_parser("runs", help="list runs and where they stand, or stop one at its next step"))
@@ -119,6 +120,16 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", help="split that is judged")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a folder name such as step_00000100")
     parser.add_argument("overrides", nargs="*", metavar="evaluation.key=value", help="laid over the run's config")
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("first", metavar="RUN_A", help="run folder, or one that `place evaluate --output` wrote")
+    parser.add_argument("second", metavar="RUN_B", help="another one; shown is B - A")
+    parser.add_argument("--data", help="folder of the judged data set; default the one that RUN_A was trained on")
+    parser.add_argument("--tasks", default="", help="comma list; default all that were judged in both")
+    parser.add_argument("--findings", action="store_true", help="print the figures of each finding too")
+    parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of patients; default 1000")
+    parser.add_argument("--output", metavar="FILE", help="all figures as JSON; default RUN_B/compare/A.json")
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -369,6 +380,23 @@ def _evaluate_encoder(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def compare(arguments: argparse.Namespace) -> int:
+    """`place compare RUN_A RUN_B`."""
+    from place.evaluation.compare import print_comparison, run_compare, write_comparison
+    from place.screen import build_console
+
+    if arguments.bootstrap < 100:
+        raise UsageError(f"--bootstrap {arguments.bootstrap}: expected 100 resamples or more")
+    first, second = Path(arguments.first), Path(arguments.second)
+    output = Path(arguments.output or second / "compare" / f"{first.resolve().name}.json")
+    tasks = [name for name in arguments.tasks.split(",") if name]
+    found = run_compare(first, second, Path(arguments.data) if arguments.data else None, arguments.bootstrap, tasks)
+    print_comparison(found, build_console(), arguments.findings)
+    write_comparison(found, arguments.bootstrap, output)
+    print(f"{output}: all figures")
+    return DONE
+
+
 def export(arguments: argparse.Namespace) -> int:
     """`place export`."""
     from place.export import run_export
@@ -523,6 +551,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "prepare": prepare,
     "pretrain": pretrain,
     "evaluate": evaluate,
+    "compare": compare,
     "export": export,
     "data": data,
     "runs": runs,

@@ -19,13 +19,18 @@ import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import Field, ValidationError, field_validator
 from scipy.stats import t as student
 
 from place.config import RunError, Section, UsageError, build_config, dump_config, read_tree
 from place.runlog import read_jsonl
+
+PAIRED = (
+    "Difference from {reference} within a seed, with the 95 % interval of a paired bootstrap over patients "
+    "(1,000 resamples); it tells nothing of other seeds."
+)
 
 
 class ColumnConfig(Section):
@@ -101,6 +106,8 @@ class Job(NamedTuple):
 
 Figures = dict[str, dict[int, dict[str, float]]]
 """For each row and seed, figure by `TASK:METRIC`."""
+Gaps = dict[str, dict[int, dict[str, list[float]]]]
+"""For each row and seed, what `pair_job` found."""
 
 
 def load_experiment(path: Path) -> Experiment:
@@ -136,10 +143,9 @@ def run_job(job: Job, experiment: Experiment) -> dict[str, float]:
     Raises:
         RunError: a process failed, with its last line and where the log is; or a column's figure was not found.
     """
-    key = hashlib.sha256(f"{job.config}{experiment.tasks}{experiment.split}".encode()).hexdigest()
-    found = job.folder / "figures.json"
-    if found.is_file() and (known := json.loads(found.read_text()))["key"] == key:
-        return known["figures"]
+    found, key = job.folder / "figures.json", build_key(experiment, job)
+    if (known := _read_known(found, key)) is not None:
+        return known
     job.folder.mkdir(parents=True, exist_ok=True)
     config = job.folder / "config.yaml"
     config.write_text(job.config)
@@ -152,10 +158,51 @@ def run_job(job: Job, experiment: Experiment) -> dict[str, float]:
         if column.metric not in figures:
             near = difflib.get_close_matches(column.metric, figures, n=3, cutoff=0)
             raise RunError(f"{column.title}: no figure {column.metric}; there are {', '.join(near)}")
-    part = found.with_suffix(".part")
-    part.write_text(json.dumps({"key": key, "figures": figures}))
-    part.replace(found)
+    _write_known(found, key, figures)
     return figures
+
+
+def pair_job(job: Job, reference: Job, experiment: Experiment) -> dict[str, list[float]]:
+    """A run less the reference's of the same seed, by a paired bootstrap over patients; what was found is kept.
+
+    Returns: by `TASK:METRIC` the difference and the ends of its 95 % interval.
+    Raises:
+        RunError: a result is damaged or was removed.
+    """
+    # Here, because it brings torch, which those who only plan do without.
+    from place.evaluation.compare import run_compare
+
+    found, key = job.folder / "paired.json", build_key(experiment, reference, job)
+    if (known := _read_known(found, key)) is not None:
+        return known
+    try:
+        compared = run_compare(reference.folder / "run", job.folder / "run", Path(experiment.data))
+    except UsageError as error:
+        raise RunError(str(error)) from None
+    gaps = {
+        f"{task}:{name}": [gap for gap in item.difference if gap is not None]
+        for task, differences in compared.tasks.items()
+        for name, item in differences.items()
+    }
+    _write_known(found, key, gaps)
+    return gaps
+
+
+def build_key(experiment: Experiment, *jobs: Job) -> str:
+    """What a result that is kept depends on, hashed."""
+    configs = "".join(job.config for job in jobs)
+    return hashlib.sha256(f"{configs}{experiment.tasks}{experiment.split}".encode()).hexdigest()
+
+
+def _read_known(path: Path, key: str) -> Any:
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    return known["figures"] if known.get("key") == key else None
+
+
+def _write_known(path: Path, key: str, figures: Any) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"key": key, "figures": figures}))
+    part.replace(path)
 
 
 def read_figures(run: Path) -> dict[str, float]:
@@ -194,6 +241,21 @@ def build_table(experiment: Experiment, figures: Figures) -> str:
     return "\n".join(lines) + "\n"
 
 
+def build_paired_table(experiment: Experiment, gaps: Gaps) -> str:
+    """The differences from the reference within each seed, with their intervals over patients, in Markdown.
+
+    A difference whose interval leaves out 0 is set in bold; `-` stands where the evaluation kept no single images.
+    Source: ours.
+    """
+    heads = ["row", "seed", *(column.title for column in experiment.columns)]
+    lines = ["| " + " | ".join(heads) + " |", "| --- " + "| ---: " * (len(heads) - 1) + "|"]
+    for name, row in experiment.rows.items():
+        for seed, found in sorted(gaps.get(name, {}).items()):
+            cells = [_show_paired(found.get(column.metric, []), column) for column in experiment.columns]
+            lines.append("| " + " | ".join([row.title, str(seed), *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def compute_half_width(values: list[float]) -> float | None:
     """Half of Student's 95 % interval of the mean of independent values; none for a single one."""
     if len(values) < 2:
@@ -202,12 +264,13 @@ def compute_half_width(values: list[float]) -> float | None:
 
 
 def run_experiment(experiment: Experiment, base: Path, parallel: int, say: Callable[[str], None]) -> list[str]:
-    """Run what is missing, `parallel` at a time, and write FOLDER/table.md and FOLDER/figures.json.
+    """Run what is missing, `parallel` at a time, and write table.md, figures.json and paired.json into FOLDER.
 
     Returns: a line for each run that failed.
     """
     jobs, failed = plan_jobs(experiment, base), []
     figures: Figures = {}
+    gaps: Gaps = {}
     with ThreadPoolExecutor(parallel) as pool:
         futures = [pool.submit(run_job, job, experiment) for job in jobs]
         for number, (job, future) in enumerate(zip(jobs, futures, strict=True), start=1):
@@ -217,8 +280,21 @@ def run_experiment(experiment: Experiment, base: Path, parallel: int, say: Calla
             except RunError as error:
                 failed.append(f"{job.row}, seed {job.seed}: {error}")
                 say(f"{number}/{len(jobs)}  {failed[-1]}")
-            _write(experiment, figures)
+            _write(experiment, figures, gaps)
+    for job, reference in list_pairs(experiment, jobs, figures):
+        try:
+            gaps.setdefault(job.row, {})[job.seed] = pair_job(job, reference, experiment)
+        except RunError as error:
+            say(f"{job.row}, seed {job.seed}: not paired with {reference.row}: {error}")
+    _write(experiment, figures, gaps)
     return failed
+
+
+def list_pairs(experiment: Experiment, jobs: list[Job], figures: Figures) -> list[tuple[Job, Job]]:
+    """Each run that has figures with the reference's of the same seed, if that has some too."""
+    done = {(job.row, job.seed): job for job in jobs if job.seed in figures.get(job.row, {})}
+    others = [job for job in done.values() if job.row != experiment.reference]
+    return [(job, done[experiment.reference, job.seed]) for job in others if (experiment.reference, job.seed) in done]
 
 
 def _say(line: str) -> None:
@@ -226,11 +302,16 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-def _write(experiment: Experiment, figures: Figures) -> None:
+def _write(experiment: Experiment, figures: Figures, gaps: Gaps) -> None:
     folder = Path(experiment.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(build_table(experiment, figures))
+    table = build_table(experiment, figures)
+    if gaps:
+        reference = experiment.rows[experiment.reference].title
+        table += f"\n{PAIRED.format(reference=reference)}\n\n{build_paired_table(experiment, gaps)}"
+    (folder / "table.md").write_text(table)
     (folder / "figures.json").write_text(json.dumps(figures, indent=1))
+    (folder / "paired.json").write_text(json.dumps(gaps, indent=1))
 
 
 def _call(job: Job, *arguments: str) -> None:
@@ -247,6 +328,16 @@ def _call(job: Job, *arguments: str) -> None:
 def _show(values: list[float], digits: int) -> str:
     half = compute_half_width(values)
     return f"{statistics.fmean(values):.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
+
+
+def _show_paired(gap: list[float], column: ColumnConfig) -> str:
+    if not gap:
+        return "-"
+    value, *ends = (part * column.scale for part in gap)
+    if not ends:
+        return f"{value:+.{column.digits}f}"
+    shown = f"{value:+.{column.digits}f} ({ends[0]:+.{column.digits}f} to {ends[1]:+.{column.digits}f})"
+    return f"**{shown}**" if ends[0] > 0 or ends[1] < 0 else shown
 
 
 def _show_gap(gaps: list[float], digits: int) -> str:

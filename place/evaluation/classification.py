@@ -30,7 +30,7 @@ Figures = dict[str, tuple[float, Array]]
 
 
 class Judged(NamedTuple):
-    """Figures of all shares of the labels, what was judged, how each share was trained; scores with the largest."""
+    """Figures of all shares of the labels, what was judged, how each share was trained; the scores of every probe."""
 
     metrics: dict[str, Metric]
     findings: Findings
@@ -64,19 +64,34 @@ def judge_probes(task: Task, train: FeatureSplit, val: FeatureSplit, test: Featu
     weight_RB = draw_weights(test.unit_B, evaluation.bootstrap)
     metrics: dict[str, Metric] = {}
     shares: dict[str, Any] = {}
-    rows: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
     for share in sorted(evaluation.label_shares, reverse=True):
         subsets = draw_subsets(train.unit_B, share, 1 if share == 1 else evaluation.label_subsets)
         probes = []
         for number, subset in enumerate(subsets, start=1):
             probes.append(probe(_pick(train, subset), val, test.feature_BD, findings.names))
+            rows.append(list_probe(test.sample_ids, probes[-1], findings, share, number - 1))
             task.report(f"probe with {share:.3g} of the labels", number, len(subsets))
-        rows = rows or list_scores(test.sample_ids, probes[0].score_BF, findings)
         before = "" if share == 1 else f"at_{100 * share:g}."
         figures = [judge_probe(item, findings, weight_RB) for item in probes]
         metrics |= {before + name: metric for name, metric in _average(figures).items()}
         shares[f"{100 * share:g} %"] = _describe_share(train, subsets, probes, findings.names)
-    return Judged(metrics, findings, shares, len(test.labels), rows)
+    joined = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
+    return Judged(metrics, findings, shares, len(test.labels), joined)
+
+
+def list_probe(
+    sample_ids: Sequence[int], item: Probed, findings: Findings, share: float, subset: int
+) -> dict[str, Any]:
+    """Rows of `list_scores` with `predicted` by the threshold, the share of the labels and the number of the subset."""
+    rows = list_scores(sample_ids, item.score_BF, findings)
+    known_FB = ~np.isnan(findings.target_BF.T)
+    count = len(rows["sample_id"])
+    return rows | {
+        "predicted": item.predicted_BF.T[known_FB].astype(np.int8),
+        "share": np.full(count, share),
+        "subset": np.full(count, subset, np.int16),
+    }
 
 
 def judge_probe(item: Probed, findings: Findings, weight_RB: Array) -> Figures:

@@ -11,7 +11,7 @@ import torch
 from place.config import UsageError
 from place.data.prepared import read_samples
 from place.data.transforms import read_image
-from place.evaluation.detection_metrics import COCO_IOUS, FIELD_IOUS, judge_boxes
+from place.evaluation.detection_metrics import COCO_IOUS, FIELD_IOUS, judge_matches, list_matches, match_boxes
 from place.evaluation.detection_picture import draw_boxes
 from place.evaluation.detector import SCHEDULE, BoxedSplit, Boxes, train_detector
 from place.evaluation.encoder import get_units, read_units, take
@@ -55,7 +55,8 @@ def run_detection(task: Task) -> TaskResult:
     guesses = detector.predict(test.split.tokens_BND)
     unit_B = get_units(read_units(task.data_dir, task.split), test.sample_ids)
     task.report("judge boxes", 0, 1)
-    metrics = judge_boxes(test.split.boxes, guesses, names, unit_B, task.evaluation.bootstrap)
+    matches = match_boxes(test.split.boxes, guesses, len(names))
+    metrics = judge_matches(matches, names, unit_B, task.evaluation.bootstrap)
     if task.folder:
         draw_boxes(test.jpegs, test.split.boxes, guesses, names, task.encoder.size_px, task.folder / "detection.png")
     protocol = {
@@ -71,7 +72,7 @@ def run_detection(task: Task) -> TaskResult:
         "findings": _count(test.split.boxes, names),
         "left_out": left_out,
     }
-    return TaskResult("detection", metrics, protocol, len(test.jpegs))
+    return TaskResult("detection", metrics, protocol, len(test.jpegs), list_matches(matches, names, test.sample_ids))
 
 
 def list_boxed(task: Task, split: str) -> set[str]:

@@ -71,16 +71,50 @@ def judge_boxes(
         unit_B: patient of each image; patients are resampled.
     Source: ours, images without boxes included: what is found there is a false alarm.
     """
-    weight_RB = np.concatenate([np.ones((1, len(truths))), draw_weights(unit_B, bootstrap)])
-    found = [compute_average_precision(matches, weight_RB) for matches in match_boxes(truths, guesses, len(names))]
+    return judge_matches(match_boxes(truths, guesses, len(names)), names, unit_B, bootstrap)
+
+
+def judge_matches(found: Sequence[Matches], names: Sequence[str], unit_B: Array, bootstrap: int) -> dict[str, Metric]:
+    """`judge_boxes` of what was matched already."""
+    weight_RB = np.concatenate([np.ones((1, len(unit_B))), draw_weights(unit_B, bootstrap)])
+    result_FRT = [compute_average_precision(matches, weight_RB) for matches in found]
     metrics: dict[str, Metric] = {}
-    for kind, ious in KINDS.items():
-        chosen = [IOUS.index(iou) for iou in ious]
-        value_FR = np.stack([result_RT[:, chosen].mean(axis=1) for result_RT in found])
+    for kind in KINDS:
+        value_FR = np.stack([average(result_RT, kind) for result_RT in result_FRT])
         mean_R = value_FR.mean(axis=0)
         metrics[f"mean_{kind}"] = summarize(float(mean_R[0]), mean_R[1:])
         metrics |= {f"{kind}.{name}": summarize(float(v[0]), v[1:]) for name, v in zip(names, value_FR, strict=True)}
     return metrics
+
+
+def average(result_RT: Array, kind: str) -> Array:
+    """Mean over the thresholds of a kind."""
+    return result_RT[:, [IOUS.index(iou) for iou in KINDS[kind]]].mean(axis=1)
+
+
+def list_matches(found: Sequence[Matches], names: Sequence[str], sample_ids: Sequence[int]) -> dict[str, Any]:
+    """Columns sample_id, finding, truths, scores, hits: a row an image and finding.
+
+    Scores are of its guesses, the surest first; bit t of a guess's hits says whether it hit at threshold t of `IOUS`.
+    """
+    rows = []
+    for name, (score_D, image_D, hit_TD, truths_B) in zip(names, found, strict=True):
+        bits_D = (hit_TD.T << np.arange(len(IOUS))).sum(axis=1).astype(np.uint16)
+        for image, truths in enumerate(truths_B.tolist()):
+            own_D = image_D == image
+            rows.append((sample_ids[image], name, truths, score_D[own_D], bits_D[own_D]))
+    return dict(zip(("sample_id", "finding", "truths", "scores", "hits"), map(list, zip(*rows)), strict=True))
+
+
+def read_matches(columns: dict[str, Array]) -> Matches:
+    """The matches of one finding back from its rows of `list_matches`; images by the number of their row."""
+    counts = [len(scores) for scores in columns["scores"]]
+    score_D = np.concatenate([np.empty(0), *columns["scores"]])
+    bits_D = np.concatenate([np.empty(0, np.uint16), *columns["hits"]]).astype(np.uint16)
+    image_D = np.repeat(np.arange(len(counts)), counts)
+    order_D = np.argsort(-score_D, kind="mergesort")
+    hit_TD = (bits_D >> np.arange(len(IOUS))[:, None] & 1).astype(bool)
+    return Matches(score_D[order_D], image_D[order_D], hit_TD[:, order_D], columns["truths"])
 
 
 def _build_coco(images: Sequence[Boxes], num_findings: int) -> COCO:

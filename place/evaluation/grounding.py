@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple
@@ -76,7 +76,31 @@ def run_grounding(task: Task) -> TaskResult:
         draw_grounded([item for item in turns if item][:NUM_DRAWN], task.folder / "grounding.png", subtitle)
     metrics = summarize_phrases(judged, names, unit_P, task.evaluation.bootstrap)
     num_phrases = sum(item.phrase.finding in names for item in judged)
-    return TaskResult("grounding", metrics, _describe(judged, names), num_phrases)
+    return TaskResult("grounding", metrics, _describe(judged, names), num_phrases, list_judged(judged, names))
+
+
+def list_judged(judged: Sequence[Judged], findings: Sequence[str]) -> dict[str, Any]:
+    """Columns sample_id, finding, phrase and every score of every map, named as in the metrics: a row a phrase."""
+    chosen = [item for item in judged if item.phrase.finding in findings]
+    columns: dict[str, Any] = {
+        "sample_id": np.array([item.phrase.sample_id for item in chosen], dtype=np.int64),
+        "finding": [item.phrase.finding for item in chosen],
+        "phrase": [item.phrase.text for item in chosen],
+    }
+    for name, kinds in chosen[0].scores.items():
+        for kind in list_kinds(name, kinds):
+            columns[name_score(name, kind)] = np.array([item.scores[name][kind] for item in chosen])
+    return columns
+
+
+def list_kinds(name: str, kinds: Iterable[str]) -> list[str]:
+    """Scores of a map that count: a threshold on the cosine has no meaning for shares."""
+    return [kind for kind in kinds if name == "patch" or kind != "miou_cosine"]
+
+
+def name_score(name: str, kind: str) -> str:
+    """What a map's score is called: the patch cosine's own name is left out."""
+    return kind if name == "patch" else f"{name}.{kind}"
 
 
 def list_phrases(sample: dict[str, Any]) -> Iterator[Phrase]:
@@ -174,14 +198,12 @@ def summarize_phrases(
     finding_P = np.array([item.phrase.finding for item in judged])
     metrics: dict[str, Metric] = {}
     for name, kinds in judged[0].scores.items():
-        before = "" if name == "patch" else f"{name}."
-        # A threshold on the cosine has no meaning for shares.
-        for kind in [kind for kind in kinds if name == "patch" or kind != "miou_cosine"]:
+        for kind in list_kinds(name, kinds):
             value_P = np.array([item.scores[name][kind] for item in judged])
             means = _average(value_P, finding_P, weight_RP, findings)
             values, resampled = zip(*means.values(), strict=True)
-            metrics[f"{before}mean_{kind}"] = summarize(float(np.mean(values)), np.mean(resampled, axis=0))
-            metrics |= {f"{before}{kind}.{finding}": summarize(*pair) for finding, pair in means.items()}
+            metrics[name_score(name, f"mean_{kind}")] = summarize(float(np.mean(values)), np.mean(resampled, axis=0))
+            metrics |= {name_score(name, f"{kind}.{finding}"): summarize(*pair) for finding, pair in means.items()}
     return metrics
 
 

@@ -143,9 +143,13 @@ def list_lines(value: Any) -> Iterator[str]:
 
 
 def draw_curves(rows: Table) -> tuple[str, str]:
-    """ROC and precision-recall curves of a task's scores, as addresses."""
-    finding, label, score = (np.array(rows[name]) for name in ("finding", "label", "score"))
-    scored = [Scored(name, label[finding == name], score[finding == name]) for name in dict.fromkeys(rows["finding"])]
+    """ROC and precision-recall curves of a task's scores, as addresses; of several probes the first one's."""
+    columns = {name: np.array(rows[name]) for name in ("finding", "label", "score", "share", "subset") if name in rows}
+    if "share" in columns:
+        is_first = (columns["share"] == columns["share"][0]) & (columns["subset"] == columns["subset"][0])
+        columns = {name: column[is_first] for name, column in columns.items()}
+    finding, label, score = (columns[name] for name in ("finding", "label", "score"))
+    scored = [Scored(name, label[finding == name], score[finding == name]) for name in dict.fromkeys(finding.tolist())]
     roc, precision = (embed(draw(scored), "image/svg+xml") for draw in (draw_roc, draw_precision_recall))
     return roc, precision
 

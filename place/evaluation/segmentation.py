@@ -55,7 +55,8 @@ def run_segmentation(task: Task) -> TaskResult:
     if task.folder:
         draw_masks(test.jpegs, mask_BFYX, shown_BFYX, names, task.folder / "segmentation.png")
     protocol = _describe(task, judged)
-    return TaskResult("segmentation", metrics, protocol, len(test.sample_ids))
+    rows = list_overlaps(shown_BFYX, mask_BFYX, known_BF, names, test.sample_ids)
+    return TaskResult("segmentation", metrics, protocol, len(test.sample_ids), rows)
 
 
 def _train_and_judge(task: Task) -> Judged:
@@ -204,6 +205,16 @@ def compute_overlaps(shown_BFYX: Array, mask_BFYX: Array) -> dict[str, Array]:
         "iou": np.where(is_empty, np.nan, iou),
         "empty_kept": np.where(is_empty, (shown == 0).astype(float), np.nan),
     }
+
+
+def list_overlaps(
+    shown_BFYX: Array, mask_BFYX: Array, known_BF: Array, names: Sequence[str], sample_ids: Sequence[int]
+) -> dict[str, Any]:
+    """Columns sample_id, finding and the scores of `compute_overlaps`: a row an image and finding that counts."""
+    place_F, row_B = known_BF.T.nonzero()
+    columns = {"sample_id": np.array(sample_ids, dtype=np.int64)[row_B], "finding": [names[place] for place in place_F]}
+    overlaps = compute_overlaps(shown_BFYX, mask_BFYX)
+    return columns | {kind: value_BF[row_B, place_F] for kind, value_BF in overlaps.items()}
 
 
 def judge_masks(

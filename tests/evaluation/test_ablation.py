@@ -51,6 +51,24 @@ def test_a_difference_within_its_interval_is_not_bold() -> None:
     assert "(+10.0 ± 127.1)" in build_table(Experiment.model_validate(TREE), figures)
 
 
+def test_the_paired_table_has_a_line_a_seed_and_marks_what_leaves_out_zero() -> None:
+    gaps = {"b": {1: {"retrieval:r1": [0.05, -0.01, 0.11]}, 0: {"retrieval:r1": [0.05, 0.02, 0.08]}, 2: {}}}
+    assert ablation.build_paired_table(Experiment.model_validate(TREE), gaps).splitlines()[2:] == [
+        "| B | 0 | **+5.0 (+2.0 to +8.0)** |",
+        "| B | 1 | +5.0 (-1.0 to +11.0) |",
+        "| B | 2 | - |",
+    ]
+
+
+def test_runs_are_paired_with_the_reference_of_their_seed(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("")
+    experiment = Experiment.model_validate(TREE)
+    jobs = plan_jobs(experiment, tmp_path / "base.yaml")
+    figures: ablation.Figures = {"a": {0: {}, 2: {}}, "b": {0: {}, 1: {}}}
+    pairs = ablation.list_pairs(experiment, jobs, figures)
+    assert [((job.row, job.seed), (other.row, other.seed)) for job, other in pairs] == [(("b", 0), ("a", 0))]
+
+
 def test_one_value_has_no_interval() -> None:
     assert compute_half_width([1.0]) is None
     assert compute_half_width([1.0, 1.0]) == 0
@@ -126,6 +144,8 @@ def test_an_experiment_of_real_runs_ends_in_a_table_and_does_nothing_twice(
     assert ablation.main([str(path)]) == 0
     first = (tmp_path / "out/table.md").read_text()
     assert re.search(r"^\| A \| 1 \| \d+\.\d{3} \|$", first, re.MULTILINE)
+    number = r"[+-]\d+\.\d{3}"
+    assert re.search(rf"^\| B \| 0 \| \**{number} \({number} to {number}\)\** \|$", first, re.MULTILINE)
     shutil.rmtree(tmp_path / "out/a/seed0/run")
     assert ablation.main([str(path)]) == 0
     assert (tmp_path / "out/table.md").read_text() == first

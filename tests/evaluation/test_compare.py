@@ -1,0 +1,197 @@
+"""Two evaluations side by side: the figures of the evaluations, the same patients in both, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from place.cli import main
+from place.config import EvaluationConfig, RunError, UsageError
+from place.evaluation import detector, setr
+from place.evaluation.compare import run_compare
+from place.evaluation.heads import Schedule
+from place.evaluation.metrics import draw_weights
+from place.evaluation.paired import Rows, compare, compare_rows
+from place.evaluation.report import draw_curves
+from place.evaluation.suite import run_evaluation
+
+TASKS = ["zero_shot", "retrieval", "classification", "grounding", "segmentation", "detection"]
+BOOTSTRAP = 60
+
+
+@pytest.fixture(scope="module")
+def evaluated(run_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated")
+    options = EvaluationConfig(bootstrap=BOOTSTRAP, batch_size=16, label_shares=(0.5, 1.0), label_subsets=2)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (setr, detector):
+            patch.setattr(module, "SCHEDULE", Schedule(max_steps=40, every=20))
+        run_evaluation(run_dir, data_dir, TASKS, evaluation=options, output=folder)
+    return folder
+
+
+def copy(evaluated: Path, folder: Path, **changes: object) -> Path:
+    """A copy whose zero_shot.json says something else."""
+    shutil.copytree(evaluated, folder)
+    path = folder / "zero_shot.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def rewrite(path: Path, **columns: object) -> None:
+    """Put other columns into a TASK.parquet."""
+    table = pq.read_table(path).to_pydict()
+    pq.write_table(pa.table(table | columns), path)
+
+
+def test_the_rows_give_every_figure_of_every_task_again(evaluated: Path, data_dir: Path) -> None:
+    same = run_compare(evaluated, evaluated, data_dir, BOOTSTRAP)
+    assert list(same.tasks) == sorted(TASKS)
+    for task, found in same.tasks.items():
+        metrics = json.loads((evaluated / f"{task}.json").read_text())["metrics"]
+        expected = {
+            name for name in metrics if not name.startswith(("text_to_image", "instance.", "pathology.", "combined."))
+        }
+        expected -= {name for name in metrics if "brier" in name or "calibration" in name or "p_at" in name}
+        assert set(found) == expected
+        for name, item in found.items():
+            assert item.first == item.second == pytest.approx(metrics[name]["value"], abs=1e-6), (task, name)
+            assert item.difference == (0, 0, 0)
+            assert item.p == 1
+
+
+def test_both_are_judged_in_the_same_resamples_of_patients(evaluated: Path, data_dir: Path, tmp_path: Path) -> None:
+    better = copy(evaluated, tmp_path / "better")
+    rows = pq.read_table(evaluated / "zero_shot.parquet").to_pydict()
+    score = np.array(rows["score"]) + 0.05 * np.array(rows["label"])
+    order = np.random.default_rng(0).permutation(len(score))  # rows are matched by image, not by place
+    shuffled = {name: np.array(rows[name])[order] for name in ("sample_id", "finding", "label")}
+    rewrite(better / "zero_shot.parquet", score=score[order], **shuffled)
+    found = run_compare(evaluated, better, data_dir, 300, ["zero_shot"]).tasks["zero_shot"]["auroc.edema"]
+    gap, low, high = found.difference
+    assert gap == pytest.approx(found.second - found.first)
+    assert 0 < low < gap < high
+    assert found.p == pytest.approx(2 / 301)
+    back = run_compare(better, evaluated, data_dir, 300, ["zero_shot"]).tasks["zero_shot"]["auroc.edema"]
+    assert back.difference == pytest.approx((-gap, -high, -low))
+    assert back.p == found.p
+
+
+def test_the_interval_and_p_are_those_of_the_resampled_differences() -> None:
+    rng = np.random.default_rng(1)
+    first_R, second_R = rng.normal(0, 1, 1001), rng.normal(0.5, 1, 1001)
+    first_R[5] = np.nan
+    found = compare(first_R, second_R)
+    gaps = np.delete(second_R - first_R, [0, 5])
+    assert found.difference == pytest.approx((second_R[0] - first_R[0], *np.percentile(gaps, [2.5, 97.5])))
+    assert found.p == pytest.approx(2 * (1 + (gaps <= 0).sum()) / (len(gaps) + 1))
+    alone = compare(first_R[:1], second_R[:1])
+    assert (alone.p, alone.difference.low) == (None, None)
+
+
+def test_patients_come_and_go_together() -> None:
+    columns = {"finding": np.array(["a"] * 40), "dice": np.arange(40.0) % 2}
+    other = columns | {"dice": np.zeros(40)}
+    rows = [Rows(part, np.arange(40)) for part in (columns, other)]
+    widths = []
+    for unit_B in (np.arange(40), np.arange(40) % 2):
+        gap = compare_rows(*rows, draw_weights(unit_B, 400))["mean_dice"].difference
+        assert gap.low is not None
+        assert gap.high is not None
+        widths.append(gap.high - gap.low)
+    assert widths[1] == 1  # two patients, of whom one has all: in a quarter of the resamples she is alone
+    assert widths[0] < 0.5
+
+
+def test_curves_are_of_the_first_probe_alone(evaluated: Path) -> None:
+    rows = pq.read_table(evaluated / "classification.parquet").to_pydict()
+    assert {(share, subset) for share, subset in zip(rows["share"], rows["subset"])} == {(1.0, 0), (0.5, 0), (0.5, 1)}
+    first = [row for row, share in enumerate(rows["share"]) if share == 1]
+    alone = {name: [rows[name][row] for row in first] for name in ("finding", "label", "score")}
+    assert draw_curves(rows) == draw_curves(alone)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"data_fingerprint": "e" * 64},
+            "zero_shot: data fingerprint ffffffffffff against eeeeeeeeeeee; evaluate both",
+        ),
+        ({"protocol": {"split": "val"}}, "zero_shot: split test against val; evaluate both"),
+        ({"num_samples": 40}, "zero_shot: images 41 against 40; evaluate both"),
+    ],
+)
+def test_other_data_are_refused_in_one_line(
+    evaluated: Path, data_dir: Path, tmp_path: Path, change: dict, said: str
+) -> None:
+    other = copy(evaluated, tmp_path / "other", **change)
+    with pytest.raises(UsageError) as caught:
+        run_compare(evaluated, other, data_dir)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_images_and_labels_are_refused(evaluated: Path, data_dir: Path, tmp_path: Path) -> None:
+    rows = pq.read_table(evaluated / "zero_shot.parquet").to_pydict()
+    for name, column in {
+        "sample_id": [1, *rows["sample_id"][1:]],
+        "label": [1 - rows["label"][0], *rows["label"][1:]],
+    }.items():
+        other = copy(evaluated, tmp_path / name)
+        rewrite(other / "zero_shot.parquet", **{name: column})
+        with pytest.raises(UsageError, match="zero_shot: 2 images or findings were judged, or labelled, in one of"):
+            run_compare(evaluated, other, data_dir)
+
+
+def test_what_cannot_be_compared_is_said(evaluated: Path, data_dir: Path, tmp_path: Path) -> None:
+    other = copy(evaluated, tmp_path / "other", protocol={"split": "test", "score": "another one"})
+    (other / "segmentation.parquet").unlink()
+    (other / "detection.json").unlink()
+    found = run_compare(evaluated, other, data_dir, 100)
+    assert set(found.tasks) == set(TASKS) - {"segmentation", "detection"}
+    assert "detection: judged in one of the two only" in found.notes
+    assert any(note.startswith("segmentation: no figures of single images") for note in found.notes)
+    assert any(note.startswith("zero_shot: A is ") and note.endswith("B is another one") for note in found.notes)
+    with pytest.raises(UsageError, match="no task was judged in both"):
+        run_compare(evaluated, other, data_dir, tasks=["detection"])
+
+
+def test_folders_that_do_not_fit_are_named(evaluated: Path, data_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="empty has no evaluation; run `place evaluate` first"):
+        run_compare(evaluated, tmp_path / "empty", data_dir)
+    with pytest.raises(UsageError, match="does not say where its data set lies; give --data"):
+        run_compare(evaluated, evaluated)
+    (tmp_path / "card.json").write_text(json.dumps({"fingerprint": "d" * 64}))
+    with pytest.raises(UsageError, match="has fingerprint dddddddddddd, judged was ffffffffffff"):
+        run_compare(evaluated, evaluated, tmp_path)
+    damaged = copy(evaluated, tmp_path / "damaged")
+    (damaged / "grounding.parquet").write_bytes(b"PAR1")
+    with pytest.raises(RunError, match=r"grounding.json is no result of an evaluation, or damaged"):
+        run_compare(evaluated, damaged, data_dir)
+
+
+def test_the_verb_prints_a_table_of_100_columns_and_writes_all_figures(
+    evaluated: Path, run_dir: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(evaluated, run / "evaluation")
+    shutil.copy(run_dir / "config.yaml", run)
+    assert main(["compare", str(run), str(evaluated), "--bootstrap", "100", "--output", str(tmp_path / "c.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "attention.mean pointing game" in shown
+    assert "at 50.mean f1" in shown
+    assert "edema" not in shown
+    assert max(map(len, shown.replace(str(tmp_path), "").splitlines())) <= 110
+    tree = json.loads((tmp_path / "c.json").read_text())
+    assert tree["tasks"]["zero_shot"]["auroc.edema"]["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert main(["compare", str(run), str(run), "--bootstrap", "100", "--findings", "--tasks", "detection"]) == 0
+    assert "ap.effusion" in capsys.readouterr().out
+    assert (run / "compare/run.json").is_file()
+    assert main(["compare", str(run), str(run), "--bootstrap", "3"]) == 2
