@@ -406,6 +406,25 @@ class GenerationConfig(Section):
         return num_heads
 
 
+class FinetuneConfig(Section):
+    max_steps: int = Field(2000, ge=1)
+    """Most training steps with each subset of the labels."""
+    patience: int = Field(4, ge=1)
+    """Looks at the validation split in vain after which training stops; a look an epoch, of 25 to 250 steps."""
+    batch_size: int = Field(32, ge=2)
+    """Images a step."""
+    lr: float = Field(5e-4, gt=0)
+    """Learning rate of the last layer."""
+    layer_decay: float = Field(0.75, gt=0, le=1)
+    """Factor on the learning rate from a layer to the one before it."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Decay of weights; norms, biases, class tokens and position embeddings have none."""
+    augment: AugmentConfig = AugmentConfig()
+    """Augmentation of training images."""
+    seed: int = 0
+    """Seed of the last layer, batches and augmentation."""
+
+
 class EvaluationConfig(Section):
     gallery_size: int | None = Field(None, ge=2)
     """Unique reports in the retrieval gallery, the first by hash; none takes all."""
@@ -416,9 +435,9 @@ class EvaluationConfig(Section):
     prompts: str | None = None
     """YAML of `finding: {positive: [...], negative: [...]}`; none takes the prompts built in."""
     label_shares: tuple[float, ...] = (0.01, 0.1, 1.0)
-    """classification: shares of the training patients whose labels are seen."""
+    """classification, finetune: shares of the training patients whose labels are seen."""
     label_subsets: int = Field(3, ge=1)
-    """classification: random subsets of patients behind each share below 1."""
+    """classification, finetune: random subsets of patients behind each share below 1."""
     folds: int = Field(0, ge=0)
     """segmentation: folds of a cross-validation by patient over all splits; 0 trains on one split, judges another."""
     allow_leaks: list[str] = []
@@ -435,6 +454,8 @@ class EvaluationConfig(Section):
     """Findings that count towards the mean; empty takes all labels of the data set."""
     generation: GenerationConfig = GenerationConfig()
     """generation: the decoder that writes reports."""
+    finetune: FinetuneConfig = FinetuneConfig()
+    """finetune: how the whole encoder is trained."""
 
     @field_validator("label_shares")
     @classmethod

@@ -6,7 +6,7 @@ thresholds are chosen on the validation split, per finding, and the judged split
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,18 @@ from place.evaluation.task import Task
 NUM_BINS = 15
 Figures = dict[str, tuple[float, Array]]
 """Of each figure its value, and its value in every resample of patients."""
+
+
+Fit = Callable[[Array, list[str]], Probed]
+"""Trains on rows of the training split for some findings."""
+
+
+class Labelled(NamedTuple):
+    """Labels, patients and ids of the images of a split."""
+
+    labels: list[dict[str, int | None]]
+    unit_B: Array
+    sample_ids: list[int]
 
 
 class Judged(NamedTuple):
@@ -58,7 +70,21 @@ def run_classification(task: Task) -> TaskResult:
 
 
 def judge_probes(task: Task, train: FeatureSplit, val: FeatureSplit, test: FeatureSplit) -> Judged:
-    """Probe at each share of the training patients, the largest first; shares below 1 over several subsets."""
+    """Probe at each share of the training patients."""
+    return judge_shares(
+        task,
+        train.unit_B,
+        Labelled(test.labels, test.unit_B, test.sample_ids),
+        lambda rows, names: probe(_pick(train, rows), val, test.feature_BD, names),
+    )
+
+
+def judge_shares(task: Task, train_unit_B: Array, test: Labelled, fit: Fit) -> Judged:
+    """Train with each share of the training patients, the largest first; shares below 1 over several subsets.
+
+    Args:
+        fit: trains on rows of the training split for findings, and scores the images of `test`.
+    """
     evaluation = task.evaluation
     findings = choose_findings(test.labels, task.labels, evaluation.findings)
     weight_RB = draw_weights(test.unit_B, evaluation.bootstrap)
@@ -66,16 +92,16 @@ def judge_probes(task: Task, train: FeatureSplit, val: FeatureSplit, test: Featu
     shares: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for share in sorted(evaluation.label_shares, reverse=True):
-        subsets = draw_subsets(train.unit_B, share, 1 if share == 1 else evaluation.label_subsets)
+        subsets = draw_subsets(train_unit_B, share, 1 if share == 1 else evaluation.label_subsets)
         probes = []
         for number, subset in enumerate(subsets, start=1):
-            probes.append(probe(_pick(train, subset), val, test.feature_BD, findings.names))
+            probes.append(fit(subset, findings.names))
             rows.append(list_probe(test.sample_ids, probes[-1], findings, share, number - 1))
-            task.report(f"probe with {share:.3g} of the labels", number, len(subsets))
+            task.report(f"train with {share:.3g} of the labels", number, len(subsets))
         before = "" if share == 1 else f"at_{100 * share:g}."
         figures = [judge_probe(item, findings, weight_RB) for item in probes]
         metrics |= {before + name: metric for name, metric in _average(figures).items()}
-        shares[f"{100 * share:g} %"] = _describe_share(train, subsets, probes, findings.names)
+        shares[f"{100 * share:g} %"] = _describe_share(train_unit_B, subsets, probes, findings.names)
     joined = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
     return Judged(metrics, findings, shares, len(test.labels), joined)
 
@@ -159,13 +185,17 @@ def describe_probe(task: Task, judged: Judged) -> dict[str, Any]:
 
 
 def _describe_share(
-    train: FeatureSplit, subsets: Sequence[Array], probes: Sequence[Probed], names: Sequence[str]
+    train_unit_B: Array, subsets: Sequence[Array], probes: Sequence[Probed], names: Sequence[str]
 ) -> dict[str, Any]:
+    if probes[0].step is None:
+        chosen: dict[str, Any] = {"penalty": [dict(zip(names, item.penalty_F, strict=True)) for item in probes]}
+    else:
+        chosen = {"step": [item.step for item in probes]}
     return {
         "images": [len(rows) for rows in subsets],
-        "patients": [len(np.unique(train.unit_B[rows])) for rows in subsets],
+        "patients": [len(np.unique(train_unit_B[rows])) for rows in subsets],
         "untrained": [item.untrained for item in probes],
-        "penalty": [dict(zip(names, item.penalty_F, strict=True)) for item in probes],
+        **chosen,
         "threshold": [dict(zip(names, item.threshold_F, strict=True)) for item in probes],
     }
 

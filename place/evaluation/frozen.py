@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor, nn
 
-from place.config import RunError
-from place.data.transforms import eval_transform, read_image
+from place.config import AugmentConfig, RunError
+from place.data.transforms import eval_transform, read_image, train_transform
 from place.model.vision import VisionTokens
 from place.training.checkpoint import LoadedRun
 
@@ -57,6 +58,13 @@ class FrozenEncoder:
             for mean, std in zip(self.mean, self.std, strict=True)
         ]
         return torch.stack(channels, dim=1)
+
+    def draw_images(self, jpegs: Sequence[bytes], augment: AugmentConfig, rng: np.random.Generator) -> Tensor:
+        """JPEGs as the encoder is trained on them, fp32 (B,C,size,size): augmented as in pretraining, never flipped."""
+        images = [read_image(jpeg) for jpeg in jpegs]
+        grey = torch.stack([train_transform(image, self.size_px, 0.0, 1.0, augment, rng) for image in images])
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        return (grey - mean) / std
 
     @cached_property
     def weights(self) -> str:

@@ -1,10 +1,10 @@
-"""Training of a small head on a frozen encoder's tokens: stopped on the validation split, the best weights kept."""
+"""Training of a head on an encoder's tokens, or of both: stopped on the validation split, the best weights kept."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -45,17 +45,20 @@ def train_on_tokens(
     schedule: Schedule,
     seed: int,
     on_progress: Callable[[int], None] | None = None,
+    groups: list[dict[str, Any]] | None = None,
 ) -> tuple[Head, int]:
     """Train a head by AdamW on random images.
 
     Args:
+        groups: its parameters with learning rates and decays of their own; none takes the schedule's for all.
         compute_loss: of the images (rows, int64) of a batch.
         compute_val_loss: of the whole validation split; called in eval mode, without gradients.
     Returns:
         The head in eval mode, and the step that its weights are of.
     """
     rng = np.random.default_rng(seed)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay)
+    trained = head.parameters() if groups is None else groups
+    optimizer = torch.optim.AdamW(trained, lr=schedule.lr, weight_decay=schedule.weight_decay)
     best, best_step, kept = math.inf, 0, head.state_dict()
     for step in range(1, schedule.max_steps + 1):
         head.train()

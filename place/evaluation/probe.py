@@ -34,13 +34,14 @@ class FeatureSplit(NamedTuple):
 
 class Probed(NamedTuple):
     """One probe: logits of the judged images (B,F), labels by the thresholds (B,F) bool, penalty and threshold of each
-    finding, and findings that could not be trained."""
+    finding, and findings that could not be trained; with training by steps, the step that was kept and no penalty."""
 
     score_BF: Array
     predicted_BF: Array
     penalty_F: list[float]
     threshold_F: list[float]
     untrained: list[str]
+    step: int | None = None
 
 
 def probe(train: FeatureSplit, val: FeatureSplit, feature_BD: Array, names: Sequence[str]) -> Probed:
@@ -60,10 +61,15 @@ def probe(train: FeatureSplit, val: FeatureSplit, feature_BD: Array, names: Sequ
     chosen_F = choose_penalties(val_scores, val_BF)
     score_BF = np.stack([predict(features[2], fits[c])[:, f] for f, c in enumerate(chosen_F)], axis=1)
     threshold_F = [choose_threshold(val_scores[c][:, f], val_BF[:, f]) for f, c in enumerate(chosen_F)]
-    counts = [len(np.unique(column[~np.isnan(column)])) for column in train_BF.T]
-    untrained = [name for name, count in zip(names, counts, strict=True) if count < 2]
+    untrained = list_untrained(train_BF, names)
     score_BF[:, [name in untrained for name in names]] = 0
     return Probed(score_BF, score_BF >= np.array(threshold_F), [PENALTIES[c] for c in chosen_F], threshold_F, untrained)
+
+
+def list_untrained(target_BF: Array, names: Sequence[str]) -> list[str]:
+    """Findings without a positive or without a negative."""
+    counts = [len(np.unique(column[~np.isnan(column)])) for column in target_BF.T]
+    return [name for name, count in zip(names, counts, strict=True) if count < 2]
 
 
 def draw_subsets(unit_B: Array, share: float, count: int) -> list[Array]:

@@ -17,6 +17,7 @@ from place.data.prepared import list_splits, read_card
 from place.evaluation.classification import run_classification
 from place.evaluation.detection import run_detection
 from place.evaluation.explain import write_explanation
+from place.evaluation.finetune import run_finetune
 from place.evaluation.foreign import find_kind, load_foreign
 from place.evaluation.frozen import name_run, wrap_run
 from place.evaluation.generation import run_generation
@@ -37,15 +38,19 @@ TASKS: dict[str, Callable[[Task], TaskResult]] = {
     "zero_shot": run_zero_shot,
     "retrieval": run_retrieval,
     "classification": run_classification,
+    "finetune": run_finetune,
     "pixel_probe": run_pixel_probe,
     "grounding": run_grounding,
     "segmentation": run_segmentation,
     "detection": run_detection,
     "generation": run_generation,
 }
+ON_REQUEST = ("finetune",)
+"""Tasks that are not part of `all`: they train the encoder, which takes as long as all others together."""
 NEEDS = {
     "zero_shot": "labels",
     "classification": "labels",
+    "finetune": "labels",
     "pixel_probe": "labels",
     "grounding": "boxes",
     "segmentation": "masks",
@@ -78,7 +83,7 @@ def run_evaluation(
     Args:
         run_dir: run folder.
         data_dir: folder written by `place prepare`; not necessarily the one trained on.
-        tasks: names in `TASKS`, or `all` for all that the data set permits.
+        tasks: names in `TASKS`, or `all` for all that the data set permits, those of `ON_REQUEST` apart.
         which: checkpoint, `best`, `latest` or a folder name such as step_00000100.
         evaluation: how to judge; none takes the run's own section.
         output: folder that is written; none takes RUN/evaluation.
@@ -187,8 +192,8 @@ def choose_tasks(tasks: Sequence[str], offers: Collection[str]) -> list[str]:
         need = NEEDS.get(name)
         if need and need not in offers:
             raise UsageError(f"task '{name}' needs {need} and the data set has none; {ADVICE[need]}")
-    permitted = [name for name in TASKS if NEEDS.get(name) in (None, *offers)]
-    return permitted if "all" in tasks else list(dict.fromkeys(tasks))
+    permitted = [name for name in TASKS if NEEDS.get(name) in (None, *offers) and name not in ON_REQUEST]
+    return [name for name in TASKS if name in (*permitted, *tasks)] if "all" in tasks else list(dict.fromkeys(tasks))
 
 
 def write_result(folder: Path, result: TaskResult, task: Task, which: str) -> None:

@@ -216,6 +216,7 @@ def _list_notes(result: TaskResult) -> list[str]:
 BUILDERS = {
     "retrieval": _build_retrieval,
     "classification": _build_classification,
+    "finetune": _build_classification,
     "pixel_probe": _build_classification,
     "grounding": _build_grounding,
     "segmentation": _build_segmentation,

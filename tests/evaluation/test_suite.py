@@ -21,7 +21,7 @@ def results(run_dir, data_dir):
 
 
 def test_all_tasks_write_their_contract(results, run_dir):
-    assert list(results) == list(TASKS)
+    assert list(results) == [name for name in TASKS if name != "finetune"]  # it trains the encoder: by name only
     for name, result in results.items():
         tree = json.loads((run_dir / "evaluation" / f"{name}.json").read_text())
         assert {"task", "metrics", "protocol", "data_fingerprint", "commit", "num_samples"} <= set(tree)
