@@ -61,7 +61,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
     fields = PrepareConfig.model_fields
-    parser.add_argument("--source", required=True, choices=get_args(SourceName), help=fields["source"].description)
+    parser.add_argument("--source", choices=get_args(SourceName), help=fields["source"].description)
+    parser.add_argument("--protocol", metavar="FILE", help=fields["protocol"].description)
+    parser.add_argument(
+        "--allow-counts", nargs="+", default=(), metavar="NAME", help=fields["allow_counts"].description
+    )
     parser.add_argument("--output", required=True, help=fields["output"].description)
     parser.add_argument("--input", help=fields["input"].description)
     parser.add_argument("--image-root", help=fields["image_root"].description)
@@ -72,6 +76,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", nargs="+", default=[], metavar="NAME", help=fields["label_columns"].description)
     parser.add_argument("--masks", nargs="+", default=[], metavar="FINDING=PATTERN", help=fields["masks"].description)
     parser.add_argument("--boxes", metavar="FILE", help=fields["boxes"].description)
+    parser.add_argument("--only", metavar="FILE", help=fields["only"].description)
     parser.add_argument("--views", nargs="+", default=[], metavar="VIEW", help=fields["views"].description)
     parser.add_argument("--case", choices=("keep", "lower"), default="keep", help=fields["case"].description)
     parser.add_argument(
@@ -217,11 +222,29 @@ def build_prepare_config(arguments: argparse.Namespace) -> PrepareConfig:
     given = {key: value for key, value in vars(arguments).items() if key not in ("verb", "column", "labels", "masks")}
     columns = _split_pairs("column", arguments.column, "FIELD=NAME, such as image=filename")
     given["masks"] = _split_pairs("masks", arguments.masks, "FINDING=PATTERN, such as lungs=masks/{stem}.png") or None
+    given |= {"columns": columns, "label_columns": tuple(arguments.labels)}
+    if arguments.protocol:
+        given = _add_protocol(given)
+    elif arguments.source is None:
+        raise UsageError(f"say --source {'|'.join(get_args(SourceName))}, or --protocol configs/eval/NAME.yaml")
     try:
-        return PrepareConfig.model_validate({**given, "columns": columns, "label_columns": tuple(arguments.labels)})
+        return PrepareConfig.model_validate(given)
     except ValidationError as error:
         fault = error.errors()[0]
         raise UsageError(f"--{'.'.join(map(str, fault['loc'])).replace('_', '-')}: {fault['msg'].lower()}") from None
+
+
+def _add_protocol(given: dict[str, Any]) -> dict[str, Any]:
+    """Options of the protocol, where the user left the default."""
+    from place.data.protocol import fill_options, read_protocol
+
+    fields = PrepareConfig.model_fields
+    said = {name: value for name, value in given.items() if not _is_same(value, fields[name].default)}
+    return fill_options(said, read_protocol(given["protocol"]))
+
+
+def _is_same(value: Any, default: Any) -> bool:
+    return tuple(value) == tuple(default or ()) if isinstance(value, list | tuple) else value in (None, default)
 
 
 def _split_pairs(option: str, items: list[str], form: str) -> dict[str, str]:

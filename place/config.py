@@ -488,7 +488,7 @@ class Config(Section):
     """How the encoder is judged."""
 
 
-SourceName = Literal["phantom", "csv", "mimic-cxr", "mimic-cxr-jpg", "openi", "dicom-tree", "r2gen-json"]
+SourceName = Literal["phantom", "csv", "mimic-cxr", "mimic-cxr-jpg", "openi", "dicom-tree", "r2gen-json", "table"]
 
 
 class PrepareConfig(Section):
@@ -500,6 +500,10 @@ class PrepareConfig(Section):
     """Folder the prepared data set is written to, shared by all hosts, or s3://BUCKET/PREFIX."""
     input: str | None = None
     """csv: the table (csv, tsv or parquet), one row an image. Others: the folder of the download, or of DICOM files."""
+    protocol: str | None = None
+    """File of configs/eval: gives source, options and layout of a data set, and the counts that must be met."""
+    allow_counts: tuple[str, ...] = ()
+    """Counts of the protocol that may differ, such as test.images; the card then says so."""
     image_root: str | None = None
     """csv, openi, r2gen-json: folder that image paths are relative to."""
     reports: str | None = None
@@ -523,6 +527,8 @@ class PrepareConfig(Section):
     """csv: finding to the path of its mask file from the image root; {stem} is the image's path without suffix."""
     boxes: str | None = None
     """mimic-cxr: table of phrases with boxes, MS_CXR_Local_Alignment_v1.1.0.csv."""
+    only: str | None = None
+    """mimic-cxr: table with a column dicom_id; its images alone are kept, all as test split: a published test set."""
     views: tuple[str, ...] = ()
     """Views that are kept, such as FRONTAL, LATERAL, UNKNOWN, ALL. None keeps the frontal ones, and of csv, openi and
     r2gen-json also the unknown."""
@@ -530,8 +536,8 @@ class PrepareConfig(Section):
     """Letters of the stored report: as written, or all small."""
     split: tuple[float, float, float] = (0.8, 0.1, 0.1)
     """Shares of patients in train, val and test; a split column comes first."""
-    min_words: int = Field(3, ge=1)
-    """Reports with fewer words are rejected."""
+    min_words: int = Field(3, ge=0)
+    """Reports with fewer words are rejected; 0 keeps images without a report, for tasks that need none."""
     launcher: Literal["ray", "local"] = "ray"
     """Who spreads the work: Ray, or processes of this host without it. The result is the same."""
     address: str | None = None

@@ -44,6 +44,7 @@ def build_card(
         "source": config.source,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "counts": {"input": len(table.rows), "kept": kept, "rejected": len(table.rows) - kept, **counts},
+        "without_report": _count_wordless(store),
         "drop_reasons": total.reasons,
         "warnings": total.warnings,
         "labels": table.labels,
@@ -55,6 +56,11 @@ def build_card(
         "columns": dict(config.columns),
         "versions": {"place": place.__version__, **{name: version(name) for name in _LIBRARIES}},
     }
+
+
+def _count_wordless(store: Store) -> int:
+    """Kept images that have no report."""
+    return sum(batch["num_words"].to_pylist().count(0) for batch in read_batches(store, MANIFEST_FILE, ["num_words"]))
 
 
 def count_splits(store: Store, rows: int) -> dict[str, dict[str, int]]:

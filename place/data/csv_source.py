@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from place.config import PrepareConfig, UsageError
-from place.data.frame_rows import FrameRows, mark_rejects
+from place.data.frame_rows import FrameRows, fill_field, mark_rejects
 from place.data.identity import IdHasher, read_salt
 from place.data.official_split import assign_splits
 from place.data.rows import Table
@@ -31,7 +31,7 @@ def open_csv(config: PrepareConfig) -> Table:
     if not config.input:
         raise UsageError("source csv needs a table: say --input FILE")
     table = Path(config.input)
-    check_fields(config.columns)
+    check_fields(config.columns, config.min_words > 0)
     frame = read_table(table, config.columns, config.label_columns)
     labels = build_labels(frame, config.label_columns)
     root = Path(config.image_root) if config.image_root else table.parent
@@ -65,16 +65,6 @@ def _fill_identities(frame: pd.DataFrame) -> list[str]:
     # Studies are often numbered within a patient.
     frame["study"] = frame["patient"] + "/" + frame["study"]
     return notes
-
-
-def fill_field(frame: pd.DataFrame, field: str, fallback: pd.Series, meaning: str) -> list[str]:
-    """Put the fallback where a row has nothing in the field. Returns a note for the card, if there was such a row."""
-    if field not in frame:
-        frame[field] = fallback
-        return [f"no {field} column: {meaning}"]
-    missing = frame[field] == ""
-    frame[field] = frame[field].where(~missing, fallback)
-    return [f"{int(missing.sum())} rows without a {field}: {meaning}"] if missing.any() else []
 
 
 def _check_views(frame: pd.DataFrame) -> None:

@@ -12,9 +12,8 @@ from pathlib import Path
 import pandas as pd
 
 from place.config import PrepareConfig, RunError, UsageError
-from place.data.csv_source import fill_field
 from place.data.dicom import Identity, read_identity
-from place.data.frame_rows import FrameRows, mark_mixed_studies, mark_rejects
+from place.data.frame_rows import FrameRows, fill_field, mark_mixed_studies, mark_rejects
 from place.data.identity import IdHasher, read_salt
 from place.data.official_split import assign_splits
 from place.data.pool import count_cores, map_in_processes

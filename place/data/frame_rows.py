@@ -11,8 +11,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from place.data.identity import IdHasher
-from place.data.masks import list_mask_files
+from place.data.masks import SourceMask, list_mask_files
 from place.data.rows import Row
+from place.data.shapes import Shape
 from place.data.table import Label
 
 SECTIONS = ("findings", "impression", "text")
@@ -24,7 +25,8 @@ class FrameRows:
 
     Columns: `number` (position in the input), `identity` (of the image), `patient`, `study`, `split`; and where the
     source has them: `image` and `report` (paths below their roots), `findings`, `impression`, `text`, `view`, `reject`
-    (a reason, else empty), `label:NAME`. All but `number` are text. `boxes` are of images, by `identity`.
+    (a reason, else empty), `label:NAME`. All but `number` are text. `boxes` are of images, by `identity`; `outlines`
+    are of findings, then of images, and an image without any was looked at; `masks` are files.
     """
 
     def __init__(
@@ -36,7 +38,9 @@ class FrameRows:
         report_root: str = "",
         masks: dict[str, str] | None = None,
         boxes: dict[str, tuple[dict[str, Any], ...]] | None = None,
+        outlines: dict[str, dict[str, tuple[Shape, ...]]] | None = None,
     ):
+        self.outlines = outlines or {}
         self.frame, self.labels, self.ids, self.masks, self.boxes = frame, labels, ids, masks or {}, boxes or {}
         self.image_root, self.report_root = image_root, report_root
         # Positions, and not the table in another order: its reports stay on the disk until their slice is taken.
@@ -70,9 +74,25 @@ class FrameRows:
             view=" ".join(cells.get("view", "").upper().split()),
             labels={label.name: label.read(cells[f"label:{label.column}"]) for label in self.labels},
             boxes=self.boxes.get(cells["identity"], ()),
-            masks=list_mask_files(image, self.image_root, self.masks) if image else (),
+            masks=(*self._list_outlines(cells["identity"]), *self._list_files(image)),
             reject=cells.get("reject", ""),
         )
+
+    def _list_outlines(self, identity: str) -> list[SourceMask]:
+        return [SourceMask(name, shapes=drawn.get(identity, ())) for name, drawn in self.outlines.items()]
+
+    def _list_files(self, image: str | None) -> tuple[SourceMask, ...]:
+        return list_mask_files(image, self.image_root, self.masks) if image else ()
+
+
+def fill_field(frame: pd.DataFrame, field: str, fallback: pd.Series, meaning: str) -> list[str]:
+    """Put the fallback where a row has nothing in the field. Returns a note for the card, if there was such a row."""
+    if field not in frame:
+        frame[field] = fallback
+        return [f"no {field} column: {meaning}"]
+    missing = frame[field] == ""
+    frame[field] = frame[field].where(~missing, fallback)
+    return [f"{int(missing.sum())} rows without a {field}: {meaning}"] if missing.any() else []
 
 
 def order_by_patient(frame: pd.DataFrame) -> NDArray[np.int64]:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from place.config import RunError
 from place.data.images import Rejected, decode_picture, read_file
+from place.data.shapes import Shape, draw_shapes
 
 MASKS_FILE = "masks.parquet"
 MASKS = pa.schema(
@@ -36,12 +37,14 @@ Mask = NDArray[np.bool_]
 class SourceMask(NamedTuple):
     """A mask as a source hands it over: in the pixels of the source image, as a PNG; empty bytes where absent.
 
-    A path instead of bytes is read in the task; where there is no such file, nobody has looked.
+    A path instead of bytes is read in the task; where there is no such file, nobody has looked. Outlines instead are
+    drawn in the task, when the size of the image is known.
     """
 
     finding: str
-    png: bytes | str
+    png: bytes | str = b""
     box: int | None = None
+    shapes: tuple[Shape, ...] = ()
 
 
 def encode_mask(mask_YX: Mask) -> bytes:
@@ -75,17 +78,28 @@ def store_mask(mask: SourceMask, source: tuple[int, ...], stored: tuple[int, ...
         Rejected: `unreadable_mask`, `mask_size`.
     Source: ours.
     """
-    if not mask.png:
+    if not mask.png and not mask.shapes:
         return None
-    try:
-        mask_YX = decode_mask(read_file(mask.png) if isinstance(mask.png, str) else mask.png)
-    except Rejected as fault:
-        raise Rejected("unreadable_mask", fault.reason) from None
+    mask_YX = _draw_mask(mask, source) if mask.shapes else _read_mask(mask.png)
     if mask_YX.shape != source:
         raise Rejected("mask_size", f"the mask has {mask_YX.shape} pixels, its image {source}")
     if isinstance(mask.png, str) and not mask_YX.any():
         return None  # a file with nothing in it says that the finding is absent
     return encode_mask(resize_mask(mask_YX, stored))
+
+
+def _read_mask(png: bytes | str) -> Mask:
+    try:
+        return decode_mask(read_file(png) if isinstance(png, str) else png)
+    except Rejected as fault:
+        raise Rejected("unreadable_mask", fault.reason) from None
+
+
+def _draw_mask(mask: SourceMask, source: tuple[int, ...]) -> Mask:
+    try:
+        return draw_shapes(mask.shapes, source)
+    except ValueError as fault:
+        raise Rejected("mask_size", str(fault)) from None
 
 
 def list_mask_files(image: str, root: str, patterns: dict[str, str]) -> tuple[SourceMask, ...]:

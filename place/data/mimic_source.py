@@ -34,7 +34,7 @@ def open_mimic(config: PrepareConfig) -> Table:
     Looked for in the input folder: `files/`; `mimic-cxr-2.0.0-split.csv.gz`; the images' list and views in
     `mimic-cxr-2.0.0-metadata.csv.gz`, or without views in `cxr-record-list.csv.gz`; reports as files/.../s50414267.txt
     there, in `mimic-cxr-reports/` or in --reports; labels of CheXpert or else NegBio, if their tables are there;
-    boxes with phrases of MS-CXR as --boxes.
+    boxes with phrases of MS-CXR as --boxes; --only keeps the images of a published test set.
     Raises:
         UsageError: a folder or table is missing.
         RunError: unreadable table, a patient in two splits.
@@ -43,11 +43,16 @@ def open_mimic(config: PrepareConfig) -> Table:
     root = _find_root(config)
     frame = _read_images(root)
     frame["number"] = range(len(frame))
+    only = Path(config.only) if config.only else None
+    if only:
+        frame = _keep_only(frame, only)
     mark_rejects(frame, frame["identity"].duplicated(), "duplicate_id")
     splits_file = _require(root, "split")
     splits = read_table(splits_file, {"identity": "dicom_id", "split": "split"}, ())
     frame["split"] = frame["identity"].map(splits.drop_duplicates("identity").set_index("identity")["split"]).fillna("")
     frame["split"], rule = assign_splits(frame, config, _ADVICE)
+    if only:
+        frame["split"], rule = "test", f"all images are test images, those of {only.name}"
     mark_mixed_studies(frame)
     labels, labels_file = _add_labels(frame, root, config)
     report_root = _find_reports(root, config)
@@ -58,7 +63,7 @@ def open_mimic(config: PrepareConfig) -> Table:
     ids = IdHasher(read_salt(config.salt_file))
     boxes_file = Path(config.boxes) if config.boxes else None
     boxes, notes = find_boxes(boxes_file, set(frame["identity"]))
-    parts = [hash_file(file) for file in (_find_list(root), splits_file, labels_file, boxes_file) if file]
+    parts = [hash_file(file) for file in (_find_list(root), splits_file, labels_file, boxes_file, only) if file]
     content = ids.digest("input", ":".join([*parts, str(root.resolve()), str(report_root.resolve())])).hex()
     rows = FrameRows(frame, labels, ids, str(root), str(report_root), boxes=boxes)
     return Table(rows, [label.name for label in labels], rule, notes, content)
@@ -109,6 +114,16 @@ def _read_images(root: Path) -> pd.DataFrame:
         meant = frame.pop("meaning").map(lambda text: _MEANINGS.get(text.lower(), ""))
         frame["view"] = frame["view"].where(frame["view"] != "", meant)
     return frame
+
+
+def _keep_only(frame: pd.DataFrame, only: Path) -> pd.DataFrame:
+    """The images that a published list names. Raises UsageError where one of them is missing."""
+    wanted = {*read_table(only, {"identity": _IDS["image"]}, ())["identity"]}
+    kept = frame[frame["identity"].isin(wanted)].reset_index(drop=True)
+    missing = len(wanted) - kept["identity"].nunique()
+    if missing:
+        raise UsageError(f"--only {only.name}: {missing} of its {len(wanted)} images are not in this MIMIC-CXR")
+    return kept
 
 
 def _add_labels(frame: pd.DataFrame, root: Path, config: PrepareConfig) -> tuple[list[Label], Path | None]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from place.config import DataConfig, RunError, StreamConfig
+from place.config import DataConfig, RunError, StreamConfig, UsageError
 from place.data.manifest import MANIFEST_FILE, read_batches
 from place.data.prepared import (
     count_samples,
@@ -75,6 +75,17 @@ def read_intensity(data: DataConfig) -> tuple[float, float]:
     mean = sum(share * image["mean"] for share, image in zip(shares, images))
     square = sum(share * (image["std"] ** 2 + image["mean"] ** 2) for share, image in zip(shares, images))
     return mean, math.sqrt(square - mean**2)
+
+
+def check_reports(data: DataConfig) -> None:
+    """Refuse data sets of images alone. Raises UsageError."""
+    for stream in data.list_streams():
+        missing = read_card(stream.path).get("without_report", 0)
+        if missing:
+            raise UsageError(
+                f"{stream.path}: {missing} images have no report, and pretraining takes pairs; prepare it again with "
+                "--min-words 1 or more"
+            )
 
 
 def read_fingerprint(data: DataConfig) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from place.config import PrepareConfig, RunError, UsageError
 from place.data.card import build_card, write_card
+from place.data.counts import check_allowed, check_counts
 from place.data.identity import SPLITS
 from place.data.manifest import (
     HASHES_FILE,
@@ -27,6 +28,7 @@ from place.data.manifest import (
 )
 from place.data.masks import MASKS, MASKS_FILE
 from place.data.pool import map_in_processes
+from place.data.protocol import read_protocol
 from place.data.rows import Table
 from place.data.shards import HASHES, write_index
 from place.data.sources import open_source
@@ -43,7 +45,8 @@ PAGE = "inspect.html"
 """What `place data inspect` writes beside the data."""
 _FILES = (MANIFEST_FILE, REJECTED_FILE, MASKS_FILE, "card.json", "card.md")
 _OURS = {PARTS, PAGE, HASHES_FILE, *SPLITS, *_FILES, *(f"{name}{PARTIAL}" for name in (*_FILES, HASHES_FILE))}
-_FREE = ("output", "launcher", "address", "num_workers", "input", "image_root", "reports", "salt_file", "boxes")
+_PATHS = ("input", "image_root", "reports", "salt_file", "boxes", "only", "protocol", "output")
+_FREE = (*_PATHS, "launcher", "address", "num_workers", "allow_counts")
 _REQUEST = f"{PARTS}/request.json"
 
 
@@ -67,12 +70,15 @@ def run_prepare(
     """
     config = _resolve_paths(config)
     store = open_store(config.output)
+    if config.protocol:
+        check_allowed(read_protocol(config.protocol), config.allow_counts)
     table = open_source(config)
     request = build_request(config, table)
     with _held(store):
         card = _read_card(store, request)
         if card is not None:
             store.delete(PARTS)
+            _check_protocol(config, store)
             return {**card, "already_prepared": True}
         try:
             total = _run_parts(config, table, request, store, map_tasks, on_progress)
@@ -88,7 +94,7 @@ def run_prepare(
 
 def _resolve_paths(config: PrepareConfig) -> PrepareConfig:
     """Paths that hold in every process, wherever it was started."""
-    paths = {name: getattr(config, name) for name in ("input", "image_root", "reports", "salt_file", "boxes", "output")}
+    paths = {name: getattr(config, name) for name in _PATHS}
     return config.model_copy(
         update={name: os.path.abspath(path) for name, path in paths.items() if path and "://" not in path}
     )
@@ -240,11 +246,19 @@ def _merge_parts(
     _merge_masks(store, parts)
     card = build_card(config, table, total, hashes, store)
     card["request"] = request
+    card |= _check_protocol(config, store)
     if _read_if_there(store, _REQUEST) != request:  # object storage has no lock
         raise RunError(f"another prepare has been writing to {store}; delete it and prepare again, one at a time")
     card = write_card(store, card)
     store.delete(PARTS)
     return card
+
+
+def _check_protocol(config: PrepareConfig, store: Store) -> dict[str, Any]:
+    """What the card says of the protocol. Raises RunError where its counts are not met."""
+    if config.protocol is None:
+        return {}
+    return {"protocol": check_counts(read_protocol(config.protocol), store, config.allow_counts)}
 
 
 def _merge_masks(store: Store, parts: list[int]) -> None:

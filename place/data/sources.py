@@ -12,6 +12,7 @@ from place.data.openi_source import open_openi
 from place.data.phantom_source import open_phantom
 from place.data.r2gen_source import open_r2gen
 from place.data.rows import Table
+from place.data.table_source import open_table
 
 SOURCES: dict[str, Callable[[PrepareConfig], Table]] = {
     "phantom": open_phantom,
@@ -21,6 +22,7 @@ SOURCES: dict[str, Callable[[PrepareConfig], Table]] = {
     "openi": open_openi,
     "dicom-tree": open_dicom_tree,
     "r2gen-json": open_r2gen,
+    "table": open_table,
 }
 
 TAKE_MASKS = ("csv",)
@@ -39,6 +41,8 @@ def open_source(config: PrepareConfig) -> Table:
             f"--masks {' '.join(config.masks)}: source {config.source} takes no mask files, only "
             f"{', '.join(TAKE_MASKS)} does; leave it out, or prepare a table of these images with --source csv"
         )
-    if config.boxes and config.source not in TAKE_BOXES:
-        raise UsageError(f"--boxes: source {config.source} takes none, only {', '.join(TAKE_BOXES)} do; leave it out")
+    for name in ("boxes", "only"):
+        if getattr(config, name) and config.source not in TAKE_BOXES:
+            told = f"source {config.source} takes none, only {', '.join(TAKE_BOXES)} do; leave it out"
+            raise UsageError(f"--{name}: {told}")
     return SOURCES[config.source](config)

@@ -54,13 +54,16 @@ class Label(NamedTuple):
         return None if not cell else int(cell == self.value)
 
 
-def read_table(path: Path, columns: dict[str, str], label_columns: Iterable[str]) -> pd.DataFrame:
+def read_table(
+    path: Path, columns: dict[str, str], label_columns: Iterable[str], separator: str | None = None
+) -> pd.DataFrame:
     """The mapped columns under our field names, and the label columns under `label:NAME`, all as stripped text.
 
     Args:
         path: csv, tsv (also .gz) or parquet.
         columns: our field to the table's column.
         label_columns: columns with labels.
+        separator: between cells; none takes a tab in .tsv, else a comma.
     Returns:
         A table whose text is held by Arrow, not as Python objects.
     Raises:
@@ -74,10 +77,10 @@ def read_table(path: Path, columns: dict[str, str], label_columns: Iterable[str]
         raise UsageError(f"table {path.name}: unknown kind; expected a name that ends in {', '.join(_SUFFIXES)}")
     wanted = {**columns, **{f"label:{name}": name for name in label_columns}}
     try:
-        present = read_header(path)
+        present = read_header(path, separator)
         for column in wanted.values():
-            _check_column(column, present)
-        frame = _read_cells(path, sorted(set(wanted.values())))
+            check_column(column, present)
+        frame = _read_cells(path, sorted(set(wanted.values())), separator)
     except (pa.ArrowException, OSError) as error:
         raise RunError(f"table {path.name}: cannot be read ({_describe_fault(error)})") from None
     if frame.empty:
@@ -91,12 +94,13 @@ def _describe_fault(error: Exception) -> str:
     return re.split(r"(?<=got \d)|(?<=got \d\d)", lines[0])[0]
 
 
-def check_fields(columns: dict[str, str]) -> None:
+def check_fields(columns: dict[str, str], with_reports: bool = True) -> None:
     """Refuse a mapping of a table of images that names unknown fields, or lacks one. Raises UsageError."""
     _check_known(columns, FIELDS)
     if "image" not in columns:
         raise UsageError("no column for the image: say --column image=NAME")
-    _check_report(columns)
+    if with_reports or {"text", "findings", "impression"} & columns.keys():
+        _check_report(columns)
 
 
 def check_report_fields(columns: dict[str, str]) -> None:
@@ -116,7 +120,10 @@ def _check_known(columns: dict[str, str], fields: tuple[str, ...]) -> None:
 def _check_report(columns: dict[str, str]) -> None:
     sections = {"findings", "impression"} & columns.keys()
     if not sections and "text" not in columns:
-        raise UsageError("no column for the report: say --column text=NAME, or findings=NAME and impression=NAME")
+        raise UsageError(
+            "no column for the report: say --column text=NAME, or findings=NAME and impression=NAME; "
+            "or --min-words 0 for images without reports"
+        )
     if sections and "text" in columns:
         raise UsageError(
             f"both text and {' and '.join(sorted(sections))} are mapped: a report is one text or its sections"
@@ -132,9 +139,10 @@ def _squeeze(name: str) -> str:
     return re.sub(r"[\W_]", "", name).lower()
 
 
-def _check_column(column: str, present: list[str]) -> None:
+def check_column(column: str, present: list[str], table: str = "the table") -> None:
+    """Refuse a column that a table does not have. Raises UsageError, with the nearest name."""
     if column not in present:
-        raise UsageError(f"unknown column '{column}'{_nearest(column, present)}; the table has {', '.join(present)}")
+        raise UsageError(f"unknown column '{column}'{_nearest(column, present)}; {table} has {', '.join(present)}")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -143,25 +151,25 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean '{spelled[0]}'?)" if spelled else ""
 
 
-def read_header(path: Path) -> list[str]:
+def read_header(path: Path, separator: str | None = None) -> list[str]:
     """Names of a table's columns."""
     if path.suffix == ".parquet":
         return list(pq.read_schema(path).names)
-    return list(csv.open_csv(path, parse_options=_parse_options(path)).schema.names)
+    return list(csv.open_csv(path, parse_options=_parse_options(path, separator)).schema.names)
 
 
-def _read_cells(path: Path, columns: list[str]) -> pd.DataFrame:
+def _read_cells(path: Path, columns: list[str], separator: str | None) -> pd.DataFrame:
     schema = pa.schema([(name, pa.large_string()) for name in columns])
-    read = _read_parquet if path.suffix == ".parquet" else _read_csv
-    table = map_from_disk((pa.record_batch(arrays, schema=schema) for arrays in read(path, columns)), schema)
+    cells = _read_parquet(path, columns) if path.suffix == ".parquet" else _read_csv(path, columns, separator)
+    table = map_from_disk((pa.record_batch(arrays, schema=schema) for arrays in cells), schema)
     return table.to_pandas(types_mapper={pa.large_string(): TEXT}.get)
 
 
-def _read_csv(path: Path, columns: list[str]) -> Iterator[list[pa.Array]]:
+def _read_csv(path: Path, columns: list[str], separator: str | None) -> Iterator[list[pa.Array]]:
     # pyarrow refuses a line with too many or too few fields, where pandas would cut or fill it without a word.
     convert = csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.large_string()), include_columns=columns)
     read = csv.ReadOptions(block_size=_BLOCK_BYTES)
-    with csv.open_csv(path, read, _parse_options(path), convert) as batches:
+    with csv.open_csv(path, read, _parse_options(path, separator), convert) as batches:
         for batch in batches:
             yield [compute.utf8_trim_whitespace(batch[name]) for name in columns]
 
@@ -173,8 +181,9 @@ def _read_parquet(path: Path, columns: list[str]) -> Iterator[list[pa.Array]]:
             yield [pa.array(frame[name].map(_to_text), pa.large_string()) for name in columns]
 
 
-def _parse_options(path: Path) -> csv.ParseOptions:
-    return csv.ParseOptions(delimiter="\t" if ".tsv" in path.suffixes else ",", newlines_in_values=True)
+def _parse_options(path: Path, separator: str | None) -> csv.ParseOptions:
+    delimiter = separator or ("\t" if ".tsv" in path.suffixes else ",")
+    return csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
 
 
 def _to_text(cell: object) -> str:

@@ -255,7 +255,7 @@ def read_sentences(sections: Iterable[tuple[str, str]], min_words: int, lower: b
     cut = [pair for name, text in sections for pair in (split_sections(text) if name == "text" else [(name, text)])]
     sentences = [{"section": name, "text": sentence} for name, text in cut for sentence in split_sentences(text)]
     words = sum(count_words(item["text"]) for item in sentences)
-    if not words:
+    if not words and min_words:
         raise Rejected("empty_report")
     if words < min_words:
         raise Rejected("short_report", f"{words} words, at least {min_words} wanted")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from place.config import EvaluationConfig, RunError, UsageError
 from place.data.masks import has_masks
-from place.data.prepared import list_splits, read_card
+from place.data.prepared import read_card
 from place.evaluation.classification import run_classification
 from place.evaluation.detection import run_detection
 from place.evaluation.explain import write_explanation
@@ -49,10 +49,11 @@ ON_REQUEST = ("finetune",)
 """Tasks that are not part of `all`: they train the encoder, which takes as long as all others together."""
 NEEDS = {
     "zero_shot": "labels",
+    "retrieval": "reports",
     "classification": "labels",
     "finetune": "labels",
     "pixel_probe": "labels",
-    "grounding": "boxes",
+    "grounding": "phrases with boxes",
     "segmentation": "masks",
     "detection": "training boxes",
     "generation": "training reports",
@@ -61,7 +62,8 @@ NEED_REPORTS = ("zero_shot", "retrieval", "grounding", "generation")
 IMAGE_TASKS = [name for name in TASKS if name not in NEED_REPORTS]
 ADVICE = {
     "labels": "prepare it with label columns or take retrieval",
-    "boxes": "take one whose sentences have boxes, such as phantoms",
+    "reports": "it is a set of images alone: take tasks on labels, boxes or masks",
+    "phrases with boxes": "take one whose sentences have boxes, such as phantoms",
     "masks": "take one with masks.parquet, such as phantoms prepared anew",
     "training boxes": "take one with boxes in its train, val and judged split, such as phantoms",
     "training reports": "prepare it with train and val patients, and judge another split than train",
@@ -165,17 +167,27 @@ def judge(
 
 
 def find_offers(data_dir: Path, card: dict[str, Any], split: str) -> set[str]:
-    """What a data set has of that which some tasks need: labels, boxes, masks, reports and boxes to train on."""
+    """What a data set has of that which some tasks need: labels, masks, reports, boxes, and such to train on."""
     offers = {"labels"} if card["labels"] else set()
     offers |= {"masks"} if has_masks(data_dir) else set()
-    offers |= {"training reports"} if split != "train" and {"train", "val"} <= set(list_splits(data_dir)) else set()
     manifest = data_dir / "manifest.parquet"
     if manifest.is_file():
-        rows = pq.read_table(manifest, columns=["split", "boxes"])
-        boxed = {name for name, boxes in zip(*(rows[key].to_pylist() for key in ("split", "boxes"))) if boxes != "[]"}
-        offers |= {"boxes"} if split in boxed else set()
+        columns = ("split", "boxes", "num_words")
+        rows = list(zip(*(pq.read_table(manifest, columns=[key])[key].to_pylist() for key in columns)))
+        boxed = {name for name, boxes, _ in rows if boxes != "[]"}
+        worded = {name for name, _, words in rows if words}
+        phrased = any(box.get("phrase") or box.get("sentence") is not None for box in _list_boxes(rows, split))
+        offers |= {"reports"} if split in worded else set()
+        offers |= {"training reports"} if split != "train" and {"train", "val", split} <= worded else set()
+        offers |= {"phrases with boxes"} if phrased else set()
         offers |= {"training boxes"} if {"train", "val", split} <= boxed else set()
     return offers
+
+
+def _list_boxes(rows: Sequence[tuple[str, str, int]], split: str) -> Iterator[dict[str, Any]]:
+    for name, boxes, _ in rows:
+        if name == split and boxes != "[]":
+            yield from json.loads(boxes)
 
 
 def choose_tasks(tasks: Sequence[str], offers: Collection[str]) -> list[str]:

@@ -22,7 +22,7 @@ import torch
 from place.batch import Batch, Losses, Outputs
 from place.config import Config, RunError, UsageError, dump_config
 from place.data.loader import PairLoader
-from place.data.mixture import count_epoch, read_fingerprint, read_intensity, read_training_samples
+from place.data.mixture import check_reports, count_epoch, read_fingerprint, read_intensity, read_training_samples
 from place.data.streaming import select_sentences
 from place.data.tokens import ReportTokenizer, train_tokenizer
 from place.distributed import Node, barrier, broadcast_text, gather_objects, read_node, read_world
@@ -50,6 +50,7 @@ def prepare_run(config: Config, world: int) -> RunPlan:
     """
     run_dir = Path(config.run.dir)
     plan = build_run_plan(config, world)
+    check_reports(config.data)
     if config.run.resume == "never" and any((run_dir / "checkpoints").glob("step_????????")):
         raise UsageError(
             f"{run_dir} already holds a run and run.resume=never; choose another run.dir or run.resume=auto"

@@ -85,7 +85,8 @@ def write_data(folder: Path, labelled: bool = True) -> Path:
                 masks += build_masks(sample, name) if labelled else []
                 digest = hashlib.sha256(sample["image"]).hexdigest()
                 row = {"sample_id": sample["sample_id"], "patient": patient, "split": name, "source_sha256": digest}
-                rows.append(row | {"boxes": json.dumps(sample["boxes"]), "height_px": 72, "width_px": 64})
+                row |= {"boxes": json.dumps(sample["boxes"]), "height_px": 72, "width_px": 64, "num_words": 9}
+                rows.append(row)
     pq.write_table(pa.Table.from_pylist(rows), folder / "manifest.parquet")
     if masks:
         pq.write_table(pa.Table.from_pylist(masks, schema=MASKS), folder / MASKS_FILE)

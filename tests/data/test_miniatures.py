@@ -1,0 +1,359 @@
+"""Each downstream data set, laid out as it is downloaded, reaches labels, splits, boxes and masks by its protocol."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from archives import write_mimic
+from miniatures import (
+    FIVE,
+    PROTOCOLS,
+    SIDE,
+    draw_region,
+    parse_prepare,
+    prepare_words,
+    write_chestx_det10,
+    write_chexpert,
+    write_covidx,
+    write_nih,
+    write_object_cxr,
+    write_protocol,
+    write_rsna,
+    write_siim,
+    write_vindr,
+)
+
+from place.config import RunError, UsageError
+from place.data.masks import read_masks
+from place.data.prepare import run_prepare
+from place.data.prepared import list_splits, read_samples
+from place.data.shapes import draw_shapes, parse_runs, parse_shapes
+from place.data.table_source import open_table
+
+
+class Prepared(NamedTuple):
+    """A miniature after `place prepare`: its card, manifest by row of the input, samples and masks by row as well."""
+
+    card: dict[str, Any]
+    rows: dict[int, dict[str, Any]]
+    samples: dict[int, dict[str, Any]]
+    masks: dict[int, dict[str, Any]]
+
+
+def prepare(
+    name: str, write: Callable[[Path], None], tmp_path: Path, counts: dict[str, Any], **changes: Any
+) -> Prepared:
+    """Lay out a miniature, prepare it by its protocol with the counts of the miniature, and read all of it."""
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    write(folder)
+    protocol = write_protocol(name, folder, counts=counts, counts_from="the miniature", **changes)
+    config = parse_prepare(*prepare_words(protocol, folder))
+    card = run_prepare(config)
+    rows = {row["sample_id"]: row for row in pq.read_table(Path(config.output) / "manifest.parquet").to_pylist()}
+    samples, masks = {}, {}
+    for split in list_splits(config.output):
+        samples |= {rows[s["sample_id"]]["row"]: s for s in read_samples(config.output, split)}
+        if (Path(config.output) / "masks.parquet").is_file():
+            masks |= {rows[key]["row"]: found for key, found in read_masks(config.output, split).items()}
+    return Prepared(card, {row["row"]: row for row in rows.values()}, samples, masks)
+
+
+def list_positive(sample: dict[str, Any]) -> list[str]:
+    assert {*sample["labels"].values()} <= {0, 1}
+    return [name for name, sign in sample["labels"].items() if sign == 1]
+
+
+def test_nih_takes_classes_from_a_list_official_splits_and_boxes_of_its_own_table(tmp_path):
+    counts = {
+        "all": {"images": 24, "patients": 12, "positive": {"Cardiomegaly": 6, "Hernia": 6}},
+        "test": {"images": 6, "patients": 3, "boxes": 2},
+    }
+    found = prepare("nih", write_nih, tmp_path, counts)
+    for number, sample in found.samples.items():
+        expected = [[], ["Cardiomegaly", "Emphysema"], ["Hernia"], ["Pleural_Thickening"]][(number // 2 + 1) % 4]
+        assert list_positive(sample) == expected
+        assert len(sample["labels"]) == 14
+        assert sample["view"] == "PA"
+        assert not sample["sentences"]
+    split = {number: row["split"] for number, row in found.rows.items()}
+    assert {number for number in split if split[number] == "test"} == {18, 19, 20, 21, 22, 23}
+    assert {split[number] for number in range(18)} == {"train", "val"}
+    assert all(split[number] == split[number + 1] for number in range(0, 24, 2))
+    assert found.samples[18]["boxes"] == [
+        {"finding": "Infiltration", "box_xyxy": [8.5 / 2, 20.25 / 2, 38.5 / 2, 60.25 / 2], "sentence": None}
+    ]
+    assert "0.125 of the training patients" in found.card["split_rule"]
+    assert found.card["protocol"]["name"] == "nih"
+    assert found.card["protocol"]["deviations"] == []
+
+
+def test_rsna_joins_the_rows_of_an_image_to_one_label_its_boxes_and_a_mask_of_them(tmp_path):
+    counts = {"all": {"images": 20, "boxes": 15, "masks": 10, "positive": {"Pneumonia": 10}}}
+    found = prepare("rsna", write_rsna, tmp_path, counts)
+    by_boxes: dict[int, list[int]] = {}
+    for number, sample in found.samples.items():
+        by_boxes.setdefault(len(sample["boxes"]), []).append(number)
+        assert sample["labels"] == {"Pneumonia": int(bool(sample["boxes"]))}
+        mask_YX = found.masks[number]["Pneumonia"]
+        if not sample["boxes"]:
+            assert mask_YX is None  # looked at, and absent
+            continue
+        expected_YX = np.zeros((SIDE // 2, SIDE // 2), bool)
+        for box in sample["boxes"]:
+            x0, y0, x1, y1 = (int(value) for value in box["box_xyxy"])
+            expected_YX[y0:y1, x0:x1] = True
+        assert np.array_equal(mask_YX, expected_YX)
+    assert {count: len(numbers) for count, numbers in by_boxes.items()} == {0: 10, 1: 5, 2: 5}
+    assert [box["box_xyxy"] for box in found.samples[1]["boxes"]] == [[5, 10, 21, 30], [30, 12, 40, 27]]
+    assert {row["view"] for row in found.rows.values()} == {"PA"}  # of the DICOM header
+
+
+def test_siim_joins_regions_and_keeps_the_rows_of_an_image_in_one_split(tmp_path):
+    counts = {"all": {"images": 20, "masks": 10, "positive": {"Pneumothorax": 10}}}
+    found = prepare("siim", write_siim, tmp_path, counts)
+    for place, number in enumerate(sorted(found.samples)):
+        mask_YX = found.masks[number]["Pneumothorax"]
+        assert found.samples[number]["labels"] == {"Pneumothorax": place % 2}
+        if place % 2 == 0:
+            assert mask_YX is None  # looked at, and absent
+            continue
+        region_YX = draw_region(place, 0) | (draw_region(place, 1) if place % 4 == 1 else False)
+        assert np.array_equal(mask_YX, region_YX[::2, ::2])
+
+
+def test_chexpert_maps_uncertain_labels_leaves_lateral_images_out_and_keeps_valid_as_test(tmp_path):
+    found = prepare("chexpert", write_chexpert, tmp_path, {"all": {"images": 36}, "test": {"images": 6, "patients": 6}})
+    numbers = sorted(found.samples)
+    assert numbers == list(range(0, 72, 2))  # every second row is lateral
+    for patient, number in enumerate(numbers):
+        labels, finding = found.samples[number]["labels"], FIVE[patient % 5]
+        certain = patient >= 30 or patient % 3 != 2
+        counts_as = 1 if certain or finding not in ("Cardiomegaly", "Consolidation") else 0
+        assert {name: labels[name] for name in FIVE} == dict.fromkeys(FIVE, 0) | {finding: counts_as}
+        assert labels["Fracture"] == (0 if patient >= 30 else None)  # nobody mentioned it
+        assert found.rows[number]["split"] in (("test",) if patient >= 30 else ("train", "val"))
+    assert found.card["split_rule"].startswith("as the tables of the data set say; 0.025 of the training patients")
+
+
+def test_chexpert_5x200_takes_as_many_images_of_each_finding_alone_and_checks_the_pools(tmp_path):
+    rule = yaml.safe_load((PROTOCOLS / "chexpert_5x200.yaml").read_text())["layout"]
+    rule["sample"] |= {"per_label": 3, "pool": dict.fromkeys(FIVE, 4)}
+    counts = {"test": {"images": 15, "positive": dict.fromkeys(FIVE, 3)}}
+    found = prepare("chexpert_5x200", write_chexpert, tmp_path, counts, layout=rule)
+    assert {row["split"] for row in found.rows.values()} == {"test"}
+    for number, sample in found.samples.items():
+        assert list_positive(sample) == [FIVE[number // 2 % 5]]
+        assert number // 2 % 3 != 2  # uncertain
+    rule["sample"] |= {"pool": dict.fromkeys(FIVE, 5)}
+    with pytest.raises(RunError, match=r"pool\.Atelectasis: 4 found, protocol chexpert_5x200 says 5; pool\.Cardio"):
+        prepare("chexpert_5x200", write_chexpert, tmp_path / "other", counts, layout=rule)
+
+
+def test_covidx_tells_the_patients_of_two_sources_apart_and_keeps_the_official_lists(tmp_path):
+    counts = {"all": {"images": 18, "patients": 14}, "test": {"images": 6, "positive": {"COVID-19": 4}}}
+    found = prepare("covidx", write_covidx, tmp_path, counts)
+    splits = [found.rows[number]["split"] for number in sorted(found.rows)]
+    assert splits == ["train"] * 8 + ["val"] * 4 + ["test"] * 6
+    assert [found.samples[number]["labels"]["COVID-19"] for number in range(8)] == [1, 1, 0, 0] * 2
+
+
+def test_vindr_lets_the_readers_vote_on_labels_and_boxes_and_renames_a_column(tmp_path):
+    counts = {"train+val": {"images": 12, "boxes": 4}, "test": {"images": 4, "boxes": 1}}
+    found = prepare("vindr", write_vindr, tmp_path, counts)
+    test = [row["row"] for row in found.rows.values() if row["split"] == "test"]
+    assert sorted(test) == [36, 37, 38, 39]
+    assert list_positive(found.samples[36]) == ["Cardiomegaly", "Other diseases"]
+    assert found.samples[36]["boxes"][0]["box_xyxy"] == [5, 10, 15, 20]
+    assert list_positive(found.samples[0]) == ["Cardiomegaly"]  # one reader's nodule is outvoted
+    assert list_positive(found.samples[3]) == ["No finding"]
+    (box,) = found.samples[0]["boxes"]
+    assert box == {"finding": "Cardiomegaly", "box_xyxy": [11, 21, 31, 41], "sentence": None}  # the mean of two readers
+
+
+def test_object_cxr_draws_rectangles_ellipses_and_polygons_on_images_of_any_shape(tmp_path):
+    counts = {"all": {"images": 24, "boxes": 24, "masks": 18}, "test": {"images": 8, "positive": {"Foreign object": 6}}}
+    found = prepare("object_cxr", write_object_cxr, tmp_path, counts)
+    masks = [found.masks[number]["Foreign object"] for number in range(4)]
+    assert masks[3] is None
+    assert masks[0].shape == (60, 48)
+    assert masks[0][10:30, 5:20].all()
+    assert masks[0].sum() == 20 * 15
+    ellipse = np.pi * 20 * 10 / 4 + 10 * 5
+    assert abs(masks[1].sum() - ellipse) < 0.1 * ellipse
+    assert not masks[1][10, 10]
+    triangle = 20 * 20 / 2
+    assert abs(masks[2].sum() - triangle) < 0.15 * triangle
+    assert masks[2][8, 20]
+    assert not masks[2][22, 8]
+    boxes = [[box["box_xyxy"] for box in found.samples[number]["boxes"]] for number in range(4)]
+    assert boxes == [[[5, 10, 20, 30]], [[10, 10, 30, 20], [35, 5, 40, 15]], [[5, 5, 25, 25]], []]
+
+
+def test_chestx_det10_unfolds_lists_to_labels_and_boxes(tmp_path):
+    counts = {"train+val": {"images": 12, "positive": {"Mass": 6}}, "test": {"images": 4, "boxes": 6}}
+    found = prepare("chestx_det10", write_chestx_det10, tmp_path, counts)
+    assert found.samples[0]["labels"] == dict.fromkeys(found.card["labels"], 0)
+    assert list_positive(found.samples[1]) == ["Effusion", "Mass"]
+    boxes = [(box["finding"], box["box_xyxy"]) for box in found.samples[1]["boxes"]]
+    assert boxes == [("Effusion", [2, 4, 10, 20]), ("Mass", [15, 15, 25, 30]), ("Effusion", [30, 4, 40, 20])]
+
+
+def test_a_count_that_is_not_met_is_an_error_unless_it_is_allowed_by_name(tmp_path):
+    counts = {"all": {"images": 21, "boxes": 15, "positive": {"Pneumonia": 11}}}
+    with pytest.raises(RunError) as caught:
+        prepare("rsna", write_rsna, tmp_path, counts)
+    told = str(caught.value)
+    assert "all.images: 20 found, protocol rsna says 21; all.positive.Pneumonia: 10 found" in told
+    assert "--allow-counts all.images all.positive.Pneumonia" in told
+    assert "all.boxes" not in told
+    protocol, folder = tmp_path / "rsna.yaml", tmp_path / "rsna"
+    with pytest.raises(RunError, match="all.positive.Pneumonia"):
+        run_prepare(parse_prepare(*prepare_words(protocol, folder, "--allow-counts", "all.images")))
+    with pytest.raises(UsageError, match="--allow-counts all.image: .* states no such count; there are all.images"):
+        run_prepare(parse_prepare(*prepare_words(protocol, folder, "--allow-counts", "all.image")))
+    names = ("--allow-counts", "all.images", "all.positive.Pneumonia")
+    card = run_prepare(parse_prepare(*prepare_words(protocol, folder, *names)))
+    assert card["protocol"]["deviations"][0].startswith("all.images: 20 found")
+    again = parse_prepare(*prepare_words(protocol, folder))
+    with pytest.raises(RunError, match="all.images: 20 found"):  # also where all is prepared
+        run_prepare(again)
+
+
+def test_mimic_5x200_keeps_the_images_of_the_published_list_as_test(tmp_path):
+    folder = tmp_path / "mimic"
+    table = write_mimic(folder, num_studies=4)
+    chosen = table[table["ViewPosition"] == "PA"]["dicom_id"].tolist()[1:3]
+    lines = ["Path,dicom_id,subject_id,study_id,Report", *(f"path/of/images,{name},1,2,Here." for name in chosen)]
+    (folder / "mimic_5x200_ids.csv").write_text("\n".join(lines) + "\n")
+    protocol = write_protocol("mimic_5x200", folder, counts={"all": {"rows": 2, "images": 2}, "test": {"images": 2}})
+    card = run_prepare(parse_prepare(*prepare_words(protocol, folder)))
+    assert card["counts"]["test"]["images"] == 2
+    assert card["labels"]
+    assert card["split_rule"] == "all images are test images, those of mimic_5x200_ids.csv"
+    with (folder / "mimic_5x200_ids.csv").open("a") as file:
+        file.write("path/of/images,ffff,1,2,Here.\n")
+    with pytest.raises(UsageError, match="--only mimic_5x200_ids.csv: 1 of its 3 images are not in this MIMIC-CXR"):
+        run_prepare(parse_prepare(*prepare_words(protocol, folder)))
+
+
+def test_a_phantom_protocol_takes_its_options_and_checks_its_counts(tmp_path):
+    protocol = write_protocol(
+        "phantom", tmp_path / "x", prepare={"count": 20, "split": [0.5, 0.25, 0.25]}, counts={"all": {"rows": 20}}
+    )
+    card = run_prepare(
+        parse_prepare("--protocol", protocol, "--output", tmp_path / "out", "--size-px", 48, "--num-workers", 1)
+    )
+    assert card["source"] == "phantom"
+    assert card["counts"]["kept"] == 20
+    assert card["request"]["split"] == [0.5, 0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("stage_2_train_labels.csv", ",1\n", ",2\n", "column 'Target' holds '2', which the protocol does not know"),
+        ("stage_2_train_labels.csv", "32.0", "wide", "row 1: could not convert string to float: 'wide'"),
+        ("stage_2_train_labels.csv", "32.0", "-32.0", "10, 20, -22, 60 is no box"),
+        ("stage_2_train_labels.csv", "Target", "Label", "unknown column 'Target'"),
+        (
+            "stage_2_train_labels.csv",
+            "60.0,24.0,20.0,30.0,1",
+            "60.0,24.0,20.0,30.0,0",
+            "rows of one image say different",
+        ),
+    ],
+)
+def test_a_table_of_another_release_is_one_line(tmp_path, file, old, new, message):
+    folder = tmp_path / "rsna"
+    folder.mkdir()
+    write_rsna(folder)
+    (folder / file).write_text((folder / file).read_text().replace(old, new))
+    with pytest.raises((RunError, UsageError), match=re.escape(message)) as caught:
+        open_table(parse_prepare(*prepare_words(PROTOCOLS / "rsna.yaml", folder)))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_in_no_official_list_or_in_two_is_an_error(tmp_path):
+    folder = tmp_path / "nih"
+    folder.mkdir()
+    write_nih(folder)
+    config = parse_prepare(*prepare_words(PROTOCOLS / "nih.yaml", folder))
+    listed = (folder / "test_list.txt").read_text()
+    (folder / "test_list.txt").write_text(listed.replace("00000010_000.png\n", ""))
+    with pytest.raises(RunError, match="row 18 and 0 others stand in none of train_val_list.txt, test_list.txt"):
+        open_table(config)
+    (folder / "test_list.txt").write_text(listed + "00000001_000.png\n")
+    with pytest.raises(RunError, match="test_list.txt: an image is also listed for train"):
+        open_table(config)
+    (folder / "test_list.txt").unlink()
+    with pytest.raises(UsageError, match="holds no test_list.txt, the list of the official test images"):
+        open_table(config)
+
+
+def test_a_data_set_that_is_not_there_is_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    words = prepare_words(PROTOCOLS / "rsna.yaml", tmp_path / "empty")
+    with pytest.raises(UsageError, match="holds no stage_2_train_labels.csv"):
+        open_table(parse_prepare(*words))
+    with pytest.raises(UsageError, match="source table needs a folder"):
+        open_table(parse_prepare(*prepare_words(PROTOCOLS / "rsna.yaml", tmp_path / "none")))
+    with pytest.raises(UsageError, match="source table needs a protocol"):
+        open_table(parse_prepare("--source", "table", "--input", tmp_path, "--output", tmp_path / "out"))
+
+
+def test_runs_are_relative_and_go_down_the_columns():
+    assert draw_shapes((parse_runs("1 2 3 1"),), (4, 2)).T.tolist() == [[0, 1, 1, 0], [0, 0, 1, 0]]
+    with pytest.raises(ValueError, match="reach pixel 9, the image has 8"):
+        draw_shapes((parse_runs("1 2 3 3"),), (4, 2))
+    for cell in ("1 2 3", "1 -2", "", "a b"):
+        with pytest.raises(ValueError, match=r"runs are pairs|invalid literal"):
+            parse_runs(cell)
+    for cell in ("3 1 2 3 4", "0 1 2 3", "2 1 2 3 4", "1 1 2 3 4 5"):
+        with pytest.raises(ValueError, match=r"no kind|numbers; expected"):
+            parse_shapes(cell)
+
+
+def test_coco_boxes_and_masks_of_real_radiographs(real_data, tmp_path):
+    """Lung boxes of 135 radiographs, and the lung masks of 26, by the protocol of the generic readers."""
+    source = real_data / "covid-cxr"
+    layout = {
+        "tables": [{"file": "metadata.csv"}],
+        "image": "images/{filename}",
+        "patient": "{patientid}",
+        "view": "{view}",
+        "text": "{clinical_notes}",
+        "labels": [{"column": "intubated", "names": {"intubated": "Y"}, "others": ["N", ""]}],
+        "boxes": [
+            {"tables": [{"file": "lung_boxes.coco.json", "rename": {"file_name": "filename"}}],
+             "columns": ["x", "y", "w", "h"], "finding": "lung"},
+        ],
+        "masks": [{"kind": "file", "finding": "lungs", "file": "masks/{name}.lungs.png"}],
+    }  # fmt: skip
+    layout["masks"][0]["file"] = "../masks/{stem}.lungs.png"
+    tree = {
+        "counts": {"all": {"images": 135, "boxes": 270}},
+        "prepare": {},
+        "layout": layout,
+        "tasks": {"retrieval": ["mrr"]},
+    }
+    protocol = write_protocol("rsna", tmp_path / "x", **tree)
+    config = parse_prepare(
+        "--protocol", protocol, "--input", source, "--output", tmp_path / "out", "--num-workers", 1, "--min-words", 1
+    )
+    card = run_prepare(config)
+    assert card["counts"]["kept"] == 135
+    masks = [
+        study["lungs"]
+        for split in list_splits(tmp_path / "out")
+        for study in read_masks(tmp_path / "out", split).values()
+    ]
+    assert len(masks) == 26
+    assert all(mask_YX.mean() > 0.05 for mask_YX in masks)

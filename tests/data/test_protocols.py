@@ -1,0 +1,149 @@
+"""Protocol files: every shipped one loads and fits the code that reads it, and what is wrong is said in one line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from miniatures import PROTOCOLS, parse_prepare
+
+from place.config import UsageError
+from place.data.layout import PLACEHOLDER
+from place.data.protocol import fill_options, read_protocol
+from place.data.sources import SOURCES
+from place.evaluation.suite import NEEDS, TASKS
+
+FILES = sorted(PROTOCOLS.glob("*.yaml"))
+
+
+def write(path: Path, **changes: object) -> Path:
+    """The RSNA protocol with some keys changed; None takes one away."""
+    tree = yaml.safe_load((PROTOCOLS / "rsna.yaml").read_text()) | changes
+    path.write_text(yaml.safe_dump({key: value for key, value in tree.items() if value is not None}))
+    return path
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_shipped_protocol_fits_sources_tasks_and_options(path: Path) -> None:
+    protocol = read_protocol(path)
+    assert protocol.name == path.stem
+    assert protocol.source in SOURCES
+    config = parse_prepare("--protocol", path, "--input", "data", "--output", "out")
+    assert config.source == protocol.source
+    assert config.protocol == str(path)
+    for task, metrics in protocol.tasks.items():
+        assert task in TASKS
+        assert metrics
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for word in (f"--protocol configs/eval/{path.name}", "hardware", "cost", "expected"):
+        assert any(word in line for line in header), f"no '{word}' in the header"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_shipped_protocol_offers_what_its_tasks_need(path: Path) -> None:
+    protocol = read_protocol(path)
+    needs = {NEEDS.get(task, "") for task in protocol.tasks}
+    if protocol.layout is None:
+        return  # other sources bring labels, boxes and reports of their own
+    assert ("labels" in needs) <= bool(protocol.layout.labels)
+    assert ("masks" in needs) <= bool(protocol.layout.masks)
+    assert ("training boxes" in needs) <= bool(protocol.layout.boxes)
+    assert bool(needs & {"reports", "training reports"}) <= bool(protocol.layout.text)
+    assert (protocol.layout.text is None) == (protocol.prepare.get("min_words") == 0)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_files_that_a_layout_reads_are_told_to_the_user(path: Path) -> None:
+    protocol = read_protocol(path)
+    if protocol.layout is None:
+        return
+    tables = [*protocol.layout.tables, *(table for rule in protocol.layout.boxes for table in rule.tables)]
+    for name in [table.file for table in tables] + list(protocol.layout.lists.values()):
+        assert name in protocol.files, name
+    folders = {table.folder for table in protocol.layout.tables}
+    for folder in folders:
+        first = PLACEHOLDER.split(protocol.layout.image.replace("{folder}", folder))[0].split("*")[0]
+        assert any(name.startswith(first) for name in protocol.files), first
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_peers_name_a_task_a_source_and_how_sure_it_is(path: Path) -> None:
+    for peer in read_protocol(path).peers:
+        assert peer.task in TASKS
+        assert peer.values
+        assert peer.source
+        assert all(0 < abs(value) <= 100 for value in peer.values.values())
+
+
+def test_the_scoreboard_is_the_same_in_every_file() -> None:
+    measured = [peer for path in FILES for peer in read_protocol(path).peers if peer.source.startswith("BenchX")]
+    assert len(measured) > 60
+    assert {peer.evidence for peer in measured} == {"measured"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"colour": "red"}, "colour: unknown key"),
+        ({"licence": None}, "licence: Field required"),
+        ({"url": "www.kaggle.com"}, "url: expected the https:// page"),
+        ({"layout": None}, "`layout` goes with source table"),
+        ({"source": "openi"}, "`layout` goes with source table"),
+        ({"prepare": {"output": "x"}}, "prepare.output is no option of a protocol"),
+        ({"counts_from": ""}, "counts need `counts_from`"),
+        ({"counts": {"all": {"positive": {"Pneumnia": 3}}}}, "positive.Pneumnia is no label"),
+        ({"counts": {"test": {"rows": 3}}}, "state all.rows"),
+        ({"counts": {"dev": {"images": 3}}}, "counts.dev"),
+        ({"peers": [{"name": "MRM"}]}, "peers.0.task: Field required"),
+    ],
+)
+def test_a_wrong_protocol_is_one_line(tmp_path: Path, changes: dict, message: str) -> None:
+    path = write(tmp_path / "rsna.yaml", **changes)
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
+        read_protocol(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"image": "{folder}/*/{patientId}*.dcm"}, "`*` stands for folders"),
+        ({"patient_match": "p[0-9"}, "no regular expression"),
+        ({"patient_match": "p[0-9]+"}, "with a group"),
+        ({"boxes": [{"finding": "x"}]}, "either `columns` or `shapes`"),
+        ({"boxes": [{"finding": "x", "shapes": "a", "agree": 2}]}, "needs the column of the `reader`"),
+        ({"masks": [{"finding": "x", "kind": "runs"}]}, "`column` goes with kind shapes or runs"),
+        ({"masks": [{"finding": "x", "kind": "file"}]}, "`file` goes with kind file"),
+        ({"labels": [{"names": ["a", "b"], "column": "c", "empty": [""]}]}, "a column and one label"),
+        ({"labels": [{"names": ["a"], "uncertain_as": {"b": "positive"}}]}, "names 'b', which is no label"),
+        ({"labels": [{"names": ["a"]}, {"names": ["a"]}]}, "label 'a' has two rules"),
+        ({"sample": {"one_of": ["a", "b"], "per_label": 2}}, "sample names 'a', which is no label"),
+        ({"tables": []}, "layout.tables"),
+    ],
+)
+def test_a_wrong_layout_is_one_line(tmp_path: Path, layout: dict, message: str) -> None:
+    tree = yaml.safe_load((PROTOCOLS / "rsna.yaml").read_text())["layout"] | layout
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
+        read_protocol(write(tmp_path / "rsna.yaml", layout=tree, counts={}))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_user_says_comes_before_the_protocol(tmp_path: Path) -> None:
+    words = ("--protocol", PROTOCOLS / "rsna.yaml", "--input", "data", "--output", "out")
+    assert parse_prepare(*words).split == (0.6, 0.2, 0.2)
+    config = parse_prepare(*words, "--split", 0.7, 0.1, 0.2, "--size-px", 512, "--allow-counts", "all.images")
+    assert (config.split, config.size_px, config.min_words) == ((0.7, 0.1, 0.2), 512, 0)
+    assert config.allow_counts == ("all.images",)
+    with pytest.raises(UsageError, match="--source csv: protocol rsna is prepared with --source table"):
+        parse_prepare(*words, "--source", "csv")
+    with pytest.raises(UsageError, match="say --source phantom|.*, or --protocol"):
+        parse_prepare("--output", "out")
+
+
+def test_paths_of_a_protocol_start_from_the_folder_of_the_data_set() -> None:
+    protocol = read_protocol(PROTOCOLS / "rsna.yaml").model_copy(update={"prepare": {"boxes": "b.csv", "size_px": 9}})
+    filled = fill_options({"input": "data", "size_px": 8}, protocol)
+    assert filled == {"source": "table", "boxes": "data/b.csv", "size_px": 8, "input": "data"}
