@@ -126,7 +126,8 @@ class MaskRule(Section):
     empty: tuple[str, ...] = ("", "-1")
     """Cells without a mask."""
     file: str | None = None
-    """The picture's path; `{stem}` is the image's path without suffix. An image without one was not looked at."""
+    """The picture's path; `{stem}` is the image's path without suffix, `{name}` the last part of it. An image without
+    one was not looked at."""
 
     @model_validator(mode="after")
     def _has_its_column(self) -> MaskRule:
@@ -163,6 +164,9 @@ class Layout(Section):
     """Pattern; none where nobody knows: each image is then a patient of its own."""
     patient_match: str | None = None
     """As `image_match`."""
+    cohort: str | None = None
+    """Whose patients these are: data sets of one cohort share them, and their names mean nothing to another; none takes
+    the name of the protocol."""
     study: str | None = None
     """Pattern; none where each image is a study of its own."""
     study_match: str | None = None

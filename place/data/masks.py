@@ -103,14 +103,18 @@ def _draw_mask(mask: SourceMask, source: tuple[int, ...]) -> Mask:
 
 
 def list_mask_files(image: str, root: str, patterns: dict[str, str]) -> tuple[SourceMask, ...]:
-    """Mask files of an image, whether they are there or not; `{stem}` in a pattern is the image's path without suffix.
+    """Mask files of an image, whether they are there or not.
 
+    Args:
+        patterns: finding to path below the root; `{stem}` is the image's path without suffix, `{name}` its last part.
     Source: ours.
     """
     stem = os.path.splitext(image)[0]
-    return tuple(
-        SourceMask(name, os.path.join(root, pattern.replace("{stem}", stem))) for name, pattern in patterns.items()
-    )
+    filled = {
+        finding: pattern.replace("{stem}", stem).replace("{name}", os.path.basename(stem))
+        for finding, pattern in patterns.items()
+    }
+    return tuple(SourceMask(finding, os.path.join(root, path)) for finding, path in filled.items())
 
 
 def has_masks(data_dir: str | Path) -> bool:

@@ -142,7 +142,7 @@ def read_protocol(path: str | Path) -> Protocol:
 def hash_layout(protocol: Protocol) -> str:
     """SHA-256 over what decides how a prepared data set looks, hexadecimal."""
     layout = protocol.layout.model_dump_json() if protocol.layout else ""
-    return hashlib.sha256(layout.encode()).hexdigest()
+    return hashlib.sha256(f"{protocol.name}:{layout}".encode()).hexdigest()
 
 
 def fill_options(given: dict[str, Any], protocol: Protocol) -> dict[str, Any]:

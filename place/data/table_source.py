@@ -45,7 +45,7 @@ def open_table(config: PrepareConfig) -> Table:
     rows = _read_rows(layout, root)
     frame = _build_images(layout, rows, root)
     ids = IdHasher(read_salt(config.salt_file))
-    notes = _fill_identities(frame)
+    notes = _fill_identities(frame, layout.cohort or protocol.name)
     if layout.sample:
         frame, pool = take_sample(layout.sample, frame, config.seed)
         frame["split"] = "test"
@@ -137,10 +137,12 @@ def _find_files(pattern: str, paths: pd.Series, root: Path) -> pd.Series:
     return names.map(lambda name: os.path.join(found.get(name, folder), name)).astype(TEXT)
 
 
-def _fill_identities(frame: pd.DataFrame) -> list[str]:
+def _fill_identities(frame: pd.DataFrame, cohort: str) -> list[str]:
+    """Give every image a patient and a study, apart from those of other data sets; say where they had to be made up."""
     notes = fill_field(frame, "study", "image " + frame["identity"], "each image is a study of its own")
     alone = "each image is a patient of its own, so one person may be in two splits"
     notes += fill_field(frame, "patient", "image " + frame["identity"], alone)
+    frame["patient"] = f"{cohort}/" + frame["patient"]
     frame["study"] = frame["patient"] + "/" + frame["study"]
     return notes
 

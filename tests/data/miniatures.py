@@ -193,7 +193,7 @@ def write_vindr(folder: Path, num_train: int = 12, num_test: int = 4) -> None:
 
 def write_object_cxr(folder: Path) -> None:
     """Each kind of shape, one image with two, every fourth without; images that are no squares."""
-    cells = ["0 10 20 40 60", "1 20 20 60 40;0 70 10 80 30", "2 10 10 50 10 50 50 10 50", ""]
+    cells = ["0 10 20 40 60", "1 20 20 60 40;0 70 10 80 30", "2 10 10 50 10 50 50", ""]
     for part, count in (("train", 16), ("dev", 8)):
         lines = ["image_name,annotation"]
         for number in range(count):

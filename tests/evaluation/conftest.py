@@ -70,7 +70,13 @@ def build_masks(sample: dict[str, Any], split: str) -> list[dict[str, Any]]:
     return rows + ([] if sample["labels"]["edema"] else [row | {"finding": "edema", "box": None, "mask": None}])
 
 
-def write_data(folder: Path, labelled: bool = True) -> Path:
+def drop_report(sample: dict[str, Any]) -> dict[str, Any]:
+    """The sample of a data set of images alone."""
+    boxes = [box | {"sentence": None} for box in sample["boxes"]]
+    return sample | {"sentences": [], "report_group": hash_text(""), "boxes": boxes}
+
+
+def write_data(folder: Path, labelled: bool = True, worded: bool = True) -> Path:
     """Write a prepared data set of three splits."""
     patch_torchvision()
     from streaming import MDSWriter
@@ -80,12 +86,13 @@ def write_data(folder: Path, labelled: bool = True) -> Path:
         with MDSWriter(out=str(folder / name), columns=COLUMNS, compression="zstd", hashes=["xxh64"]) as writer:
             for number in range(count):
                 sample = build_sample(name, number, labelled)
+                sample = sample if worded else drop_report(sample)
                 writer.write(sample)
                 patient = None if number < 2 else f"{len(name)}{number // 2:015x}"
                 masks += build_masks(sample, name) if labelled else []
                 digest = hashlib.sha256(sample["image"]).hexdigest()
                 row = {"sample_id": sample["sample_id"], "patient": patient, "split": name, "source_sha256": digest}
-                row |= {"boxes": json.dumps(sample["boxes"]), "height_px": 72, "width_px": 64, "num_words": 9}
+                row |= {"boxes": json.dumps(sample["boxes"]), "height_px": 72, "width_px": 64, "num_words": 9 * worded}
                 rows.append(row)
     pq.write_table(pa.Table.from_pylist(rows), folder / "manifest.parquet")
     if masks:
@@ -147,6 +154,11 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def unlabelled_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("unlabelled"), labelled=False)
+
+
+@pytest.fixture(scope="session")
+def wordless_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("wordless"), worded=False)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from place.config import EvaluationConfig, RunError, UsageError
-from place.evaluation.suite import TASKS, choose_tasks, print_results, run_evaluation
+from place.data.prepared import read_card
+from place.evaluation.suite import TASKS, choose_tasks, find_offers, print_results, run_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,19 @@ def test_a_data_set_without_labels_permits_what_reports_alone_can_tell(run_dir, 
     assert list(run_evaluation(run_dir, unlabelled_dir, ["all"], output=tmp_path)) == ["retrieval", "generation"]
     with pytest.raises(UsageError, match="'zero_shot' needs labels"):
         run_evaluation(run_dir, unlabelled_dir, ["zero_shot"], output=tmp_path)
+
+
+def test_images_without_reports_permit_what_needs_none(run_dir, wordless_dir, tmp_path):
+    offers = find_offers(wordless_dir, read_card(wordless_dir), "test")
+    assert offers == {"labels", "masks", "training boxes"}
+    names = ["zero_shot", "classification", "pixel_probe", "segmentation", "detection"]
+    assert choose_tasks(["all"], offers) == names
+    for name in ("retrieval", "generation", "grounding"):
+        with pytest.raises(UsageError, match=f"'{name}' needs"):
+            run_evaluation(run_dir, wordless_dir, [name], output=tmp_path)
+    results = run_evaluation(run_dir, wordless_dir, ["zero_shot"], output=tmp_path)
+    assert 0 <= results["zero_shot"].metrics["mean_auroc"].value <= 1
+    assert (tmp_path / "report.html").is_file()
 
 
 @pytest.mark.parametrize(
