@@ -57,7 +57,7 @@ def _read_column(rule: LabelRule, name: str, rows: pd.DataFrame) -> pd.Series:
 
 def _read_classes(rule: LabelRule, name: str, cells: pd.Series) -> dict[str, float]:
     known = {*rule.names.values(), *rule.others}
-    worth = {}
+    worth = {cell: np.nan for cell in rule.unknown if cell not in known}
     for cell in cells.unique().tolist():
         classes = {part.strip() for part in cell.split(rule.separator)} if rule.separator else {cell}
         if classes <= known:

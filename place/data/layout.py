@@ -57,7 +57,7 @@ class LabelRule(Section):
     uncertain: tuple[str, ...] = ("-1", "-1.0")
     """As `positive`."""
     unknown: tuple[str, ...] = ("",)
-    """As `positive`."""
+    """Cells that say nothing, also of a column with classes unless `others` has them."""
     uncertain_as: dict[str, Literal["positive", "negative", "unknown"]] = {}
     """What an uncertain label counts as; labels that are not named stay uncertain, and are then no label for a task."""
     unknown_as: Literal["unknown", "negative"] = "unknown"

@@ -333,7 +333,7 @@ def test_coco_boxes_and_masks_of_real_radiographs(real_data, tmp_path):
         "patient": "{patientid}",
         "view": "{view}",
         "text": "{clinical_notes}",
-        "labels": [{"column": "intubated", "names": {"intubated": "Y"}, "others": ["N", ""]}],
+        "labels": [{"column": "intubated", "names": {"intubated": "Y"}, "others": ["N"], "unknown": ["", "Not visible"]}],
         "boxes": [
             {"tables": [{"file": "lung_boxes.coco.json", "rename": {"file_name": "filename"}}],
              "columns": ["x", "y", "w", "h"], "finding": "lung"},
@@ -352,6 +352,7 @@ def test_coco_boxes_and_masks_of_real_radiographs(real_data, tmp_path):
     )
     card = run_prepare(config)
     assert card["counts"]["kept"] == 135
+    assert card["label_counts"]["intubated"] == {"positive": 32, "negative": 20, "uncertain": 0, "unknown": 83}
     masks = [
         study["lungs"]
         for split in list_splits(tmp_path / "out")
