@@ -333,7 +333,9 @@ def test_coco_boxes_and_masks_of_real_radiographs(real_data, tmp_path):
         "patient": "{patientid}",
         "view": "{view}",
         "text": "{clinical_notes}",
-        "labels": [{"column": "intubated", "names": {"intubated": "Y"}, "others": ["N"], "unknown": ["", "Not visible"]}],
+        "labels": [
+            {"column": "intubated", "names": {"intubated": "Y"}, "others": ["N"], "unknown": ["", "Not visible"]},
+        ],
         "boxes": [
             {"tables": [{"file": "lung_boxes.coco.json", "rename": {"file_name": "filename"}}],
              "columns": ["x", "y", "w", "h"], "finding": "lung"},
