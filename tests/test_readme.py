@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from pathlib import Path
 
 import pytest
+from documents import read_blocks, read_commands
 
 from place.cli import main
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
+COMMANDS = read_commands(read_blocks(README, ""))
 SMALLER = {
     "prepare": ["--num-workers", "1", "--launcher", "local"],
     "pretrain": ["cluster.launcher=local", "engine.kind=torch", "train.max_steps=4", "train.global_batch=32"],
     "doctor": ["--timeout", "100"],
     "evaluate": ["evaluation.bootstrap=20", "evaluation.gallery_size=20"],
 }
-
-
-def read_commands() -> list[list[str]]:
-    """Arguments of each `place` command in the README's code blocks."""
-    blocks = "\n".join(re.findall(r"```\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
-    lines = [line.split("#")[0].split(" > ")[0] for line in blocks.splitlines() if line.startswith("place ")]
-    return [shlex.split(line)[1:] for line in lines]
 
 
 def lay_out_real_files(folder: Path, real_data: Path) -> None:
@@ -54,14 +48,14 @@ def lay_out_archives() -> None:
 
 
 def test_the_readme_shows_every_verb() -> None:
-    verbs = {command[0] for command in read_commands()}
+    verbs = {command[0] for command in COMMANDS}
     assert verbs == {"prepare", "data", "doctor", "plan", "pretrain", "evaluate", "compare", "export", "runs"}
 
 
 def test_the_readme_commands_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "configs").symlink_to(Path(__file__).parents[1] / "configs")
     monkeypatch.chdir(tmp_path)
-    for command in read_commands():
+    for command in COMMANDS:
         if command[:2] == ["prepare", "--source"] and command[2] != "phantom":
             continue
         small = ["200" if word == "2000" else word for word in command]
@@ -77,7 +71,7 @@ def test_the_readme_command_for_tables_runs_on_real_radiographs(
 ) -> None:
     lay_out_real_files(tmp_path, real_data)
     monkeypatch.chdir(tmp_path)
-    (command,) = [command for command in read_commands() if "csv" in command]
+    (command,) = [command for command in COMMANDS if "csv" in command]
     assert main([*command, *SMALLER["prepare"]]) == 0
     counts = json.loads((tmp_path / "datasets/mine/card.json").read_text())["counts"]
     assert counts["input"] == 135 == counts["kept"] + counts["rejected"]
@@ -95,9 +89,7 @@ def test_the_readme_commands_for_archives_run_as_written(tmp_path: Path, monkeyp
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "salt"))
     monkeypatch.chdir(tmp_path)
     lay_out_archives()
-    commands = [
-        command for command in read_commands() if command[0] == "prepare" and command[2] not in ("csv", "phantom")
-    ]
+    commands = [command for command in COMMANDS if command[0] == "prepare" and command[2] not in ("csv", "phantom")]
     assert len(commands) == 4
     for command in commands:
         assert main([*command, *SMALLER["prepare"]]) == 0, command
