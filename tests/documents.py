@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 
 
 def read_blocks(text: str, language: str) -> list[str]:
     """Code of each fenced block of one language; "" for blocks that name none."""
-    return re.findall(rf"^```{language}(?: [^\n]*)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    fence = rf"^(?P<indent> *)```{language}(?: [^\n]*)?\n(?P<code>.*?)^(?P=indent)```"
+    return [textwrap.dedent(found["code"]) for found in re.finditer(fence, text, re.DOTALL | re.MULTILINE)]
 
 
 def read_commands(blocks: list[str], anywhere: bool = False) -> list[list[str]]:

@@ -28,7 +28,7 @@ PAGES = {path.relative_to(ROOT / "docs").as_posix(): path.read_text() for path i
 ALL = "\n".join(PAGES.values())
 COMMANDS = [(page, words) for page, text in PAGES.items() for words in read_commands(read_blocks(text, "sh"), True)]
 SECTIONS = "|".join(Config.model_fields)
-KEY = re.compile(rf"`((?:{SECTIONS})(?:\.[a-z_]+)+)(?:=([^`\n]*))?`")
+KEY = re.compile(rf"`((?:{SECTIONS})(?:\.[a-z_]+)+)(?:=([^`\s]*))?`")
 FILE = re.compile(r"`((?:configs|slurm|cluster|kernels|place|tests)/[\w./-]+\.\w+)`")
 
 
