@@ -141,6 +141,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", required=True, help="run folder of a `place pretrain`")
     parser.add_argument("--output", required=True, help="folder that is written; must not be there yet")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a folder name such as step_00000100")
+    parser.add_argument("--onnx", action="store_true", help="the vision encoder as ONNX too; needs the extra `onnx`")
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -424,7 +425,7 @@ def export(arguments: argparse.Namespace) -> int:
     """`place export`."""
     from place.export import run_export
 
-    exported = run_export(Path(arguments.run), Path(arguments.output), arguments.checkpoint)
+    exported = run_export(Path(arguments.run), Path(arguments.output), arguments.checkpoint, arguments.onnx)
     for note in exported.notes:
         print(note)
     print(f"{exported.folder}: {exported.size_mib:.1f} MiB; transformers.AutoModel loads it after `import place`")

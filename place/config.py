@@ -438,6 +438,8 @@ class EvaluationConfig(Section):
     """classification, finetune: shares of the training patients whose labels are seen."""
     label_subsets: int = Field(3, ge=1)
     """classification, finetune: random subsets of patients behind each share below 1."""
+    segmentation_head: Literal["setr", "upernet"] = "setr"
+    """segmentation: head on the patch tokens, SETR-PUP (as MGCA) or UperNet (as BenchX)."""
     folds: int = Field(0, ge=0)
     """segmentation: folds of a cross-validation by patient over all splits; 0 trains on one split, judges another."""
     allow_leaks: list[str] = []

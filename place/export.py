@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from place import __version__
 from place.config import RunError, UsageError
 from place.export_card import build_card
+from place.export_onnx import require_onnx, write_onnx
 from place.training.checkpoint import LoadedRun, load_run, read_definition
 
 if TYPE_CHECKING:
     from place.pretrained.model import PlacePretrainedModel
 
 TIMM = "timm"
+ONNX = "onnx/vision.onnx"
 RESULTS = "evaluation"
 
 
@@ -27,24 +29,28 @@ class Exported(NamedTuple):
     notes: list[str]
 
 
-def run_export(run_dir: Path, output: Path, which: str = "best") -> Exported:
+def run_export(run_dir: Path, output: Path, which: str = "best", with_onnx: bool = False) -> Exported:
     """Export a run: weights, configuration, image processor, tokenizer, timm checkpoint and card.
 
     Args:
+        with_onnx: write the vision encoder as ONNX too.
         which: checkpoint, `best`, `latest` or a folder name such as step_00000100.
         output: a folder that is not there yet or is empty; written whole or not at all.
     Raises:
-        UsageError: no such run or checkpoint, or the folder is taken. RunError: it cannot be written.
+        UsageError: no such run or checkpoint, the folder is taken, or packages for ONNX are missing.
+        RunError: it cannot be written, or the ONNX file does not give what torch gives.
     Source: ours.
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UsageError(f"--output {output} is there already; give a new folder or remove it")
+    if with_onnx:
+        require_onnx()
     run = load_run(run_dir, which)
     partial = output.with_name(f".{output.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        notes = write_parts(run_dir, run, partial)
+        notes = write_parts(run_dir, run, partial, with_onnx)
         size_mib = sum(path.stat().st_size for path in partial.rglob("*")) / 2**20
         partial.replace(output)
     except OSError as error:
@@ -52,7 +58,7 @@ def run_export(run_dir: Path, output: Path, which: str = "best") -> Exported:
     return Exported(output, size_mib, notes)
 
 
-def write_parts(run_dir: Path, run: LoadedRun, folder: Path) -> list[str]:
+def write_parts(run_dir: Path, run: LoadedRun, folder: Path, with_onnx: bool = False) -> list[str]:
     """Write every part into a folder that is there. Returns the notes."""
     from place.pretrained.images import PlaceImageProcessor
 
@@ -61,12 +67,15 @@ def write_parts(run_dir: Path, run: LoadedRun, folder: Path) -> list[str]:
     PlaceImageProcessor(run.config.data.image_size_px, run.mean, run.std).save_pretrained(folder)
     run.tokenizer.save(folder)
     notes = [write_timm(run_dir, run, folder / TIMM)]
+    if with_onnx:
+        notes.append(write_onnx(run.model.vision, run.config.data.image_size_px, folder / ONNX))
     results = read_results(run_dir, run.step)
     for name, result in results.items():
         path = folder / RESULTS / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(result, indent=2) + "\n")
-    (folder / "README.md").write_text(build_card(model.config, results, has_timm=(folder / TIMM).is_dir()))
+    parts = {name for name in (TIMM, ONNX) if (folder / name).exists()}
+    (folder / "README.md").write_text(build_card(model.config, results, TIMM in parts, ONNX in parts))
     return notes
 
 

@@ -32,7 +32,7 @@ output.image_embeds @ output.text_embeds.T
 ```
 
 `last_hidden_state` are patch tokens, `observation_embeds` the pathology observations, `observation_attentions` where
-each of them looks.{timm}
+each of them looks.{timm}{onnx}
 
 ## Training
 
@@ -58,11 +58,18 @@ TIMM = (
 )
 
 
-def build_card(config: PlaceConfig, results: dict[str, dict[str, Any]], has_timm: bool) -> str:
+ONNX = (
+    "\n\n`onnx/vision.onnx` is the vision encoder for other runtimes: `pixel_values` of the image processor, any batch,"
+    " to `image` and `patches`."
+)
+
+
+def build_card(config: PlaceConfig, results: dict[str, dict[str, Any]], has_timm: bool, has_onnx: bool = False) -> str:
     """The card as Markdown; every figure comes from a result file."""
     trained = config.trained
     return CARD.format(
         timm=TIMM if has_timm else "",
+        onnx=ONNX if has_onnx else "",
         fingerprint=trained["data_fingerprint"],
         commit=trained["commit"],
         step=trained["step"],

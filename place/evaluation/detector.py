@@ -72,6 +72,11 @@ class SimplePyramid(nn.Module):
         return [level(grid_BDYX) for level in self.levels]
 
 
+def choose_width(width: int) -> int:
+    """Channels of a pyramid over tokens: half of theirs, in steps of 32, at most `MAX_WIDTH`."""
+    return min(MAX_WIDTH, max(32, width // 64 * 32))
+
+
 class Detector(nn.Module):
     """Boxes of F findings. The pyramid is as wide as half of the tokens, in steps of 32, at most 256.
 
@@ -81,7 +86,7 @@ class Detector(nn.Module):
     def __init__(self, width: int, num_patches: int, size_px: int, num_findings: int):
         super().__init__()
         side = round(num_patches**0.5)
-        channels = min(MAX_WIDTH, max(32, width // 64 * 32))
+        channels = choose_width(width)
         pyramid = SimplePyramid(width, side, channels)
         patch_px = size_px / side
         sizes = [int(patch_px / 2 * 2**level) for level in range(len(pyramid.levels))]

@@ -16,7 +16,7 @@ from place.data.transforms import find_square
 from place.evaluation.encoder import get_units, read_units, take
 from place.evaluation.metrics import Array, Metric, TaskResult, compute_means, draw_weights, summarize
 from place.evaluation.segmentation_picture import draw_masks
-from place.evaluation.setr import SCHEDULE, MaskedSplit, predict, train_head
+from place.evaluation.setr import HEAD_NAMES, SCHEDULE, MaskedSplit, predict, train_head
 from place.evaluation.task import Task
 
 MAX_TRAIN, MAX_VAL = 2000, 400
@@ -46,7 +46,7 @@ def run_segmentation(task: Task) -> TaskResult:
 
     Raises:
         UsageError: a split without masks, or no finding with a mask in the training and the judged split.
-    Source: inferred (MGCA, frozen encoder with SETR-PUP); empties apart and intervals are ours.
+    Source: inferred (MGCA: frozen encoder with SETR-PUP; BenchX: UperNet); empties apart and intervals are ours.
     """
     judged = _cross_validate(task) if task.evaluation.folds else _train_and_judge(task)
     test, shown_BFYX, names = judged.test, judged.shown_BFYX, judged.names
@@ -72,6 +72,7 @@ def _train_and_judge(task: Task) -> Judged:
         val.split,
         task.encoder.patch_px,
         on_progress=lambda at: task.report("segmentation head", at, SCHEDULE.max_steps),
+        kind=task.evaluation.segmentation_head,
     )
     shown = predict(head, test.split.tokens_BND, test.split.mask_BFYX.shape[-1]) > 0
     trained_on = (
@@ -101,7 +102,7 @@ def _cross_validate(task: Task) -> Judged:
     for fold in range(task.evaluation.folds):
         val_B, test_B = fold_B == (fold + 1) % task.evaluation.folds, fold_B == fold
         train, val, test = (_take_rows(whole.split, rows_B) for rows_B in (~val_B & ~test_B, val_B, test_B))
-        head, step = train_head(train, val, task.encoder.patch_px)
+        head, step = train_head(train, val, task.encoder.patch_px, kind=task.evaluation.segmentation_head)
         shown_BFYX[torch.from_numpy(test_B)] = predict(head, test.tokens_BND, shown_BFYX.shape[-1]) > 0
         steps.append(step)
         task.report("segmentation folds", fold + 1, task.evaluation.folds)
@@ -244,9 +245,10 @@ def judge_masks(
 
 def _describe(task: Task, judged: Judged) -> dict[str, Any]:
     split, size_px = judged.test.split, task.encoder.size_px
+    head = HEAD_NAMES[task.evaluation.segmentation_head]
     known_BF, full_BF = split.known_BF.numpy(), split.mask_BFYX.numpy().any((2, 3))
     return {
-        "score": f"SETR-PUP head on the frozen encoder's patch tokens, at {size_px} x {size_px} px",
+        "score": f"{head} on the frozen encoder's patch tokens, at {size_px} x {size_px} px",
         "trained_on": judged.trained_on,
         "stopped": SCHEDULE.describe(),
         "threshold": "probability 0.5, fixed",

@@ -1,4 +1,4 @@
-"""SETR-PUP: patch tokens to masks by convolutions that double the side step by step, trained on a frozen encoder."""
+"""SETR-PUP: patch tokens to masks by convolutions that double the side step by step; how it or UperNet is trained."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from place.evaluation.heads import Schedule, build_seeded, train_on_tokens
+from place.evaluation.upernet import UperNet
 
 WIDTH, NARROWEST = 512, 16
 SCHEDULE = Schedule()
@@ -48,6 +49,14 @@ class SetrPup(nn.Module):
         return logits
 
 
+HEADS: dict[str, Callable[[int, int, int, int], nn.Module]] = {
+    "setr": lambda width, num_patches, num_findings, patch_px: SetrPup(width, num_findings, patch_px),
+    "upernet": lambda width, num_patches, num_findings, patch_px: UperNet(width, num_patches, num_findings),
+}
+"""Heads by the names of `evaluation.segmentation_head`: width and number of the tokens, findings, pixels of a patch."""
+HEAD_NAMES = {"setr": "SETR-PUP head", "upernet": "UperNet head over a simple feature pyramid"}
+
+
 def compute_loss(logit_BFYX: Tensor, mask_BFYX: Tensor, known_BF: Tensor) -> Tensor:
     """Binary cross-entropy plus soft Dice of each finding over the batch; unknown masks count nowhere.
 
@@ -64,15 +73,23 @@ def compute_loss(logit_BFYX: Tensor, mask_BFYX: Tensor, known_BF: Tensor) -> Ten
 
 
 def train_head(
-    train: MaskedSplit, val: MaskedSplit, patch_px: int, seed: int = 0, on_progress: Callable[[int], None] | None = None
-) -> tuple[SetrPup, int]:
+    train: MaskedSplit,
+    val: MaskedSplit,
+    patch_px: int,
+    seed: int = 0,
+    on_progress: Callable[[int], None] | None = None,
+    kind: str = "setr",
+) -> tuple[nn.Module, int]:
     """Train a head by `SCHEDULE`; the weights with the least validation loss are kept.
 
+    Args:
+        kind: a key of `HEADS`.
     Returns:
         The head in eval mode, and the step that its weights are of.
     """
     size_px = train.mask_BFYX.shape[-1]
-    head = build_seeded(lambda: SetrPup(train.tokens_BND.shape[-1], train.mask_BFYX.shape[1], patch_px), seed)
+    _, num_patches, width = train.tokens_BND.shape
+    head = build_seeded(lambda: HEADS[kind](width, num_patches, train.mask_BFYX.shape[1], patch_px), seed)
 
     def compute_train_loss(rows: Tensor) -> Tensor:
         return compute_loss(head(train.tokens_BND[rows], size_px), train.mask_BFYX[rows], train.known_BF[rows])
@@ -86,7 +103,7 @@ def train_head(
 
 
 @torch.no_grad()
-def predict(head: SetrPup, tokens_BND: Tensor, size_px: int) -> Tensor:
+def predict(head: nn.Module, tokens_BND: Tensor, size_px: int) -> Tensor:
     """Logits (B,F,size_px,size_px); no image's prediction depends on another's."""
     head.eval()
     return torch.cat([head(part, size_px) for part in tokens_BND.split(64)])

@@ -115,6 +115,13 @@ def test_the_task_learns_the_planted_square_and_draws_it(result):
     assert picture.std() > 10
 
 
+def test_the_upernet_head_learns_it_too(run_dir, data_dir, monkeypatch):
+    monkeypatch.setattr("place.evaluation.setr.SCHEDULE", Schedule(max_steps=100, every=25))
+    found = run_segmentation(build_task(run_dir, data_dir, segmentation_head="upernet"))
+    assert found.metrics["dice.effusion"].value > 0.5
+    assert found.protocol["score"].startswith("UperNet head over a simple feature pyramid on the frozen encoder's")
+
+
 def test_findings_without_masks_are_told(run_dir, data_dir):
     with pytest.raises(UsageError, match="no finding asked for has masks to train"):
         run_segmentation(build_task(run_dir, data_dir, findings=["edema"]))
