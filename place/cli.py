@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(verbs.add_parser("export", help="a run as a folder that transformers and timm load"))
     _add_data(verbs.add_parser("data", help="look at, check or measure prepared data"))
     _add_runs(verbs.add_parser("runs", help="list runs and where they stand, or stop one at its next step"))
+    _add_report(verbs.add_parser("report", help="one page of what a run did: curves, speed, restarts, samples"))
     _add_plan(verbs.add_parser("plan", help="memory, steps, time and traffic of a run before it costs anything"))
     _add_scale(verbs.add_parser("scale", help="measure a run at several sizes, and predict larger ones"))
     _add_doctor(verbs.add_parser("doctor", help="check this machine or cluster before the first run"))
@@ -165,6 +166,10 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
 def _add_scale(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="YAML file of the ladder; see configs/scale/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the base of every rung")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="run folder; RUN/report.html is written, also while the run goes on")
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -520,6 +525,15 @@ def _stop_run(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def report(arguments: argparse.Namespace) -> int:
+    """`place report RUN`: RUN/report.html."""
+    from place.reporting.page import write_report
+
+    path = write_report(Path(arguments.run))
+    print(f"{path}: {path.stat().st_size >> 10:,} KiB; holds no report texts")
+    return DONE
+
+
 def plan(arguments: argparse.Namespace) -> int:
     """`place plan`: what a run needs, before it costs anything."""
     from place.cluster.forecast import GPUS, Question, build_forecast
@@ -579,6 +593,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "export": export,
     "data": data,
     "runs": runs,
+    "report": report,
     "doctor": doctor,
     "plan": plan,
     "scale": scale,

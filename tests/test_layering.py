@@ -19,7 +19,7 @@ LAYERS = [
     ["place.pretrained"],
     ["place.evaluation"],
     ["place.training"],
-    ["place.export", "place.export_card", "place.export_onnx"],
+    ["place.export", "place.export_card", "place.export_onnx", "place.reporting"],
     ["place.cluster"],
     ["place.screen"],
     ["place.cli", "place.__main__"],

@@ -49,7 +49,7 @@ def lay_out_archives() -> None:
 
 def test_the_readme_shows_every_verb() -> None:
     verbs = {command[0] for command in COMMANDS}
-    assert verbs == {"prepare", "data", "doctor", "plan", "pretrain", "evaluate", "compare", "export", "runs"}
+    assert verbs == {"prepare", "data", "doctor", "plan", "pretrain", "evaluate", "compare", "export", "runs", "report"}
 
 
 def test_the_readme_commands_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

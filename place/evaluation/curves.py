@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
+from place.evaluation.figure import render_svg
 from place.evaluation.metrics import Array
 
 if TYPE_CHECKING:
@@ -74,13 +74,7 @@ def _build_chart(count: int, x_name: str, y_name: str) -> Chart:
 
 
 def _finish(chart: Chart, title: str) -> bytes:
-    from matplotlib import rc_context
-
     chart.figure.legend(
         loc="outside lower left", ncols=2, fontsize=8, title=title, title_fontsize=8, frameon=False, alignment="left"
     )
-    file = io.BytesIO()
-    # A fixed salt, and no date: the same figures give the same page.
-    with rc_context({"svg.hashsalt": "place"}):
-        chart.figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()
+    return render_svg(chart.figure)

@@ -1,7 +1,8 @@
-"""The sheet that every picture of an evaluation is drawn on, without a screen."""
+"""The sheet that every picture of an evaluation or of a run is drawn on, without a screen."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,3 +41,14 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def render_svg(figure: Figure) -> bytes:
+    """A figure of an SVG canvas as SVG: the same figure gives the same bytes."""
+    from matplotlib import rc_context
+
+    file = io.BytesIO()
+    # A fixed salt, and no date.
+    with rc_context({"svg.hashsalt": "place"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()

@@ -106,7 +106,7 @@ def _work(config: Config, launch: str, build_engine: BuildEngine, device: torch.
     run_dir, world = Path(config.run.dir), read_world()
     torch.manual_seed(config.run.seed)
     cv2.setNumThreads(1)
-    attempt = _open_attempt(run_dir, launch)
+    attempt = _open_attempt(run_dir, launch, device)
     tokenizer = _read_or_train_tokenizer(config)
     model, attention = build_model(config, tokenizer.vocab_size, device)
     if world.is_first:
@@ -199,9 +199,10 @@ def _read_or_train_tokenizer(config: Config) -> ReportTokenizer:
     return ReportTokenizer.load(folder, data.max_tokens, data.max_sentences)
 
 
-def _open_attempt(run_dir: Path, launch: str) -> int:
+def _open_attempt(run_dir: Path, launch: str, device: torch.device) -> int:
     """Number of this worker group, from 0 over the life of the run; attempts.jsonl says who is in it."""
-    workers = gather_objects({"host": socket.gethostname(), "pid": os.getpid()})
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    workers = gather_objects({"host": socket.gethostname(), "pid": os.getpid(), "device": name})
     if not read_world().is_first:
         return int(broadcast_text(None) or 0)
     started = count_attempts(run_dir)

@@ -1,0 +1,1 @@
+"""`place report`: what a run did, on one page."""
