@@ -46,7 +46,7 @@ def write_onnx(vision: ImageEncoder, size_px: int, path: Path) -> str:
         RunError: onnxruntime differs from torch by more than `MAX_ERROR`.
     Source: ours.
     """
-    traced = _Traced(vision)
+    traced = _Traced(vision).eval()
     program = torch.onnx.export(
         traced,
         (torch.zeros(2, 1, size_px, size_px),),

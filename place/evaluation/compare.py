@@ -135,7 +135,7 @@ def check_same(name: str, first: Judged, second: Judged, kept: dict[str, Any]) -
     if "sample_id" in first.columns and "sample_id" in second.columns and keys[0] != keys[1]:
         raise UsageError(
             f"{name}: {len(keys[0] ^ keys[1])} images or findings were judged, or labelled, in one of the two only; "
-            "evaluate both on the same data and split"
+            "evaluate both on the same data, split and evaluation.findings"
         )
 
 
