@@ -31,10 +31,16 @@ def patch_torchvision() -> None:
     _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _library.impl("nms", _suppress_overlaps, "CPU")
+
+
+def permit_nms() -> None:
+    """Let torchvision's nms be called where `patch_torchvision` stands in for it; imports torchvision, hence Triton."""
+    patch_torchvision()
     import torchvision.extension
 
-    # nms asks this first; of the operators behind it, it is the only one that we call.
-    torchvision.extension._has_ops = lambda: True
+    if _library is not None:
+        # nms asks this first; of the operators behind it, it is the only one that we call.
+        torchvision.extension._has_ops = lambda: True
 
 
 def _suppress_overlaps(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from place.compat import patch_torchvision, read_peak_mib
+from place.compat import permit_nms, read_peak_mib
 
 
 def test_peak_memory_is_that_of_the_process_and_not_of_its_parent() -> None:
@@ -19,7 +19,7 @@ def test_peak_memory_is_that_of_the_process_and_not_of_its_parent() -> None:
 
 
 def test_overlaps_are_suppressed_as_torchvision_says() -> None:
-    patch_torchvision()
+    permit_nms()
     from torchvision.ops import batched_nms, nms
 
     boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [0, 0, 10, 5], [20, 20, 30, 30]])

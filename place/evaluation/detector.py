@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from place.compat import patch_torchvision
+from place.compat import permit_nms
 from place.evaluation.heads import Schedule, build_seeded, train_on_tokens
 
-patch_torchvision()
+permit_nms()
 from torchvision.models.detection.anchor_utils import AnchorGenerator  # noqa: E402
 from torchvision.models.detection.fcos import (  # noqa: E402
     FCOS,
