@@ -57,6 +57,16 @@ def test_other_weights_are_seen(run_dir: Path, exported: Path) -> None:
     assert export_onnx.compute_error(traced, 32, exported / ONNX) > 1e-3
 
 
+def test_an_error_of_one_output_alone_is_seen(run_dir: Path, exported: Path) -> None:
+    class Shifted(torch.nn.Module):
+        def forward(self, image_BCYX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            image_BD, patches_BND = traced(image_BCYX)
+            return image_BD, patches_BND + 0.5
+
+    traced = export_onnx._Traced(load_run(run_dir).model.vision).eval()
+    assert export_onnx.compute_error(Shifted(), 32, exported / ONNX) == pytest.approx(0.5, abs=1e-3)
+
+
 def test_a_file_that_differs_from_torch_is_not_kept(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,6 +83,17 @@ def test_both_are_judged_in_the_same_resamples_of_patients(evaluated: Path, data
     assert back.p == found.p
 
 
+def test_against_equal_scores_the_interval_is_that_of_the_evaluation_itself(
+    evaluated: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    blind = copy(evaluated, tmp_path / "blind")
+    count = pq.read_metadata(evaluated / "zero_shot.parquet").num_rows
+    rewrite(blind / "zero_shot.parquet", score=np.zeros(count))
+    gap = run_compare(blind, evaluated, data_dir, BOOTSTRAP, ["zero_shot"]).tasks["zero_shot"]["auroc.edema"].difference
+    own = json.loads((evaluated / "zero_shot.json").read_text())["metrics"]["auroc.edema"]
+    assert gap == pytest.approx((own["value"] - 0.5, own["low"] - 0.5, own["high"] - 0.5))
+
+
 def test_the_interval_and_p_are_those_of_the_resampled_differences() -> None:
     rng = np.random.default_rng(1)
     first_R, second_R = rng.normal(0, 1, 1001), rng.normal(0.5, 1, 1001)

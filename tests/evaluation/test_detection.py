@@ -21,7 +21,9 @@ from place.evaluation.detection_metrics import (
     _build_coco,
     compute_average_precision,
     judge_boxes,
+    list_matches,
     match_boxes,
+    read_matches,
 )
 from place.evaluation.detector import BoxedSplit, Boxes, Detector, SimplePyramid, train_detector
 from place.evaluation.heads import Schedule
@@ -48,6 +50,17 @@ def draw_images(seed: int, count: int = 40) -> tuple[list[Boxes], list[Boxes]]:
     rng = np.random.default_rng(seed)
     truths = [draw_image(rng, None) for _ in range(count)]
     return truths, [draw_image(rng, truth) for truth in truths]
+
+
+def test_rows_of_images_give_the_matches_again():
+    found = match_boxes(*draw_images(0), NUM_FINDINGS)
+    table = list_matches(found, ["a", "b", "c"], list(range(40)))
+    for name, matches in zip("abc", found, strict=True):
+        own = [row for row, finding in enumerate(table["finding"]) if finding == name]
+        again = read_matches({key: np.array([column[row] for row in own], object) for key, column in table.items()})
+        assert matches.hit_TD.any(axis=1).any()
+        for ours, theirs in zip(again, matches, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("seed", range(4))
