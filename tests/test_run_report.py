@@ -7,7 +7,9 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -256,3 +258,37 @@ def test_reports_and_lists_import_no_torch(restarted: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(restarted)], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_real_run_that_failed_and_went_on_is_reported(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training.runs import write_config
+
+    run, calls = tmp_path / "run", count(1)
+    settings = {"train": {"checkpoint_every_steps": 2, "max_steps": 8}, "run": {"log_every_steps": 1}}
+    config = str(write_config(tmp_path, prepared, cluster={"launcher": "local"}, **settings))
+
+    def read_memory(_: object) -> int:
+        if next(calls) == 4:
+            while not (run / "checkpoints" / "latest").is_file():
+                time.sleep(0.01)
+            raise RuntimeError("the host lost a memory bank")
+        return 1024
+
+    monkeypatch.setattr("place.training.meter._read_memory_mib", read_memory)
+    with pytest.raises(RuntimeError, match="memory bank"):
+        cli.main(["pretrain", "--config", config])
+    latest = (run / "checkpoints" / "latest").read_text()
+    assert cli.main(["pretrain", "--config", config]) == 0
+    history = read_history(run)
+    first, second = history.attempts
+    assert first.reasons == ["failed: the host lost a memory bank"]
+    assert (first.num_gpus, latest, second.from_step) == (0, f"step_{second.from_step:08d}", second.from_step)
+    assert [record["step"] for record in history.steps] == list(range(1, 9))
+    assert [record["step"] for record in history.lost] == [3]
+    page = write_report(run).read_text()
+    assert len(list(read_charts(page))) == 12
+    assert "failed: the host lost a memory bank" in page
+    assert "GPU utilisation of rank 0: not recorded" in page
+    assert "Resident memory of rank 0 over steps" in page
