@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,9 +26,10 @@ from place.cluster.scaling_model import (
     fit_resampled,
     predict_interval,
 )
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from place.config import Config, RunError, Section, UsageError, build_config, dump_config, read_tree
+from place.config import Config, RunError, Section, UsageError, build_config, dump_config, read_section
+from place.kept import read_kept, run_logged, write_kept
 from place.runlog import read_jsonl
 from place.training.footprint import Footprint, measure_footprint
 from place.training.plan import build_plan
@@ -115,12 +115,8 @@ class Job(NamedTuple):
 
 def load_scale(path: Path, overrides: Sequence[str] = ()) -> ScaleConfig:
     """Read and check a ladder; `section.key=value` is laid over every rung. Raises UsageError, in one line."""
-    try:
-        tree = read_tree(path)
-        scale = ScaleConfig.model_validate(tree | {"overrides": (*tree.get("overrides", ()), *overrides)})
-    except ValidationError as error:
-        fault = error.errors()[0]
-        raise UsageError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}") from None
+    scale = read_section(path, ScaleConfig)
+    scale = scale.model_copy(update={"overrides": (*scale.overrides, *overrides)})
     if scale.warmup_steps >= scale.steps - 2:
         raise UsageError(f"{path}: steps={scale.steps} leaves too little after warmup_steps={scale.warmup_steps}")
     names = [name_rung(rung) for rung in scale.rungs]
@@ -209,7 +205,8 @@ def run_job(job: Job, scale: ScaleConfig) -> dict[str, Any]:
     """
     key = hashlib.sha256(f"{dump_config(job.config)}{scale.steps}{scale.warmup_steps}".encode()).hexdigest()
     path = job.folder / "measured.json"
-    if path.is_file() and (known := json.loads(path.read_text()))["key"] == key and not known["reason"]:
+    known = read_kept(path, key)
+    if known and not known["reason"]:
         return known
     run = job.folder / "run"
     if run.exists():
@@ -218,17 +215,17 @@ def run_job(job: Job, scale: ScaleConfig) -> dict[str, Any]:
     job.folder.mkdir(parents=True, exist_ok=True)
     config = job.folder / "config.yaml"
     config.write_text(dump_config(job.config))
-    began, reason = time.time(), ""
+    began, reason, command = time.time(), "", build_command(job, scale, config)
     try:
-        _call(build_command(job, scale, config), job.folder / "log", scale.timeout_s)
+        run_logged(command, job.folder / "log", scale.timeout_s)
     except RunError as error:
         reason = str(error)
-    record = {"key": key, "reason": reason, **read_steps(run, scale, job.config, began)}
+    except FileNotFoundError:
+        raise UsageError(f"{command[0]} is not installed here; take launcher=ray, or start on a login node") from None
+    record = {"reason": reason, **read_steps(run, scale, job.config, began)}
     if not reason and not record["samples_per_s"]:
         record["reason"] = f"no step behind the warm-up was logged ({job.folder / 'log'})"
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record))
-    part.replace(path)
+    write_kept(path, key, record)
     return record
 
 
@@ -239,22 +236,6 @@ def build_command(job: Job, scale: ScaleConfig, config: Path) -> list[str]:
         extra = shlex.split(os.environ.get("PLACE_SBATCH", ""))
         return ["sbatch", "--wait", f"--nodes={nodes}", "--no-requeue", *extra, str(SLURM_SCRIPT), str(config)]
     return [sys.executable, "-m", "place", "pretrain", "--config", str(config)]
-
-
-def _call(command: list[str], log: Path, timeout_s: float) -> None:
-    """Run a command to its end. Raises RunError with its last line."""
-    try:
-        with log.open("w") as out:
-            code = subprocess.run(
-                command, stdout=out, stderr=subprocess.STDOUT, timeout=timeout_s, check=False
-            ).returncode
-    except subprocess.TimeoutExpired:
-        raise RunError(f"not done after {timeout_s:g} s ({log})") from None
-    except FileNotFoundError:
-        raise UsageError(f"{command[0]} is not installed here; take launcher=ray, or start on a login node") from None
-    if code:
-        lines = [line for line in log.read_text().splitlines() if line.strip()]
-        raise RunError(f"ended with {code}: {lines[-1] if lines else 'no output'} ({log})")
 
 
 def read_steps(run: Path, scale: ScaleConfig, config: Config, began: float) -> dict[str, Any]:
@@ -302,10 +283,10 @@ def build_rows(
         if good:
             row |= _summarize(good, job.config.cluster.num_workers)
             if job.probe != "loader":
-                engine = json.dumps(job.config.model.model_dump(mode="json")) + str(job.config.engine)
-                if engine not in footprints:
-                    footprints[engine] = measure_footprint(job.config)
-                row |= _describe_work(job, footprints[engine], row["step_s"], scale)
+                shape = f"{job.config.model} {job.config.engine}"
+                if shape not in footprints:
+                    footprints[shape] = measure_footprint(job.config)
+                row |= _describe_work(job, footprints[shape], row["step_s"], scale)
         rows.append(row)
     _add_efficiency(rows)
     _add_curves(rows, found)
@@ -366,20 +347,20 @@ def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]]
 
     Args:
         steps: the phases of the steps of each rung.
-    Returns: `factors`; `held_out`, measured beside predicted seconds; `sizes`, predicted; or only `why_not`.
+    Returns: `factors`; `rungs`, measured beside predicted seconds; `sizes`, predicted; or only `why_not`.
     """
     full = [row for row in rows if row["probe"] == "full" and row["status"] == "ok" and row["network"]]
-    fitted = [row for row in full if not row["hold_out"]]
+    points = [build_point(row, steps[row["rung"]]) for row in full]
+    fitted = [point for row, point in zip(full, points, strict=True) if not row["hold_out"]]
     if not fitted:
         return {"why_not": "no rung that went well has a network and is not held out"}
-    models = fit_resampled([build_point(row, steps[row["rung"]]) for row in fitted])
-    held_out = []
-    for row in full:
-        point = build_point(row, steps[row["rung"]])
+    models = fit_resampled(fitted)
+    rungs = []
+    for row, point in zip(full, points, strict=True):
         says = predict_interval(models, point.flop_worker, point.bytes_worker, point.rounds, point.bandwidth)
         compute, exposed, rest = np.median(point.seconds_S3, axis=0).tolist()
         measured = {"compute": compute, "exposed": exposed, "rest": rest, "step": compute + exposed + rest}
-        held_out.append({"rung": row["rung"], "hold_out": row["hold_out"], "measured": measured, "predicted": says})
+        rungs.append({"rung": row["rung"], "hold_out": row["hold_out"], "measured": measured, "predicted": says})
     config = build_config(base, list(scale.overrides))
     footprint, sizes = measure_footprint(config), []
     for network in scale.predict:
@@ -390,7 +371,7 @@ def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]]
                 rounds, bandwidth = compute_rounds(world, network.topology), network.bandwidth_gbit * 1e9 / 8
                 says = predict_interval(models, work["flop_worker"], work["bytes_worker"], rounds, bandwidth)
                 sizes.append({"network": network.name, "workers": world, "global_batch": pairs, "predicted": says})
-    return {"factors": models[0]._asdict(), "rungs": held_out, "sizes": sizes}
+    return {"factors": models[0]._asdict(), "rungs": rungs, "sizes": sizes}
 
 
 def _add_efficiency(rows: list[dict[str, Any]]) -> None:

@@ -16,7 +16,7 @@ from place.cluster.topology import read_sockets, share_cores
 
 from place.config import Config, RunError, UsageError
 from place.distributed import World, broadcast_text, is_distributed, read_world
-from place.training.checkpoint import write_text
+from place.kept import write_text
 from place.training.engine import TorchEngine
 from place.training.pretrain import BuildEngine, new_launch, run_worker
 

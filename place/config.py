@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -21,6 +21,9 @@ class Section(BaseModel):
     """A strict, frozen group of knobs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 class RunConfig(Section):
@@ -579,6 +582,15 @@ def check_config(tree: dict[str, Any]) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UsageError(_first_fault(error)) from None
+
+
+def read_section(path: Path, kind: type[SectionT]) -> SectionT:
+    """A YAML file that is one section, every key checked. Raises UsageError, one line for the first fault."""
+    try:
+        return kind.model_validate(read_tree(path))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise UsageError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}") from None
 
 
 def dump_config(config: Config) -> str:

@@ -14,17 +14,17 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 from scipy.stats import t as student
 
-from place.config import RunError, Section, UsageError, build_config, dump_config, read_tree
+from place.config import RunError, Section, UsageError, build_config, dump_config, read_section
+from place.kept import read_kept, run_logged, write_kept
 from place.runlog import read_jsonl
 
 PAIRED = (
@@ -112,11 +112,7 @@ Gaps = dict[str, dict[int, dict[str, list[float]]]]
 
 def load_experiment(path: Path) -> Experiment:
     """Read and check an experiment, the configuration of each row included. Raises UsageError, in one line."""
-    try:
-        experiment = Experiment.model_validate(read_tree(path))
-    except ValidationError as error:
-        fault = error.errors()[0]
-        raise UsageError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}") from None
+    experiment = read_section(path, Experiment)
     if experiment.reference not in experiment.rows:
         raise UsageError(f"{path}: reference={experiment.reference!r} is no row; take {', '.join(experiment.rows)}")
     return experiment
@@ -144,7 +140,7 @@ def run_job(job: Job, experiment: Experiment) -> dict[str, float]:
         RunError: a process failed, with its last line and where the log is; or a column's figure was not found.
     """
     found, key = job.folder / "figures.json", build_key(experiment, job)
-    if (known := _read_known(found, key)) is not None:
+    if (known := read_kept(found, key)) is not None:
         return known
     job.folder.mkdir(parents=True, exist_ok=True)
     config = job.folder / "config.yaml"
@@ -158,7 +154,7 @@ def run_job(job: Job, experiment: Experiment) -> dict[str, float]:
         if column.metric not in figures:
             near = difflib.get_close_matches(column.metric, figures, n=3, cutoff=0)
             raise RunError(f"{column.title}: no figure {column.metric}; there are {', '.join(near)}")
-    _write_known(found, key, figures)
+    write_kept(found, key, figures)
     return figures
 
 
@@ -173,7 +169,7 @@ def pair_job(job: Job, reference: Job, experiment: Experiment) -> dict[str, list
     from place.evaluation.compare import run_compare
 
     found, key = job.folder / "paired.json", build_key(experiment, reference, job)
-    if (known := _read_known(found, key)) is not None:
+    if (known := read_kept(found, key)) is not None:
         return known
     try:
         compared = run_compare(reference.folder / "run", job.folder / "run", Path(experiment.data))
@@ -184,7 +180,7 @@ def pair_job(job: Job, reference: Job, experiment: Experiment) -> dict[str, list
         for task, differences in compared.tasks.items()
         for name, item in differences.items()
     }
-    _write_known(found, key, gaps)
+    write_kept(found, key, gaps)
     return gaps
 
 
@@ -192,17 +188,6 @@ def build_key(experiment: Experiment, *jobs: Job) -> str:
     """What a result that is kept depends on, hashed."""
     configs = "".join(job.config for job in jobs)
     return hashlib.sha256(f"{configs}{experiment.tasks}{experiment.split}".encode()).hexdigest()
-
-
-def _read_known(path: Path, key: str) -> Any:
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    return known["figures"] if known.get("key") == key else None
-
-
-def _write_known(path: Path, key: str, figures: Any) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"key": key, "figures": figures}))
-    part.replace(path)
 
 
 def read_figures(run: Path) -> dict[str, float]:
@@ -315,14 +300,13 @@ def _write(experiment: Experiment, figures: Figures, gaps: Gaps) -> None:
 
 
 def _call(job: Job, *arguments: str) -> None:
-    log = job.folder / f"{arguments[0]}.log"
-    environ = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    with log.open("w") as out:
-        command = [sys.executable, "-m", "place", *arguments]
-        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environ, check=False).returncode
-    if code:
-        last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "no output")
-        raise RunError(f"place {arguments[0]} ended with {code}: {last} ({log})")
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    try:
+        run_logged(
+            [sys.executable, "-m", "place", *arguments], job.folder / f"{arguments[0]}.log", OMP_NUM_THREADS=threads
+        )
+    except RunError as error:
+        raise RunError(f"place {arguments[0]} {error}") from None
 
 
 def _show(values: list[float], digits: int) -> str:

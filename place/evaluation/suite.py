@@ -31,6 +31,7 @@ from place.evaluation.segmentation import run_segmentation
 from place.evaluation.table import print_results
 from place.evaluation.task import StepProgress, Task, TaskInput
 from place.evaluation.zero_shot import run_zero_shot
+from place.kept import write_text
 from place.pretrained.load import load_export
 from place.training.checkpoint import load_run
 
@@ -228,8 +229,7 @@ def write_result(folder: Path, result: TaskResult, task: Task, which: str) -> No
         if result.rows is not None:
             pq.write_table(pa.table(result.rows), part)
             part.replace(path.with_suffix(".parquet"))
-        part.write_text(json.dumps(tree, indent=2, allow_nan=False) + "\n")
-        part.replace(path)
+        write_text(path, json.dumps(tree, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise RunError(f"{path}: {error.strerror}; give a folder that can be written") from None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from place.config import Config, RunError, UsageError, build_config
 from place.data.tokens import ReportTokenizer
 from place.distributed import broadcast_text, read_world
+from place.kept import write_text
 from place.model.place import PlaceModel, build_model
 from place.model.vision import read_model_args
 from place.training.state import WEIGHTS
@@ -145,13 +145,6 @@ def write_definition(run_dir: Path, config: Config, model: PlaceModel, tokenizer
     overrides = {**read_model_args(vision.source), **vision.overrides}
     write_text(folder / "vision.json", json.dumps({"architecture": architecture, "overrides": overrides}))
     tokenizer.save(run_dir / "tokenizer")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file by rename, so that a reader sees the old or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def read_definition(run_dir: Path, config: Config) -> tuple[Config, PretrainedConfig]:

@@ -26,11 +26,12 @@ from place.data.mixture import check_reports, count_epoch, read_fingerprint, rea
 from place.data.streaming import select_sentences
 from place.data.tokens import ReportTokenizer, train_tokenizer
 from place.distributed import Node, barrier, broadcast_text, gather_objects, read_node, read_world
+from place.kept import write_text
 from place.losses.objective import compute_losses
 from place.model.place import PlaceModel, build_model
 from place.node import clean_node, note_cache, note_shared_memory
 from place.runlog import RunLog, count_attempts, write_attempt
-from place.training.checkpoint import agree_on_checkpoint, read_state, write_definition, write_text
+from place.training.checkpoint import agree_on_checkpoint, read_state, write_definition
 from place.training.engine import Engine, TorchEngine
 from place.training.loop import Progress, describe_lineage, train
 from place.training.phases import Phases

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from place.config import RunError
 from place.distributed import broadcast_text, read_world
-from place.training.checkpoint import LISTING, STATE, hash_file, write_text
+from place.kept import write_text
+from place.training.checkpoint import LISTING, STATE, hash_file
 from place.training.engine import Engine
 from place.training.state import WEIGHTS, Layout, Share, join_runs, name_moments
 

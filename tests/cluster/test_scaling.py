@@ -96,7 +96,7 @@ def test_a_ladder_goes_on_with_what_is_missing(
     def refuse(command: list[str], log: Path, timeout_s: float) -> None:
         called.append(command)
 
-    monkeypatch.setattr(scaling, "_call", refuse)
+    monkeypatch.setattr(scaling, "run_logged", refuse)
     assert main(words) == 1
     assert {Path(command[-1]).parents[1].name for command in called} == {"wrong"}
     assert (folder / "1_worker" / "full0" / "measured.json").stat().st_mtime_ns == before

@@ -1,0 +1,55 @@
+"""What long commands leave behind: files that are whole or not there, results under the key they depend on, logs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from place.config import RunError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file by rename, so that a reader sees the old or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def read_kept(path: Path, key: str) -> Any:
+    """The result that `write_kept` left under this key; None where there is none, or one of another key."""
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    return known.get("result") if known.get("key") == key else None
+
+
+def write_kept(path: Path, key: str, result: Any) -> None:
+    """Keep a result as JSON, with what it depends on."""
+    write_text(path, json.dumps({"key": key, "result": result}))
+
+
+def run_logged(command: list[str], log: Path, timeout_s: float | None = None, **environ: str) -> None:
+    """Run a command to its end; what it says goes into `log`.
+
+    Args:
+        environ: variables laid over this process's.
+    Raises:
+        RunError: it failed, with its last line, or took longer than `timeout_s`.
+        FileNotFoundError: there is no such program.
+    """
+    try:
+        with log.open("w") as out:
+            code = subprocess.run(
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=os.environ | environ,
+                timeout=timeout_s,
+                check=False,
+            ).returncode
+    except subprocess.TimeoutExpired:
+        raise RunError(f"not done after {timeout_s:g} s ({log})") from None
+    if code:
+        last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "no output")
+        raise RunError(f"ended with {code}: {last} ({log})")
