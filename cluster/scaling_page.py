@@ -7,12 +7,16 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from place.cluster.scaling import PROBES, list_faults
 
-from place.data.page import embed, render_page
+from place.data.page import embed, render_page, write_page
+from place.evaluation.figure import render_svg, save_figure
 from place.training.phases import PHASES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLUMNS = (
     "rung", "probe", "status", "workers", "global_batch", "local_batch", "runs", "steps", "pairs_per_s", "p5", "p95",
@@ -33,24 +37,22 @@ def write_results(folder: Path, title: str, results: dict[str, Any]) -> Path:
     full = [row for row in results["rows"] if row["probe"] == "full" and row["status"] == "ok"]
     pictures = []
     if full:
-        (folder / "scaling.png").write_bytes(draw_scaling(results, "png"))
-        pictures.append(embed(draw_scaling(results, "svg"), "image/svg+xml"))
-    page = folder / "scaling.html"
-    page.write_text(
-        render_page(
-            "place.cluster",
-            "scaling.html",
-            title=title,
-            results=results,
-            probes=PROBES,
-            faults=list(list_faults(results["rows"])),
-            pictures=pictures,
-            phases=[name for name in PHASES if any(name in row.get("phase_s", {}) for row in full)],
-            full=full,
-            has_mfu=any(row["mfu"] for row in full),
-        )
+        figure = draw_scaling(results)
+        save_figure(figure, folder / "scaling.png")
+        pictures.append(embed(render_svg(figure), "image/svg+xml"))
+    page = render_page(
+        "place.cluster",
+        "scaling.html",
+        title=title,
+        results=results,
+        probes=PROBES,
+        faults=list(list_faults(results["rows"])),
+        pictures=pictures,
+        phases=[name for name in PHASES if any(name in row.get("phase_s", {}) for row in full)],
+        full=full,
+        has_mfu=any(row["mfu"] for row in full),
     )
-    return page
+    return write_page(folder / "scaling.html", page, "give a folder that can be written")
 
 
 def build_csv(rows: Sequence[dict[str, Any]]) -> str:
@@ -66,14 +68,12 @@ def build_csv(rows: Sequence[dict[str, Any]]) -> str:
     return out.getvalue()
 
 
-def draw_scaling(results: dict[str, Any], kind: str) -> bytes:
-    """Rates over workers with the ideal line and the ceilings, and where a step goes, as png or svg."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def draw_scaling(results: dict[str, Any]) -> Figure:
+    """Rates over workers with the ideal line and the ceilings, and where a step goes."""
     from matplotlib.figure import Figure
 
     full = [row for row in results["rows"] if row["probe"] == "full" and row["status"] == "ok"]
     figure = Figure(figsize=(11, 4.3), dpi=110, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
     rates, parts = figure.subplots(1, 2, width_ratios=(1, 1 + 0.12 * len(full)))
     base = min(full, key=lambda row: row["workers"])
     most = max(row["workers"] for row in full)
@@ -109,6 +109,4 @@ def draw_scaling(results: dict[str, Any], kind: str) -> bytes:
     for axis in (rates, parts):
         axis.spines[["top", "right"]].set_visible(False)
         axis.title.set_fontsize(10)
-    out = io.BytesIO()
-    figure.savefig(out, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    return out.getvalue()
+    return figure

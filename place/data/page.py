@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 
+from place.config import RunError
 from place.data.images import GreyImage, encode_grey_jpeg
 
 BASE = "page.html"
@@ -38,6 +40,15 @@ def render_page(package: str, name: str, **values: Any) -> str:
     )
     environment.filters["thousands"] = lambda count: f"{count:,}"
     return environment.get_template(name).render(**values)
+
+
+def write_page(path: Path, page: str, advice: str) -> Path:
+    """Write a page. Raises RunError, with what to do, where the file cannot be written."""
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}; {advice}") from None
+    return path
 
 
 def build_bars(pairs: Any) -> list[Bar]:

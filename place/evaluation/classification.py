@@ -17,8 +17,7 @@ from torch import Tensor
 
 from place.compat import patch_torchvision
 from place.config import UsageError
-from place.data.prepared import read_samples
-from place.evaluation.encoder import get_units, read_units, take
+from place.evaluation.encoder import get_units, read_units
 from place.evaluation.findings import Findings, choose_findings, describe_findings, list_scores, resample_findings
 from place.evaluation.metrics import Array, Metric, TaskResult, compute_f1s, compute_means, draw_weights, summarize
 from place.evaluation.probe import FeatureSplit, Probed, draw_subsets, probe
@@ -156,11 +155,10 @@ def read_features(task: Task, split: str) -> FeatureSplit:
     units = require_units(task, "classification", split)
     features: list[Tensor] = []
     labels, ids = [], []
-    for samples in take(read_samples(task.data_dir, split), task.evaluation.batch_size):
+    for samples in task.read_batches(split, f"encode {split}"):
         features.append(task.encoder.encode_images([sample["image"] for sample in samples]))
         labels += [sample["labels"] for sample in samples]
         ids += [sample["sample_id"] for sample in samples]
-        task.report(f"encode {split}", len(ids), len(units))
     return FeatureSplit(torch.cat(features).numpy(), labels, get_units(units, ids), ids)
 
 

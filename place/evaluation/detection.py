@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 
 from place.config import UsageError
-from place.data.prepared import read_samples
 from place.data.transforms import read_image
 from place.evaluation.detection_metrics import COCO_IOUS, FIELD_IOUS, judge_matches, list_matches, match_boxes
 from place.evaluation.detection_picture import draw_boxes
 from place.evaluation.detector import SCHEDULE, BoxedSplit, Boxes, train_detector
-from place.evaluation.encoder import get_units, read_units, take
+from place.evaluation.encoder import get_units, read_units
 from place.evaluation.localisation import move_box
 from place.evaluation.metrics import TaskResult
 from place.evaluation.task import Task
@@ -77,7 +78,8 @@ def run_detection(task: Task) -> TaskResult:
 
 def list_boxed(task: Task, split: str) -> set[str]:
     """Findings with a box in a split."""
-    return {box["finding"] for sample in read_samples(task.data_dir, split) for box in sample["boxes"]}
+    rows = pq.read_table(task.data_dir / "manifest.parquet", columns=["boxes"], filters=[("split", "==", split)])
+    return {box["finding"] for cell in rows["boxes"].to_pylist() for box in json.loads(cell)}
 
 
 def choose_boxed(there: dict[str, set[str]], wanted: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -95,13 +97,11 @@ def _read_split(task: Task, split: str, names: Sequence[str], limit: int | None)
     """The first `limit` studies by sample_id, which is a hash, with boxes or without."""
     wanted = set(sorted(read_units(task.data_dir, split))[:limit])
     tokens, boxes, ids, jpegs = [], [], [], []
-    chosen = (sample for sample in read_samples(task.data_dir, split) if sample["sample_id"] in wanted)
-    for samples in take(chosen, task.evaluation.batch_size):
+    for samples in task.read_batches(split, f"read {split} boxes", wanted):
         tokens.append(task.encoder.encode_patches([sample["image"] for sample in samples]))
         boxes += [fit_boxes(sample, names, task.encoder.size_px) for sample in samples]
         ids += [sample["sample_id"] for sample in samples]
         jpegs += [sample["image"] for sample in samples]
-        task.report(f"read {split} boxes", len(ids), len(wanted))
     return Read(BoxedSplit(torch.cat(tokens), boxes), ids, jpegs)
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from place.config import FinetuneConfig, UsageError
-from place.data.prepared import read_samples
 from place.evaluation.classification import Labelled, describe_probe, is_one_of_many, judge_shares, require_units
 from place.evaluation.encoder import get_units
 from place.evaluation.findings import build_targets
@@ -177,7 +176,9 @@ def read_images(task: Task, split: str) -> ImageSplit:
     """Every stored image of a split, compressed, in memory."""
     units = require_units(task, "finetune", split)
     samples = [
-        (sample["image"], sample["labels"], sample["sample_id"]) for sample in read_samples(task.data_dir, split)
+        (sample["image"], sample["labels"], sample["sample_id"])
+        for batch in task.read_batches(split, f"read {split} images")
+        for sample in batch
     ]
     jpegs, labels, ids = (list(column) for column in zip(*samples, strict=True))
     return ImageSplit(jpegs, Labelled(labels, get_units(units, ids), ids))

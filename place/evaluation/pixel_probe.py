@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from place.data.prepared import read_samples
 from place.data.transforms import eval_transform, read_image
 from place.evaluation.classification import describe_probe, judge_probes, require_units
 from place.evaluation.encoder import get_units
@@ -39,11 +38,9 @@ def _read_pixels(task: Task, split: str, limit: int | None = None) -> FeatureSpl
     wanted = set(sorted(units)[:limit])
     side_px = min(task.encoder.size_px, MAX_SIDE_PX)
     rows, labels, ids = [], [], []
-    for sample in read_samples(task.data_dir, split):
-        if sample["sample_id"] in wanted:
-            image = eval_transform(read_image(sample["image"]), side_px, 0.0, 1.0)
-            rows.append(image.numpy().ravel())
-            labels.append(sample["labels"])
-            ids.append(sample["sample_id"])
-            task.report(f"read {split} pixels", len(ids), len(wanted))
+    for samples in task.read_batches(split, f"read {split} pixels", wanted):
+        images = (eval_transform(read_image(sample["image"]), side_px, 0.0, 1.0) for sample in samples)
+        rows += [image.numpy().ravel() for image in images]
+        labels += [sample["labels"] for sample in samples]
+        ids += [sample["sample_id"] for sample in samples]
     return FeatureSplit(np.stack(rows), labels, get_units(units, ids), ids)

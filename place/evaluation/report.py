@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from place.config import RunError
-from place.data.page import embed, embed_thumbnail, render_page
+from place.data.page import embed, embed_thumbnail, render_page, write_page
 from place.data.prepared import read_samples
 from place.data.transforms import read_image
 from place.evaluation.curves import Scored, draw_precision_recall, draw_roc
@@ -70,12 +70,7 @@ def write_report(task: Task, folder: Path, title: str, order: Sequence[str]) -> 
         written=[row | {"thumbnail": show_square(samples[row["sample_id"]])} for row in written],
         pictures=list(read_pictures(folder, ["explain", *tables])),
     )
-    path = folder / PAGE
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror}; give a folder that can be written") from None
-    return path
+    return write_page(folder / PAGE, page, "give a folder that can be written")
 
 
 def read_results(folder: Path, task: Task, order: Sequence[str]) -> Judged:

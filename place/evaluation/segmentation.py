@@ -11,9 +11,8 @@ import torch
 from place.config import UsageError
 from place.data.identity import SPLITS
 from place.data.masks import Mask, read_masks, resize_mask
-from place.data.prepared import read_samples
 from place.data.transforms import find_square
-from place.evaluation.encoder import get_units, read_units, take
+from place.evaluation.encoder import get_units, read_units
 from place.evaluation.metrics import Array, Metric, TaskResult, compute_means, draw_weights, summarize
 from place.evaluation.segmentation_picture import draw_masks
 from place.evaluation.setr import HEAD_NAMES, SCHEDULE, MaskedSplit, predict, train_head
@@ -163,8 +162,7 @@ def _read_split(
     """The first `limit` studies with masks, by sample_id, which is a hash."""
     wanted, size_px = set(sorted(masks)[:limit]), task.encoder.size_px
     tokens, targets, known, ids, jpegs = [], [], [], [], []
-    chosen = (sample for sample in read_samples(task.data_dir, split) if sample["sample_id"] in wanted)
-    for samples in take(chosen, task.evaluation.batch_size):
+    for samples in task.read_batches(split, f"read {split} masks", wanted):
         tokens.append(task.encoder.encode_patches([sample["image"] for sample in samples]))
         for sample in samples:
             study = masks[sample["sample_id"]]
@@ -172,7 +170,6 @@ def _read_split(
             known.append([is_known(study, name, mask) for name, mask in zip(names, targets[-1], strict=True)])
             ids.append(sample["sample_id"])
             jpegs.append(sample["image"])
-        task.report(f"read {split} masks", len(ids), len(wanted))
     mask_BFYX = torch.from_numpy(np.stack(targets))
     return Read(MaskedSplit(torch.cat(tokens), mask_BFYX, torch.tensor(known)), ids, jpegs)
 

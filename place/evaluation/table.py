@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -117,48 +118,56 @@ def _build_grounding(result: TaskResult) -> Table:
     others = [name for name in ("attention", "prior") if f"{name}.mean_cnr" in result.metrics]
     heads = ("finding", "phrases", "pointing", "95 %", "CNR", "95 %", "mIoU", *others)
     table = _build_table(f"grounding: {result.num_samples} phrases", heads)
-    rows = [("mean", "mean_{}", "")]
-    rows += [(name, f"{{}}.{name}", str(found["phrases"])) for name, found in result.protocol["findings"].items()]
-    for name, form, count in rows:
+
+    def show(form: str, _: dict[str, Any]) -> list[str]:
         pointing, cnr, miou = (result.metrics[form.format(kind)] for kind in ("pointing_game", "cnr", "miou"))
         cells = [f"{pointing.value:.3f}", _show_interval(pointing), f"{cnr.value:.2f}", _show_interval(cnr, digits=2)]
-        cells += [f"{miou.value:.3f}"]
-        cells += [f"{result.metrics[f'{other}.{form}'.format('pointing_game')].value:.3f}" for other in others]
-        table.add_row(name, count, *cells, style="" if count else "bold", end_section=not count)
-    return table
+        beside = [result.metrics[f"{other}.{form}".format("pointing_game")] for other in others]
+        return [*cells, f"{miou.value:.3f}", *(f"{other.value:.3f}" for other in beside)]
+
+    return _add_findings(table, result, "phrases", show)
 
 
 def _build_segmentation(result: TaskResult) -> Table:
     heads = ("finding", "images", "Dice", "95 %", "IoU", "95 %", "empty images", "kept empty")
     table = _build_table(f"segmentation: {result.num_samples} images", heads)
-    rows = [("mean", "mean_{}", "", "")]
-    rows += [
-        (name, f"{{}}.{name}", str(found["images"]), str(found["empty"]))
-        for name, found in result.protocol["findings"].items()
-    ]
-    for name, form, images, empty in rows:
+
+    def show(form: str, found: dict[str, Any]) -> list[str]:
         dice, iou = result.metrics[form.format("dice")], result.metrics[form.format("iou")]
         kept = result.metrics.get(form.format("empty_kept"))
-        cells = [f"{dice.value:.3f}", _show_interval(dice), f"{iou.value:.3f}", _show_interval(iou), empty]
-        cells += [f"{kept.value:.3f}" if kept else "-"]
-        table.add_row(name, images, *cells, style="" if images else "bold", end_section=not images)
-    return table
+        cells = [f"{dice.value:.3f}", _show_interval(dice), f"{iou.value:.3f}", _show_interval(iou)]
+        return [*cells, str(found.get("empty", "")), f"{kept.value:.3f}" if kept else "-"]
+
+    return _add_findings(table, result, "images", show)
 
 
 def _build_detection(result: TaskResult) -> Table:
     heads = ("finding", "boxes", "AP .5:.95", "95 %", "AP .4:.75", "95 %", "AP .5", "empty images")
     table = _build_table(f"detection: {result.num_samples} images", heads)
-    rows = [("mean", "mean_{}", "", "")]
-    rows += [
-        (name, f"{{}}.{name}", str(found["boxes"]), str(found["empty"]))
-        for name, found in result.protocol["findings"].items()
-    ]
-    for name, form, boxes, empty in rows:
+
+    def show(form: str, found: dict[str, Any]) -> list[str]:
         coco, field, half = (result.metrics[form.format(kind)] for kind in ("ap", "ap_40_75", "ap_50"))
         cells = [cell for metric in (coco, field) for cell in (f"{metric.value:.3f}", _show_interval(metric))]
-        table.add_row(
-            name, boxes, *cells, f"{half.value:.3f}", empty, style="" if boxes else "bold", end_section=not boxes
-        )
+        return [*cells, f"{half.value:.3f}", str(found.get("empty", ""))]
+
+    return _add_findings(table, result, "boxes", show)
+
+
+def _add_findings(
+    table: Table, result: TaskResult, count: str, show: Callable[[str, dict[str, Any]], list[str]]
+) -> Table:
+    """A row of the means, then one a finding.
+
+    Args:
+        count: what the protocol counts of each finding, in the second column.
+        show: the other cells, from the form of a metric's name, such as `mean_{}`, and what the protocol says of the
+            finding: nothing, of the means.
+    """
+    rows = [("mean", "mean_{}", dict[str, Any]())]
+    rows += [(name, f"{{}}.{name}", found) for name, found in result.protocol["findings"].items()]
+    for name, form, found in rows:
+        style = "" if found else "bold"
+        table.add_row(name, str(found.get(count, "")), *show(form, found), style=style, end_section=not found)
     return table
 
 

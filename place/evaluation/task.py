@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from place.config import DataConfig, EvaluationConfig, UsageError
-from place.evaluation.encoder import EncodedSplit, encode_split
+from place.data.prepared import read_samples
+from place.evaluation.encoder import EncodedSplit, encode_split, read_units, take
 from place.evaluation.frozen import FrozenEncoder, wrap_run
 from place.training.checkpoint import LoadedRun
 
@@ -63,6 +64,23 @@ class Task:
             self.evaluation.batch_size,
             lambda done, total: self.report("encode", done, total),
         )
+
+    def read_batches(
+        self, split: str, step: str, wanted: Collection[int] | None = None
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Samples of a split, `evaluation.batch_size` at once, told about as `step`.
+
+        Args:
+            wanted: sample_ids that are read; none reads all.
+        """
+        total = len(read_units(self.data_dir, split)) if wanted is None else len(wanted)
+        samples = read_samples(self.data_dir, split)
+        chosen = (sample for sample in samples if wanted is None or sample["sample_id"] in wanted)
+        done = 0
+        for batch in take(chosen, self.evaluation.batch_size):
+            yield batch
+            done += len(batch)
+            self.report(step, done, total)
 
     def report(self, step: str, done: int, total: int) -> None:
         """Tell whoever watches how far a step is."""

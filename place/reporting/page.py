@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from place.config import RunError, UsageError
-from place.data.page import embed, render_page
+from place.data.page import embed, render_page, write_page
 from place.reporting.charts import draw_panel
 from place.reporting.history import (
     Attempt,
@@ -73,12 +73,7 @@ def write_report(run: Path) -> Path:
     if not history.attempts:
         raise RunError(f"{run}: no worker has started yet, there is nothing to report; wait for the first step")
     page = build_page(history, compute_standing(str(run), history.recorded, time.time()))
-    path = run / PAGE
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror}; make the run folder writable, or copy it") from None
-    return path
+    return write_page(run / PAGE, page, "make the run folder writable, or copy it")
 
 
 def build_page(history: History, standing: Standing) -> str:
