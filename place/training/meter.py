@@ -17,7 +17,7 @@ from place.batch import Batch, Losses, Outputs
 from place.distributed import gather, gather_objects, mean_over_ranks, read_node
 from place.runlog import RunLog
 from place.training.gradcache import Objective
-from place.training.phases import PHASES, Phases
+from place.training.phases import PHASES, Phases, count_seconds, take_stamp
 from place.training.plan import RunPlan
 from place.training.saver import Saver
 
@@ -36,7 +36,7 @@ class Meter:
         self, log: RunLog | None, plan: RunPlan, device: torch.device, saver: Saver, phases: Phases | None = None
     ):
         self.log, self.plan, self.device, self.saver, self.phases = log, plan, device, saver, phases
-        self.node = read_node() if phases else None
+        self.counts_bytes = phases is not None and read_node().is_first
         self.sent_bytes = _count_sent_bytes()
         self.samples: list[tuple[int, int, Tensor]] = []
         self.hosts = [record["host"] for record in gather_objects({"host": socket.gethostname()})]
@@ -58,14 +58,14 @@ class Meter:
             self.mark("wait")
             if batch is None:
                 return
-            self._got = self._mark()
+            self._got = take_stamp(self.device)
             yield batch
 
     def time_arrivals(self, objective: Objective) -> Objective:
         """The same objective; notes when this rank comes to it."""
 
         def timed(outputs: Outputs, batch: Batch) -> Losses:
-            self._spans.append((self._got, self._mark()))
+            self._spans.append((self._got, take_stamp(self.device)))
             self.mark("forward")
             losses = objective(outputs, batch)
             self.mark("loss")
@@ -121,12 +121,12 @@ class Meter:
 
     def _describe_phases(self) -> dict[str, Any]:
         """Mean seconds a step of each phase, over ranks, and MiB a step that all hosts sent."""
-        if self.phases is None or self.node is None:
+        if self.phases is None:
             return {}
         self.mark("other")
         own, before = self.phases.take(), self.sent_bytes
         self.sent_bytes = _count_sent_bytes()
-        sent = float(self.sent_bytes - before) if self.node.is_first else 0.0
+        sent = self.sent_bytes - before if self.counts_bytes else 0
         values = torch.tensor([[own.get(name, 0.0) for name in PHASES] + [sent]], dtype=torch.float64)
         values = gather(values.to(self.device)).cpu() / max(1, self.steps)
         means = values.mean(0).tolist()
@@ -135,20 +135,11 @@ class Meter:
             "sent_mib": round(float(values[:, -1].sum()) / 2**20, 3),
         }
 
-    def _mark(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     def _read_own_s(self) -> float:
         """Mean own time in a step since the last line."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            spans_s = [got.elapsed_time(came) / 1000 for got, came in self._spans]
-        else:
-            spans_s = [came - got for got, came in self._spans]
+        spans_s = [count_seconds(got, came) for got, came in self._spans]
         return (self.waited_s + sum(spans_s)) / max(1, self.steps)
 
 

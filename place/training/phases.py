@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -40,6 +41,20 @@ COLLECTIVES = (
 """What torch.distributed is asked for by us and by DeepSpeed."""
 
 
+def take_stamp(device: torch.device) -> Any:
+    """This moment as the device lives it: an event on a GPU, the clock elsewhere."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def count_seconds(began: Any, ended: Any) -> float:
+    """Between two stamps; on a GPU both must have been reached: synchronise first."""
+    return ended - began if isinstance(ended, float) else began.elapsed_time(ended) / 1000
+
+
 class Phases:
     """Seconds by phase. Final.
 
@@ -49,50 +64,32 @@ class Phases:
     """
 
     def __init__(self, device: torch.device):
-        self.is_timed = device.type == "cuda"
+        self.device, self.on_gpu = device, device.type == "cuda"
         self._collective_s = 0.0
-        self._seconds: dict[str, float] = {}
-        self._events: list[tuple[str, Any]] = []
-        self._last: Any = self._now()
+        self._spans: list[tuple[str, Any, Any, float]] = []
+        self._last = take_stamp(device)
 
     def mark(self, name: str) -> None:
         """The time since the last mark belongs to this phase."""
-        now = self._now()
-        if self.is_timed:
-            self._events.append((name, (self._last, now)))
-        else:
-            self._add("gather" if name == "loss" else "communication", self._collective_s)
-            self._add(name, now - self._last - self._collective_s)
-            self._collective_s = 0.0
-        self._last = now
+        now = take_stamp(self.device)
+        self._spans.append((name, self._last, now, self._collective_s))
+        self._last, self._collective_s = now, 0.0
 
     def take(self) -> dict[str, float]:
         """Seconds of each phase since the last call."""
-        if self.is_timed and self._events:
-            torch.cuda.synchronize()
-            for name, (began, ended) in self._events:
-                self._add(name, began.elapsed_time(ended) / 1000)
-            self._events.clear()
-        seconds, self._seconds = self._seconds, {}
-        return seconds
-
-    def _now(self) -> Any:
-        if not self.is_timed:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _add(self, name: str, seconds: float) -> None:
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+        seconds: dict[str, float] = defaultdict(float)
+        for name, began, ended, collective_s in self._spans:
+            seconds[name] += count_seconds(began, ended) - collective_s
+            seconds["gather" if name == "loss" else "communication"] += collective_s
+        self._spans.clear()
+        return dict(seconds)
 
     @contextmanager
     def watch_collectives(self) -> Iterator[None]:
         """Time what torch.distributed is asked for, until the end of the block; on a GPU nothing is done."""
-        if self.is_timed:
-            yield
-            return
-        plain = {name: getattr(dist, name) for name in COLLECTIVES if hasattr(dist, name)}
+        plain = {name: getattr(dist, name) for name in COLLECTIVES if hasattr(dist, name) and not self.on_gpu}
         for name, function in plain.items():
             setattr(dist, name, self._time(function))
         try:
@@ -101,19 +98,21 @@ class Phases:
             for name, function in plain.items():
                 setattr(dist, name, function)
 
+    @contextmanager
+    def count_wait(self) -> Iterator[None]:
+        """The time that the block takes is spent in a collective."""
+        began = time.perf_counter()
+        yield
+        self._collective_s += time.perf_counter() - began
+
     def _time(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def timed(*arguments: Any, **options: Any) -> Any:
-            began = time.perf_counter()
-            work = function(*arguments, **options)
-            self._collective_s += time.perf_counter() - began
+            with self.count_wait():
+                work = function(*arguments, **options)
             return work if work is None else _Waited(work, self)
 
         return timed
-
-    def count_wait(self, seconds: float) -> None:
-        """Time that the process waited for a collective that it had begun before."""
-        self._collective_s += seconds
 
 
 class _Waited:
@@ -124,10 +123,8 @@ class _Waited:
 
     def wait(self, *arguments: Any) -> Any:
         """Wait for the collective."""
-        began = time.perf_counter()
-        done = self._work.wait(*arguments)
-        self._phases.count_wait(time.perf_counter() - began)
-        return done
+        with self._phases.count_wait():
+            return self._work.wait(*arguments)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
