@@ -14,8 +14,6 @@ from place.config import RunError, UsageError
 from place.export import ONNX, run_export
 from place.training.checkpoint import load_run
 
-pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
-
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
