@@ -19,7 +19,7 @@ class Batch(NamedTuple):
     `image_BCYX` fp32 (B,1,Y,X), standardised grey; `token_ids_BT` int64; `attention_BT` bool, true on real tokens;
     `sentence_of_token_BT` int64, -1 on special and padding tokens; `sentence_hash_BS` int64, 0 where there is no
     sentence; `report_group_B` int64, equal for identical reports; `sample_id_B` int64; `valid_patch_BN` bool, false on
-    padding patches.
+    padding patches; `length_B` int64, real tokens of each report, always on the host: shapes follow from it.
     """
 
     image_BCYX: Tensor
@@ -30,10 +30,11 @@ class Batch(NamedTuple):
     report_group_B: Tensor
     sample_id_B: Tensor
     valid_patch_BN: Tensor
+    length_B: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self[:-1]), self.length_B)
 
     def chunks(self, count: int) -> list[Batch]:
         """Cut into `count` equal batches along B."""
@@ -44,10 +45,11 @@ class Outputs(NamedTuple):
     """What the model says of a batch; features are unit length where they are compared.
 
     `image_BE`, `text_BE`: projected, normalised instance features. `observations_BKE`: V-PORs, `sentences_BSE`: T-PORs,
-    both normalised; `mask_BS` bool, true on real sentences. `z_BNE`: report-conditioned patch features whose
-    correlation is trained; `target_BND`: patches they are compared with; `focus_BN` bool: patches that were hidden (all
-    true without masking): the loss counts pairs that touch one; `attention_BKN` fp32: share of each patch in each
-    query, rows sum to 1. `regions_BNE`, `words_BTE`: patches and tokens in a joint space of their own, unit length, for
+    both normalised; `mask_BS` bool, true on real sentences; `attention_BKN` fp32: share of each patch in each query,
+    rows sum to 1. Where the pathology loss has weight 0, K and S are 0. `z_BNE`: report-conditioned patch features
+    whose correlation is trained; `target_BND`: patches they are compared with (N is 0 where that loss has weight 0);
+    `focus_BN` bool: patches that were hidden (all true without masking): the loss counts pairs that touch one.
+    `regions_BNE`, `words_BTE`: patches and tokens in a joint space of their own, unit length, for
     token-wise alignment; without it N and T are 0. `logit_scales` (2,): inverse temperatures of the instance and of the
     pathology loss.
     """
@@ -57,10 +59,10 @@ class Outputs(NamedTuple):
     observations_BKE: Tensor
     sentences_BSE: Tensor
     mask_BS: Tensor
+    attention_BKN: Tensor
     z_BNE: Tensor
     target_BND: Tensor
     focus_BN: Tensor
-    attention_BKN: Tensor
     regions_BNE: Tensor
     words_BTE: Tensor
     logit_scales: Tensor

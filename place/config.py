@@ -308,6 +308,8 @@ class EngineConfig(Section):
     """DeepSpeed ZeRO stage."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """bf16 and fp16 are torch autocast over fp32 parameters, fp16 with a dynamic loss scale; losses are fp32 always."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for the blocks of encoders and heads; `auto`: on GPUs, but not with ZeRO 3."""
     activation_checkpointing: bool = False
     """Recompute the encoders' activations in the backward pass."""
     wire_precision: Literal["fp32", "bf16"] = "fp32"

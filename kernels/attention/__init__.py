@@ -3,17 +3,18 @@
 from place.kernels.attention.backends import Blocks
 from place.kernels.attention.call import attend, attention_weights, choose_backend
 from place.kernels.attention.packing import Packing, build_full_packing, build_packing, pack, unpack
-from place.kernels.attention.routing import RoutedAttention
+from place.kernels.attention.routing import Routed, is_bf16
 
 __all__ = [
     "Blocks",
     "Packing",
-    "RoutedAttention",
+    "Routed",
     "attend",
     "attention_weights",
     "build_full_packing",
     "build_packing",
     "choose_backend",
+    "is_bf16",
     "pack",
     "unpack",
 ]

@@ -22,13 +22,15 @@ class Packing(NamedTuple):
     padded: int
 
 
-def build_packing(mask_BT: Tensor) -> Packing:
+def build_packing(mask_BT: Tensor, length_B: Tensor | None = None) -> Packing:
     """The packing of the true positions of a mask, which may lie anywhere in a row.
 
-    The lengths come to the host, because shapes follow from them: one wait for the device a batch. Source: ours.
+    Args:
+        length_B: how many are true, on the host, because shapes follow from them; without it the device is waited for.
+    Source: ours.
     """
     lengths_B = mask_BT.sum(1)
-    lengths = tuple(lengths_B.tolist())
+    lengths = tuple((lengths_B if length_B is None else length_B).tolist())
     index_P = torch.nonzero_static(mask_BT.flatten(), size=sum(lengths))[:, 0]
     return Packing(lengths, max(lengths), _accumulate(lengths_B), index_P, mask_BT.shape[1])
 

@@ -1,22 +1,25 @@
-"""Other people's models on our attention: torch's own call inside them is answered by `attend`."""
+"""Other people's models on our attention and our precision: torch's own calls inside them are answered by ours."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from place.kernels.attention.backends import Blocks
 from place.kernels.attention.call import attend
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 
-class RoutedAttention(TorchFunctionMode):
-    """Within this context every `scaled_dot_product_attention` of the thread runs on a backend of ours.
+class Routed(TorchFunctionMode):
+    """Within this context every `scaled_dot_product_attention` of the thread runs on a backend of ours, and under
+    bf16 autocast every `layer_norm` reads and writes bf16; it still computes in fp32 inside.
 
     Both timm (`fused_attn`) and transformers (`attn_implementation="sdpa"`, old models' classes as well as its
-    AttentionInterface) call this one public function of torch, so that none of their code is copied or replaced.
+    AttentionInterface) call these public functions of torch, so that none of their code is copied or replaced.
+    Autocast's own rule takes norms in fp32, and with them all that lies between matrix products: twice the bytes.
 
     Args:
         backend: a key of `BACKENDS`.
@@ -27,13 +30,14 @@ class RoutedAttention(TorchFunctionMode):
 
     def __init__(self, backend: str, blocks: Blocks | None = None):
         super().__init__()
-        self.backend, self.blocks = backend, blocks
-        self.calls = 0
+        self.backend, self.blocks, self.has_attended = backend, blocks, False
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is scaled_dot_product_attention:
-            self.calls += 1
+            self.has_attended = True
             return self._attend(*args, **(kwargs or {}))
+        if func is layer_norm and is_bf16(args[0].device.type):
+            return _normalise(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def _attend(
@@ -54,3 +58,16 @@ class RoutedAttention(TorchFunctionMode):
             )
         where = attn_mask if self.blocks is None else self.blocks
         return attend(query, key, value, where, self.backend, dropout_p, scale)
+
+
+def is_bf16(device_type: str) -> bool:
+    """Whether bf16 autocast is on."""
+    return torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.bfloat16
+
+
+def _normalise(
+    x: Tensor, normalized_shape: list[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    weight, bias = (None if tensor is None else tensor.bfloat16() for tensor in (weight, bias))
+    with torch.autocast(x.device.type, enabled=False):
+        return layer_norm(x.bfloat16(), normalized_shape, weight, bias, eps)

@@ -181,6 +181,7 @@ class Collate:
             torch.tensor([pair.report_group for pair in pairs]),
             torch.tensor([pair.sample_id for pair in pairs]),
             torch.ones(len(pairs), self.num_patches, dtype=torch.bool),
+            attention_BT.sum(1),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -50,6 +51,7 @@ class PlaceModel(nn.Module):
         self.max_sentences = config.data.max_sentences
         self.max_logit_scale = config.loss.max_logit_scale
         self.target = config.loss.correlation.target
+        self.observes, self.correlates = bool(config.loss.pathology.weight), bool(config.loss.correlation.weight)
         self.recompute = config.engine.activation_checkpointing
         self.observe = ObservationExtractor(model.observations, vision.width, attention)
         self.correlate = CorrelationHead(model.correlation, vision.width, text.width, attention)
@@ -66,29 +68,48 @@ class PlaceModel(nn.Module):
 
     def forward(self, batch: Batch) -> Outputs:
         """See `place.batch.Outputs`."""
-        packing = self._pack(batch.attention_BT)  # first, because it waits for the device
+        packing = self._pack(batch.attention_BT, batch.length_B)
         hidden_BN = self._draw_hidden(batch) if self.training and self.mask_ratio else None
         image_BD, patches_BND = self._encode(self.vision, batch.image_BCYX, hidden_BN)
         report_BD, tokens_BTD = self._encode(self.text, batch.token_ids_BT, batch.attention_BT, packing)
-        observations_BKD, attention_BKN = self.observe(patches_BND)
-        means_BSD, mask_BS = mean_by_sentence(tokens_BTD, batch.sentence_of_token_BT, self.max_sentences)
-        z_BNE = self.correlate(patches_BND, tokens_BTD, batch.attention_BT, packing)
-        pixels = self.target == "pixels"
-        target_BND = patchify(batch.image_BCYX, self.vision.patch_px) if pixels else patches_BND.detach().float()
         return Outputs(
             self.project_image(image_BD),
             self.project_text(report_BD),
-            self.project_observation(observations_BKD),
-            self.project_sentence(means_BSD),
-            mask_BS,
-            z_BNE,
-            target_BND,
+            *self._observe_pairs(batch, patches_BND, tokens_BTD),
+            *self._correlate_patches(batch, patches_BND, tokens_BTD, packing),
             torch.ones_like(batch.valid_patch_BN) if hidden_BN is None else hidden_BN,
-            attention_BKN,
             self._project_tokens(self.project_region, patches_BND),
             self._project_tokens(self.project_word, tokens_BTD),
             self._logit_scales(),
         )
+
+    def _observe_pairs(self, batch: Batch, patches_BND: Tensor, tokens_BTD: Tensor) -> tuple[Tensor, ...]:
+        """V-PORs, T-PORs, their mask and attention; no V-POR and no T-POR where no loss looks at them."""
+        if not self.observes:
+            none_B0E = self.project_image[-1].weight.new_zeros(len(patches_BND), 0, self.project_image[-1].out_features)
+            none_B0N = none_B0E.new_zeros(len(patches_BND), 0, patches_BND.shape[1])
+            return none_B0E, none_B0E, batch.valid_patch_BN[:, :0], none_B0N
+        observations_BKD, attention_BKN = self.observe(patches_BND)
+        means_BSD, mask_BS = mean_by_sentence(tokens_BTD, batch.sentence_of_token_BT, self.max_sentences)
+        return self.project_observation(observations_BKD), self.project_sentence(means_BSD), mask_BS, attention_BKN
+
+    def _correlate_patches(
+        self, batch: Batch, patches_BND: Tensor, tokens_BTD: Tensor, packing: Packing | None
+    ) -> tuple[Tensor, Tensor]:
+        """z and its target; no patch where no loss looks at them."""
+        if not self.correlates:
+            return patches_BND[:, :0], patches_BND[:, :0].detach()
+        z_BNE = self.correlate(patches_BND, tokens_BTD, batch.attention_BT, packing)
+        if self.target == "pixels":
+            return z_BNE, patchify(batch.image_BCYX, self.vision.patch_px)
+        return z_BNE, patches_BND.detach().float()
+
+    def compile_blocks(self) -> None:
+        """Let torch.compile have what repeats: blocks of encoders and heads, each kind of which is compiled once."""
+        lists = [self.vision.vit.blocks, self.observe.blocks, self.correlate.blocks]
+        lists += [module for module in self.text.modules() if isinstance(module, nn.ModuleList)]
+        for block in itertools.chain.from_iterable(lists):
+            block.compile()
 
     def encode_image(self, image_BCYX: Tensor) -> ImageFeatures:
         """Features of images alone, (B,1,Y,X) standardised."""
@@ -106,11 +127,11 @@ class PlaceModel(nn.Module):
         means_BSD, mask_BS = mean_by_sentence(tokens_BTD, sentence_of_token_BT, self.max_sentences)
         return TextFeatures(self.project_text(report_BD), self.project_sentence(means_BSD), mask_BS)
 
-    def _pack(self, attention_BT: Tensor) -> Packing | None:
+    def _pack(self, attention_BT: Tensor, length_B: Tensor | None = None) -> Packing | None:
         """The packing of the reports, where attention is not to be the definition and the encoder can be given one."""
         if self.attention == "eager" or self.text.first_position is None:
             return None
-        return build_packing(attention_BT)
+        return build_packing(attention_BT, length_B)
 
     def _encode(self, encoder: nn.Module, *inputs: Tensor | Packing | None) -> tuple[Tensor, Tensor]:
         if self.recompute and self.training:

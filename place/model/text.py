@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from place.compat import patch_torchvision
 from place.config import TextConfig, UsageError
-from place.kernels.attention import Blocks, Packing, RoutedAttention, pack, unpack
+from place.kernels.attention import Blocks, Packing, Routed, pack, unpack
 from place.kernels.attention.packing import number_positions
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class ReportEncoder(nn.Module):
                 of padding are 0. Only where `first_position` is known.
         """
         if packing is None:
-            with RoutedAttention(self.attention):
+            with Routed(self.attention):
                 tokens_BTD = self.encoder(input_ids=token_ids_BT, attention_mask=attention_BT.long()).last_hidden_state
         else:
             tokens_BTD = unpack(self._encode_packed(pack(token_ids_BT, packing), packing), packing)
@@ -59,14 +59,14 @@ class ReportEncoder(nn.Module):
         """States (P,D) of packed tokens, each at its position in its own report."""
         assert self.first_position is not None
         position_P = number_positions(packing) + self.first_position
-        with RoutedAttention(self.attention, Blocks(packing, packing)) as route:
+        with Routed(self.attention, Blocks(packing, packing)) as route:
             states_1PD = self.encoder(
                 input_ids=token_ids_P[None],
                 attention_mask=torch.ones_like(token_ids_P)[None],
                 token_type_ids=torch.zeros_like(token_ids_P)[None],
                 position_ids=position_P[None],
             ).last_hidden_state
-        assert route.calls, "the report encoder's attention was not routed: its reports would see each other"
+        assert route.has_attended, "the report encoder's attention was not routed: its reports would see each other"
         return states_1PD[0]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from place.compat import patch_torchvision
 from place.config import UsageError, VisionConfig
-from place.kernels.attention import RoutedAttention
+from place.kernels.attention import Routed, is_bf16
 
 if TYPE_CHECKING:
     from timm.models import VisionTransformer
@@ -38,6 +38,7 @@ class ImageEncoder(nn.Module):
         vit.forward = vit.forward_features
         self.patch_px, self.pooling = patch_px, pooling
         self.width: int = vit.embed_dim
+        vit.norm_pre.register_forward_hook(_begin_stream)
 
     @property
     def head_sizes(self) -> set[int]:
@@ -48,10 +49,15 @@ class ImageEncoder(nn.Module):
         """Encode (B,1,Y,X); patches where `hidden_BN` is true are shown as the mean grey, which is 0."""
         if hidden_BN is not None:
             image_BCYX = image_BCYX * ~_to_pixels(hidden_BN, image_BCYX, self.patch_px)
-        with RoutedAttention(self.attention):
+        with Routed(self.attention):
             tokens = self.vit(image_BCYX)
         patches_BND = tokens[:, self.vit.num_prefix_tokens :]
         return VisionTokens(tokens[:, 0] if self.pooling == "cls" else patches_BND.mean(1), patches_BND)
+
+
+def _begin_stream(_: nn.Module, __: tuple[Tensor, ...], tokens_BND: Tensor) -> Tensor:
+    """Tokens as they enter the first block, in bf16 under bf16 autocast: what blocks add to them is bf16."""
+    return tokens_BND.bfloat16() if is_bf16(tokens_BND.device.type) else tokens_BND
 
 
 def _to_pixels(patch_BN: Tensor, image_BCYX: Tensor, patch_px: int) -> Tensor:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from place.batch import Batch, Losses
 from place.config import Config, build_config
@@ -36,24 +37,27 @@ TOLERANCE = 2e-2
 FLUSH_MIB = 256
 
 
-def build_batch(config: Config, pairs: int, patch_px: int, vocab_size: int) -> Batch:
-    """Random pairs; sentences of equal length fill each report."""
+def build_batch(config: Config, pairs: int, patch_px: int, vocab_size: int, length_B: Tensor | None = None) -> Batch:
+    """Random pairs of reports as long as asked (default: data.max_tokens); sentences of equal length fill each."""
     data, rng = config.data, torch.Generator().manual_seed(0)
-    owner_T = torch.arange(data.max_tokens) * data.max_sentences // data.max_tokens
+    length_B = torch.full((pairs,), data.max_tokens) if length_B is None else length_B
+    attention_BT = torch.arange(data.max_tokens) < length_B[:, None]
+    owner_BT = torch.arange(data.max_tokens) * data.max_sentences // length_B[:, None]
     return Batch(
         torch.randn(pairs, 1, data.image_size_px, data.image_size_px, generator=rng),
         torch.randint(vocab_size, (pairs, data.max_tokens), generator=rng),
-        torch.ones(pairs, data.max_tokens, dtype=torch.bool),
-        owner_T.expand(pairs, -1).contiguous(),
+        attention_BT,
+        torch.where(attention_BT, owner_BT, -1),
         torch.arange(1, pairs * data.max_sentences + 1).view(pairs, -1),
         torch.arange(pairs),
         torch.arange(pairs),
         torch.ones(pairs, (data.image_size_px // patch_px) ** 2, dtype=torch.bool),
+        length_B,
     )
 
 
-def build_step(config: Config, pairs: int, device: torch.device) -> Callable[[str], Losses]:
-    """One optimiser step of a model of random weights by way; the ways share the model."""
+def build_engine(config: Config, device: torch.device, compiled: bool = False) -> tuple[TorchEngine, int]:
+    """The engine of a model of random weights, and the size of its vocabulary; hubs are not asked for anything."""
     definition, vocab_size, _ = find_report_encoder(config)
     vocab_size = vocab_size or definition.vocab_size  # type: ignore[union-attr]
     torch.manual_seed(0)
@@ -63,9 +67,16 @@ def build_step(config: Config, pairs: int, device: torch.device) -> Callable[[st
         scratch = scratch.model_copy(update={"architecture": architecture})
     config = config.model_copy(update={"model": config.model.model_copy(update={"vision": scratch})})
     model, attention = build_model(config, vocab_size, device, definition)
-    sys.stdout.write(f"{attention}\n")
-    engine = TorchEngine(model, config, device)
-    batch = build_batch(config, pairs, model.vision.patch_px, vocab_size).to(device)
+    sys.stderr.write(f"{attention}\n")
+    if compiled:
+        model.compile_blocks()
+    return TorchEngine(model, config, device), vocab_size
+
+
+def build_step(config: Config, pairs: int, device: torch.device) -> Callable[[str], Losses]:
+    """One optimiser step of a model of random weights by way; the ways share the model."""
+    engine, vocab_size = build_engine(config, device)
+    batch = build_batch(config, pairs, engine.model.vision.patch_px, vocab_size).to(device)
 
     def take_step(way: str) -> Losses:
         loss = choose_loss(config, way)

@@ -18,5 +18,6 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
         if parameter.requires_grad:
             is_plain = parameter.ndim < 2 or any(part in name for part in NO_DECAY)
             (plain if is_plain else decayed).append(parameter)
+    on_gpu = all(parameter.is_cuda for parameter in [*decayed, *plain])
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=on_gpu or None)

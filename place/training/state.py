@@ -80,7 +80,9 @@ def load_share(
     moments = MomentReader(folder)
     with torch.no_grad(), safe_open(folder / WEIGHTS, framework="pt") as weights:
         for owner in {id(piece.owner): piece.owner for piece in pieces}.values():
-            optimizer.state[owner] = {"step": torch.tensor(numbers["optimizer_step"])}
+            # The fused AdamW counts its steps on the device.
+            device = owner.device if optimizer.defaults.get("fused") else None
+            optimizer.state[owner] = {"step": torch.tensor(numbers["optimizer_step"], device=device)}
             optimizer.state[owner].update({kind: torch.zeros_like(owner) for kind in MOMENTS})
         for name, buffer in read_buffers(model).items():
             buffer.copy_(weights.get_tensor(name))

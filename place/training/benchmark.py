@@ -1,0 +1,287 @@
+"""Whole training steps of PLACE beside open_clip's and beside a plain loop of MGCA's structure, in one run.
+
+    python -m place.training.benchmark --batch 256 --output benchmark.jsonl
+
+Instance alignment alone, at the same work: ViT-B/16 at 224 px, a text tower of 12 layers of 512, 77 tokens a report,
+bf16 autocast, both eager and both compiled. The whole method: ViT-B/16 and BERT base, 160 tokens. Weights are random,
+batches lie on the device: neither data nor the network is measured. First PLACE's instance loss must be open_clip's on
+the same features, and compiled steps must give the losses of eager ones. Needs open_clip_torch (the extra `bench`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from place.batch import Batch, Losses, Outputs
+from place.compat import patch_torchvision
+from place.config import Config, check_config
+from place.kernels.benchmark import describe_run
+from place.losses.instance import instance_loss
+from place.losses.objective import compute_losses
+from place.training.benchmark_step import build_batch, build_engine
+from place.training.footprint import find_report_encoder
+from place.training.gradcache import backward_contrast
+from place.training.peers import Step, build_mgca, build_open_clip
+
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
+"""bf16 with fp32 sums, dense, SXM parts. Source: quoted (NVIDIA's data sheets)."""
+REPORT_TOKENS = (23, 28, 31, 36, 40, 44, 51, 60, 76)
+"""Deciles of the length of 980 reports of Open-i, findings and impression, in word pieces of their own vocabulary."""
+TOLERANCE = 2e-2
+"""Of losses of compiled and eager bf16 steps, relative."""
+ROUNDS, STEPS = 5, 8
+
+
+class Row(NamedTuple):
+    """A contender: what it is called, how its step is built, whose time it is compared with, who counts its FLOPs."""
+
+    build: Callable[[], Step]
+    peer: str
+    flops_of: str
+
+
+def build_configs() -> dict[str, Config]:
+    """`ita`: open_clip's ViT-B-16 in our terms; `full`: configs/pretrain_vitb16.yaml with one process's engine."""
+    base: dict[str, Any] = {"engine": {"kind": "torch", "precision": "bf16"}, "cluster": {"launcher": "local"}}
+    text = {"source": "scratch", "width": 512, "depth": 12, "num_heads": 8, "vocab_size": 49408, "dropout": 0.0}
+    vision: dict[str, Any] = {"source": "scratch", "architecture": "vit_base_patch16_224"}
+    off = {"pathology": {"weight": 0.0}, "correlation": {"weight": 0.0}}
+    ita = {"data": {"image_size_px": 224, "max_tokens": 77}, "loss": off, **base}
+    full = {"data": {"image_size_px": 224, "max_tokens": 160}, **base}
+    return {
+        "ita": check_config(ita | {"model": {"vision": vision, "text": text, "joint_width": 512}}),
+        "full": check_config(full | {"model": {"vision": vision, "joint_width": 512}}),
+    }
+
+
+def build_place(config: Config, pairs: int, device: torch.device, compiled: bool, packed: bool) -> Step:
+    """A step as the training loop takes it, with the plain torch engine."""
+    engine, vocab_size = build_engine(config, device, compiled)
+    length_B = draw_lengths(pairs, config.data.max_tokens) if packed else None
+    batch = build_batch(config, pairs, engine.model.vision.patch_px, vocab_size, length_B).to(device)
+
+    def objective(outputs: Outputs, given: Batch) -> Losses:
+        return compute_losses(outputs, given, config.loss, 1 / 255)
+
+    def take_step() -> Tensor:
+        losses, _ = backward_contrast(engine, batch, 1, objective)
+        engine.step(0.0)
+        return losses.total.detach()
+
+    return take_step
+
+
+def draw_lengths(pairs: int, longest: int) -> Tensor:
+    """Lengths of reports as they are, evenly through their deciles."""
+    lengths = torch.tensor(REPORT_TOKENS).repeat(-(-pairs // len(REPORT_TOKENS)))[:pairs]
+    return lengths.clamp(max=longest)
+
+
+def list_rows(pairs: int, device: torch.device) -> dict[str, Row]:
+    """The contenders by name, in the order in which they are shown."""
+    configs = build_configs()
+    ita, full = configs["ita"], configs["full"]
+    place = partial(build_place, pairs=pairs, device=device)
+    definition, _, _ = find_report_encoder(full)
+    same = build_batch(ita, pairs, 16, ita.model.text.vocab_size).to(device)
+    long = build_batch(full, pairs, 16, 28996).to(device)
+    rows = {}
+    for way, compiled in (("eager", False), ("compiled", True)):
+        rows[f"open_clip, {way}"] = Row(partial(build_open_clip, same, compiled), "", "open_clip, eager")
+        peer = f"open_clip, {way}"
+        rows[f"PLACE ITA, {way}"] = Row(partial(place, ita, compiled=compiled, packed=False), peer, "PLACE ITA, eager")
+    packed = partial(place, ita, compiled=True, packed=True)
+    rows["PLACE ITA, compiled, real lengths"] = Row(packed, "open_clip, compiled", "")
+    rows["MGCA's structure, eager"] = Row(partial(build_mgca, long, definition, True), "", "")
+    bare = partial(build_mgca, long, definition, False)
+    rows["MGCA's structure, eager, pieces not joined"] = Row(bare, "", "MGCA's structure, eager, pieces not joined")
+    for way, compiled in (("eager", False), ("compiled", True)):
+        row = partial(place, full, compiled=compiled, packed=False)
+        rows[f"PLACE, {way}"] = Row(row, "MGCA's structure, eager", "PLACE, eager")
+    packed = partial(place, full, compiled=True, packed=True)
+    rows["PLACE, compiled, real lengths"] = Row(packed, "MGCA's structure, eager", "")
+    return rows
+
+
+def check_gate(device: torch.device) -> list[str]:
+    """Lines where our instance loss is not open_clip's on the same features."""
+    from open_clip import ClipLoss
+
+    rng = torch.Generator().manual_seed(0)
+    image_BE, text_BE = (
+        torch.nn.functional.normalize(torch.randn(64, 512, generator=rng), dim=-1).to(device) for _ in range(2)
+    )
+    scale, group_B = torch.tensor(100 / 7, device=device), torch.arange(64, device=device)
+    ours, theirs = instance_loss(image_BE, text_BE, scale, group_B), ClipLoss()(image_BE, text_BE, scale)
+    if abs(ours - theirs) <= 1e-5 * abs(theirs):
+        return []
+    return [f"instance loss {ours.item():.7f}, open_clip's is {theirs.item():.7f}"]
+
+
+def prepare(name: str, row: Row, device: torch.device) -> dict[str, Any]:
+    """Build a contender and warm it up; its loss, peak memory, host syncs of a step, seconds to get there."""
+    gc.collect()
+    before, began = read_memory(device), time.perf_counter()
+    try:
+        step = row.build()
+        losses = [step().item() for _ in range(3)]
+        syncs = count_syncs(step, device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        step()
+        peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return {"name": name, "failed": "out of memory"}
+    return {
+        "name": name,
+        "step": step,
+        "loss": losses[0],
+        "peak_gib": peak / 2**30,
+        "syncs": syncs,
+        "start_s": time.perf_counter() - began,
+    }
+
+
+def read_memory(device: torch.device) -> int:
+    """Bytes that tensors hold on the device."""
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def count_syncs(step: Step, device: torch.device) -> int | None:
+    """How often the host waits for the device in a step, as torch knows; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+def count_flops(step: Step) -> int:
+    """FLOPs of a step's products, forward and backward. Source: torch.utils.flop_counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def time_steps(step: Step, steps: int, device: torch.device) -> float:
+    """Seconds a step."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / steps
+
+
+def format_table(found: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [
+        "| step | ms (least to most) | samples/s | over its peer | TFLOP | MFU | peak GiB | host syncs | start s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in found:
+        if "failed" in row:
+            lines.append(f"| {row['name']} | {row['failed']} | | | | | | | |")
+            continue
+        ratio = f"{row['ratio']:.2f}" if row.get("ratio") else ""
+        tflop = f"{row['flops'] / 1e12:.1f}" if row["flops"] else ""
+        mfu = f"{row['mfu']:.1%}" if row["mfu"] else ""
+        lines.append(
+            f"| {row['name']} | {row['step_ms']:.1f} ({row['least_ms']:.1f} to {row['most_ms']:.1f}) "
+            f"| {row['samples_per_s']:.0f} | {ratio} | {tflop} | {mfu} | {row['peak_gib']:.1f} | {row['syncs']} "
+            f"| {row['start_s']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Gate, JSON lines, table. Exit code 1 on a red gate, without any speed."""
+    parser = argparse.ArgumentParser(prog="python -m place.training.benchmark", description=__doc__)
+    parser.add_argument("--batch", type=int, default=256, help="pairs a step")
+    parser.add_argument("--only", action="append", help="rows whose name begins so; repeatable; default: all")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="also write the JSON lines here")
+    asked = parser.parse_args(arguments)
+    device = torch.device(asked.device)
+    patch_torchvision()
+    if faults := check_gate(device):
+        sys.stderr.write("benchmark: nothing was timed:\n" + "\n".join(faults) + "\n")
+        return 1
+    rows = list_rows(asked.batch, device)
+    rows = {name: row for name, row in rows.items() if not asked.only or name.startswith(tuple(asked.only))}
+    found = {}
+    for name, row in rows.items():
+        found[name] = prepare(name, row, device)
+        sys.stderr.write(f"{name}: {found[name].get('failed') or format(found[name]['start_s'], '.1f') + ' s'}\n")
+    alive = {name: row for name, row in found.items() if "failed" not in row}
+    if faults := compare_losses(alive):
+        sys.stderr.write("benchmark: compiled and eager steps differ, nothing was timed:\n" + "\n".join(faults) + "\n")
+        return 1
+    flops = {name: count_flops(found[name]["step"]) for name in {row.flops_of for row in rows.values()} & set(alive)}
+    times: dict[str, list[float]] = {name: [] for name in alive}
+    for _ in range(asked.rounds):
+        for name, row in alive.items():
+            times[name].append(time_steps(row["step"], 1 if name == "MGCA's structure, eager" else STEPS, device))
+    about = describe_run(device.type)
+    peak = next((value for name, value in PEAK_TFLOPS.items() if name in about["device"]), None)
+    for name, row in alive.items():
+        step_s = statistics.median(times[name])
+        known = flops.get(rows[name].flops_of)
+        row |= {
+            "step_ms": 1e3 * step_s,
+            "least_ms": 1e3 * min(times[name]),
+            "most_ms": 1e3 * max(times[name]),
+            "samples_per_s": asked.batch / step_s,
+            "flops": known,
+            "mfu": known / step_s / peak / 1e12 if known and peak else None,
+        }
+        del row["step"]
+    for name, row in alive.items():
+        if peer := alive.get(rows[name].peer):
+            row["ratio"] = row["samples_per_s"] / peer["samples_per_s"]
+    lines = [json.dumps(about | {"batch": asked.batch} | row) for row in found.values()]
+    if asked.output:
+        asked.output.write_text("\n".join(lines) + "\n")
+    sys.stdout.write("\n".join(lines) + "\n" + format_table(list(found.values())) + "\n")
+    return 0
+
+
+def compare_losses(alive: dict[str, dict[str, Any]]) -> list[str]:
+    """Lines where a compiled step began with another loss than the eager one of the same model."""
+    pairs = [("PLACE ITA, eager", "PLACE ITA, compiled"), ("PLACE, eager", "PLACE, compiled")]
+    return [
+        f"{compiled}: loss {alive[compiled]['loss']:.5f}, eager {alive[eager]['loss']:.5f}"
+        for eager, compiled in pairs
+        if eager in alive
+        and compiled in alive
+        and not abs(alive[compiled]["loss"] - alive[eager]["loss"]) <= TOLERANCE * abs(alive[eager]["loss"])
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
