@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.modeling_utils import no_init_weights
 from transformers.utils import ModelOutput
 
 from place.config import RunError
 from place.model.place import PlaceModel, TextFeatures, build_model
 from place.pretrained.config import PlaceConfig
+
+try:
+    from transformers.initialization import no_init_weights  # transformers 5
+except ImportError:
+    from transformers.modeling_utils import no_init_weights
 
 
 @dataclass
@@ -49,7 +53,7 @@ class PlacePretrainedModel(PreTrainedModel):
         )[0]
 
     @classmethod
-    def get_init_context(cls, is_quantized: bool, _is_ds_init_called: bool) -> list[Any]:
+    def get_init_context(cls, *_: Any, **__: Any) -> list[Any]:
         """Build on the CPU, not on the meta device: timm asks a convolutional stem for its shape with a forward."""
         return [no_init_weights()]
 

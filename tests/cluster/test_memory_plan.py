@@ -54,7 +54,8 @@ def build_sharded_config(stage: int) -> Config:
 def build_full_batch(config: Config, seed: int) -> Batch:
     """Reports without padding, as a plan assumes them."""
     batch = build_batch(config.train.global_batch, seed, config)
-    return batch._replace(attention_BT=torch.ones_like(batch.attention_BT))
+    lengths = torch.full_like(batch.length_B, batch.attention_BT.shape[1])
+    return batch._replace(attention_BT=torch.ones_like(batch.attention_BT), length_B=lengths)
 
 
 def train_two_steps(config: Config, rank: int, world: int) -> int:

@@ -34,7 +34,7 @@ def test_packed_reports_give_the_outputs_and_gradients_of_padded_ones(
 ) -> None:
     model, batch = build(text={"pooling": pooling}), build_batch(6)
     packed, packed_gradients = run(model, batch)
-    monkeypatch.setattr(model, "_pack", lambda _: None)
+    monkeypatch.setattr(model, "_pack", lambda *_: None)
     padded, padded_gradients = run(model, batch)
     for name, value in padded._asdict().items():
         torch.testing.assert_close(getattr(packed, name), value, rtol=1e-4, atol=1e-5, msg=name)
