@@ -5,7 +5,6 @@ Saved for backward are x, y and the two masks; everything else is computed again
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from types import ModuleType
 from typing import Any
@@ -14,6 +13,8 @@ import torch
 from place.kernels.patch_correlation import chunked, gram
 from place.kernels.patch_correlation.reference import Options
 from torch import Tensor
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @torch.library.custom_op("place::patch_corr", mutates_args=())
@@ -86,10 +87,9 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...
 patch_corr.register_autograd(_backward, setup_context=_save)
 
 
-@functools.cache
 def has_triton() -> bool:
     """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def find_implementation(name: str) -> ModuleType:

@@ -18,7 +18,7 @@ def sum_distances(
     dtype = torch.promote_types(x_BND.dtype, torch.float32)
     total_B = x_BND.new_empty(x_BND.shape[0], dtype=dtype)
     pairs_B = x_BND.new_empty(x_BND.shape[0], dtype=torch.int64)
-    for part in _parts(x_BND):
+    for part in _parts(x_BND, y_BNT):
         w_BNW, _, rows_BN, focus = _join(x_BND, y_BNT, valid_BN, focus_BN, options, part)
         pairs_B[part] = count_pairs(rows_BN, focus, options)
         total_B[part] = _sum_all(w_BNW, x_BND)
@@ -41,7 +41,7 @@ def compute_gradient(
     """As `chunked.compute_gradient` for `loss="mse"`."""
     width = x_BND.shape[-1]
     result_BND = torch.empty(x_BND.shape, dtype=x_BND.dtype, device=x_BND.device)
-    for part in _parts(x_BND):
+    for part in _parts(x_BND, y_BNT):
         w_BNW, scale_BN, _, focus = _join(x_BND, y_BNT, valid_BN, focus_BN, options, part)
         sum_BND = _sum_slopes(w_BNW, x_BND)
         if focus is not None:
@@ -57,10 +57,17 @@ def compute_gradient(
     return result_BND
 
 
-def _parts(x_BND: Tensor) -> list[slice]:
-    """Quarters of the batch: fp32 rows and their halves in bf16 then take no more than bf16 inputs do."""
-    size = max(1, x_BND.shape[0] // 4)
-    return [slice(start, start + size) for start in range(0, x_BND.shape[0], size)]
+def _parts(x_BND: Tensor, y_BNT: Tensor) -> list[slice]:
+    """As many images at a time as take no more memory than bf16 inputs do: a quarter of them, or fewer.
+
+    An image takes fp32 rows, the bf16 halves of both factors and what rounding left (24 bytes an element), and three
+    W x W products.
+    """
+    images, patches = x_BND.shape[:2]
+    width = x_BND.shape[2] + y_BNT.shape[2]
+    fitting = 2 * images * patches * width // (24 * patches * width + 12 * width**2)
+    size = max(1, min(fitting, images // 4))
+    return [slice(start, start + size) for start in range(0, images, size)]
 
 
 def _join(

@@ -60,12 +60,10 @@ class ReportEncoder(nn.Module):
         assert self.first_position is not None
         position_P = number_positions(packing) + self.first_position
         with Routed(self.attention, Blocks(packing, packing)) as route:
-            states_1PD = self.encoder(
-                input_ids=token_ids_P[None],
-                attention_mask=torch.ones_like(token_ids_P)[None],
-                token_type_ids=torch.zeros_like(token_ids_P)[None],
-                position_ids=position_P[None],
-            ).last_hidden_state
+            # Not by the encoder's own forward: it looks whether a mask is all true, and waits for the device.
+            kinds_1P = torch.zeros_like(token_ids_P)[None]
+            hidden_1PD = self.encoder.embeddings(token_ids_P[None], kinds_1P, position_P[None])
+            states_1PD = self.encoder.encoder(hidden_1PD).last_hidden_state
         assert route.has_attended, "the report encoder's attention was not routed: its reports would see each other"
         return states_1PD[0]
 

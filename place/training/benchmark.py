@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -43,14 +44,15 @@ REPORT_TOKENS = (23, 28, 31, 36, 40, 44, 51, 60, 76)
 TOLERANCE = 2e-2
 """Of losses of compiled and eager bf16 steps, relative."""
 ROUNDS, STEPS = 5, 8
+LOOPED = "MGCA's structure, eager"
+"""Takes seconds a step: its word pieces are joined one by one."""
 
 
 class Row(NamedTuple):
-    """A contender: what it is called, how its step is built, whose time it is compared with, who counts its FLOPs."""
+    """A contender: how its step is built, and whose rate it is compared with."""
 
     build: Callable[[], Step]
-    peer: str
-    flops_of: str
+    peer: str = ""
 
 
 def build_configs() -> dict[str, Config]:
@@ -100,19 +102,16 @@ def list_rows(pairs: int, device: torch.device) -> dict[str, Row]:
     long = build_batch(full, pairs, 16, 28996).to(device)
     rows = {}
     for way, compiled in (("eager", False), ("compiled", True)):
-        rows[f"open_clip, {way}"] = Row(partial(build_open_clip, same, compiled), "", "open_clip, eager")
         peer = f"open_clip, {way}"
-        rows[f"PLACE ITA, {way}"] = Row(partial(place, ita, compiled=compiled, packed=False), peer, "PLACE ITA, eager")
-    packed = partial(place, ita, compiled=True, packed=True)
-    rows["PLACE ITA, compiled, real lengths"] = Row(packed, "open_clip, compiled", "")
-    rows["MGCA's structure, eager"] = Row(partial(build_mgca, long, definition, True), "", "")
-    bare = partial(build_mgca, long, definition, False)
-    rows["MGCA's structure, eager, pieces not joined"] = Row(bare, "", "MGCA's structure, eager, pieces not joined")
+        rows[peer] = Row(partial(build_open_clip, same, compiled))
+        rows[f"PLACE ITA, {way}"] = Row(partial(place, ita, compiled=compiled, packed=False), peer)
+    rows["PLACE ITA, compiled, real lengths"] = Row(partial(place, ita, compiled=True, packed=True), peer)
+    rows[LOOPED] = Row(partial(build_mgca, long, definition, True))
+    bare = "MGCA's structure without that loop, eager"
+    rows[bare] = Row(partial(build_mgca, long, definition, False))
     for way, compiled in (("eager", False), ("compiled", True)):
-        row = partial(place, full, compiled=compiled, packed=False)
-        rows[f"PLACE, {way}"] = Row(row, "MGCA's structure, eager", "PLACE, eager")
-    packed = partial(place, full, compiled=True, packed=True)
-    rows["PLACE, compiled, real lengths"] = Row(packed, "MGCA's structure, eager", "")
+        rows[f"PLACE, {way}"] = Row(partial(place, full, compiled=compiled, packed=False), bare)
+    rows["PLACE, compiled, real lengths"] = Row(partial(place, full, compiled=True, packed=True), bare)
     return rows
 
 
@@ -137,7 +136,9 @@ def prepare(name: str, row: Row, device: torch.device) -> dict[str, Any]:
     before, began = read_memory(device), time.perf_counter()
     try:
         step = row.build()
-        losses = [step().item() for _ in range(3)]
+        loss = step().item()
+        for _ in range(0 if name == LOOPED else 3):
+            step()
         syncs = count_syncs(step, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -149,7 +150,7 @@ def prepare(name: str, row: Row, device: torch.device) -> dict[str, Any]:
     return {
         "name": name,
         "step": step,
-        "loss": losses[0],
+        "loss": loss,
         "peak_gib": peak / 2**30,
         "syncs": syncs,
         "start_s": time.perf_counter() - began,
@@ -173,14 +174,17 @@ def count_syncs(step: Step, device: torch.device) -> int | None:
             step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    places = [f"{warning.filename}:{warning.lineno}" for warning in caught if "called a sync" in str(warning.message)]
+    for place, times in Counter(places).most_common(3):
+        sys.stderr.write(f"  waits for the device {times} times a step at {place}\n")
+    return len(places)
 
 
 def count_flops(step: Step) -> int:
-    """FLOPs of a step's products, forward and backward. Source: torch.utils.flop_counter."""
+    """FLOPs of a step's products, forward and backward, run eagerly. Source: torch.utils.flop_counter."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
 
@@ -242,33 +246,43 @@ def main(arguments: list[str] | None = None) -> int:
     if faults := compare_losses(alive):
         sys.stderr.write("benchmark: compiled and eager steps differ, nothing was timed:\n" + "\n".join(faults) + "\n")
         return 1
-    flops = {name: count_flops(found[name]["step"]) for name in {row.flops_of for row in rows.values()} & set(alive)}
+    flops = {name: count_flops(row["step"]) for name, row in alive.items() if name != LOOPED}
+    about = describe_run(device.type) | {"batch": asked.batch}
+    steps = {name: row.pop("step") for name, row in alive.items()}
     times: dict[str, list[float]] = {name: [] for name in alive}
     for _ in range(asked.rounds):
-        for name, row in alive.items():
-            times[name].append(time_steps(row["step"], 1 if name == "MGCA's structure, eager" else STEPS, device))
-    about = describe_run(device.type)
+        for name, step in steps.items():
+            times[name].append(time_steps(step, 1 if name == LOOPED else STEPS, device))
+        summarise(rows, alive, times, flops, about)
+        if asked.output:  # after every round, so that a run that is cut off has shown something
+            asked.output.write_text("".join(json.dumps(about | row) + "\n" for row in found.values()))
+    sys.stdout.write(format_table(list(found.values())) + "\n")
+    return 0
+
+
+def summarise(
+    rows: dict[str, Row],
+    alive: dict[str, dict[str, Any]],
+    times: dict[str, list[float]],
+    flops: dict[str, int],
+    about: dict[str, Any],
+) -> None:
+    """Put times, rates, MFU and the ratio to the peer into the rows."""
     peak = next((value for name, value in PEAK_TFLOPS.items() if name in about["device"]), None)
     for name, row in alive.items():
         step_s = statistics.median(times[name])
-        known = flops.get(rows[name].flops_of)
+        known = flops.get(name)
         row |= {
             "step_ms": 1e3 * step_s,
             "least_ms": 1e3 * min(times[name]),
             "most_ms": 1e3 * max(times[name]),
-            "samples_per_s": asked.batch / step_s,
+            "samples_per_s": about["batch"] / step_s,
             "flops": known,
             "mfu": known / step_s / peak / 1e12 if known and peak else None,
         }
-        del row["step"]
     for name, row in alive.items():
         if peer := alive.get(rows[name].peer):
             row["ratio"] = row["samples_per_s"] / peer["samples_per_s"]
-    lines = [json.dumps(about | {"batch": asked.batch} | row) for row in found.values()]
-    if asked.output:
-        asked.output.write_text("\n".join(lines) + "\n")
-    sys.stdout.write("\n".join(lines) + "\n" + format_table(list(found.values())) + "\n")
-    return 0
 
 
 def compare_losses(alive: dict[str, dict[str, Any]]) -> list[str]:

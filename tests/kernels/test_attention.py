@@ -77,14 +77,16 @@ def find_errors(results: list[Tensor], exact: list[Tensor]) -> list[float]:
 def check_tolerance(backend: str, dtype: torch.dtype, head: int, device: str) -> None:
     """Errors against fp64 are at most twice those of the definition at the same precision.
 
-    Or below 1e-6: torch's own flash kernel for CPUs errs by up to 4 times as much in fp32.
+    Or below 1e-6: torch's own flash kernel for CPUs errs by up to 4 times as much in fp32. Or below 1e-5 on a GPU,
+    where its memory-efficient kernel in fp32 erred by up to 6.5e-6 (H100, torch 2.11).
     """
+    floor = 1e-6 if device == "cpu" else 1e-5
     rough, mask_BK = build_inputs(dtype, head, device), build_mask(device)
     exact = run_padded("eager", [x.detach().double().cpu().requires_grad_() for x in rough], mask_BK.cpu())
     plain = find_errors(run_padded("eager", rough, mask_BK), exact)
     for run in (run_padded, run_packed):
         for ours, theirs in zip(find_errors(run(backend, rough, mask_BK), exact), plain, strict=True):
-            assert ours <= max(2 * theirs, 1e-6)
+            assert ours <= max(2 * theirs, floor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
