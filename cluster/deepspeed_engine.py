@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from place.batch import Batch, Outputs
 from place.config import Config, EngineConfig
 from place.distributed import World, read_world
-from place.training.engine import LossScale
+from place.training.engine import LossScale, set_training
 from place.training.optim import build_optimizer
 from place.training.plan import compute_accumulation
 from place.training.state import Piece, Share, copy_share, list_whole, load_share, read_layout
@@ -45,7 +45,7 @@ class DeepSpeedEngine:
         )
 
     def forward(self, batch: Batch, train: bool = True) -> Outputs:
-        self.engine.train(train)
+        set_training(self.engine, train)
         return self.engine(batch)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:

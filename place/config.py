@@ -308,8 +308,8 @@ class EngineConfig(Section):
     """DeepSpeed ZeRO stage."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """bf16 and fp16 are torch autocast over fp32 parameters, fp16 with a dynamic loss scale; losses are fp32 always."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for the blocks of encoders and heads; `auto`: on GPUs, but not with ZeRO 3."""
+    compile: bool = False
+    """torch.compile for the image encoder, and the report encoder where reports are padded; not with ZeRO 3."""
     activation_checkpointing: bool = False
     """Recompute the encoders' activations in the backward pass."""
     wire_precision: Literal["fp32", "bf16"] = "fp32"
@@ -326,6 +326,13 @@ class EngineConfig(Section):
     """ZeRO: `optimizer` keeps its state in host memory and steps there; `all`, with ZeRO 3, the parameters too."""
     deepspeed: dict[str, Any] = {}
     """Raw DeepSpeed keys merged over ours."""
+
+    @field_validator("compile")
+    @classmethod
+    def _check_compile(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("kind") == "deepspeed" and info.data.get("zero_stage") == 3:
+            raise ValueError("parameters of ZeRO 3 come and go inside the encoders; set engine.zero_stage=0, 1 or 2")
+        return value
 
     @field_validator("offload")
     @classmethod

@@ -65,13 +65,19 @@ def _chunks(x_BND: Tensor) -> list[slice]:
 
 
 def scale_images(
-    x_BND: Tensor, y_BNT: Tensor, valid_BN: Tensor | None, options: Options, images: slice
+    x_BND: Tensor,
+    y_BNT: Tensor,
+    valid_BN: Tensor | None,
+    options: Options,
+    images: slice,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Centred and scaled rows of x and y, x's scales, and which rows count; rows that do not count are 0.
 
-    A row that is not finite counts, so that it reaches the loss and is seen.
+    A row that is not finite counts, so that it reaches the loss and is seen. Rows are in `dtype`, None takes at least
+    fp32.
     """
-    dtype = torch.promote_types(x_BND.dtype, torch.float32)
+    dtype = dtype or torch.promote_types(x_BND.dtype, torch.float32)
     sides, scales, rows = [], [], None if valid_BN is None else valid_BN[images]
     for side, eps in ((x_BND, options.eps_x), (y_BNT, options.eps_y)):
         # A copy even where the type is right: it is centred and scaled in place.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -104,12 +103,15 @@ class PlaceModel(nn.Module):
             return z_BNE, patchify(batch.image_BCYX, self.vision.patch_px)
         return z_BNE, patches_BND.detach().float()
 
-    def compile_blocks(self) -> None:
-        """Let torch.compile have what repeats: blocks of encoders and heads, each kind of which is compiled once."""
-        lists = [self.vision.vit.blocks, self.observe.blocks, self.correlate.blocks]
-        lists += [module for module in self.text.modules() if isinstance(module, nn.ModuleList)]
-        for block in itertools.chain.from_iterable(lists):
-            block.compile()
+    def compile_encoders(self) -> None:
+        """Let torch.compile have the image encoder, and the report encoder where its reports are padded.
+
+        Whole, not block by block: each compiled part costs the host about what it saves. Packed reports differ in
+        length from step to step and would cut the report encoder into parts at each attention.
+        """
+        self.vision.compile()
+        if not self.packs:
+            self.text.compile()
 
     def encode_image(self, image_BCYX: Tensor) -> ImageFeatures:
         """Features of images alone, (B,1,Y,X) standardised."""
@@ -127,11 +129,13 @@ class PlaceModel(nn.Module):
         means_BSD, mask_BS = mean_by_sentence(tokens_BTD, sentence_of_token_BT, self.max_sentences)
         return TextFeatures(self.project_text(report_BD), self.project_sentence(means_BSD), mask_BS)
 
+    @property
+    def packs(self) -> bool:
+        """Whether reports are packed: attention is not to be the definition, and the encoder can be given a packing."""
+        return self.attention != "eager" and self.text.first_position is not None
+
     def _pack(self, attention_BT: Tensor, length_B: Tensor | None = None) -> Packing | None:
-        """The packing of the reports, where attention is not to be the definition and the encoder can be given one."""
-        if self.attention == "eager" or self.text.first_position is None:
-            return None
-        return build_packing(attention_BT, length_B)
+        return build_packing(attention_BT, length_B) if self.packs else None
 
     def _encode(self, encoder: nn.Module, *inputs: Tensor | Packing | None) -> tuple[Tensor, Tensor]:
         if self.recompute and self.training:
@@ -178,5 +182,4 @@ def build_model(
     except ValueError as error:
         raise UsageError(str(error)) from None
     model = PlaceModel(config, vision, text, attention)
-    packed = "padded reports" if model.text.first_position is None or attention == "eager" else "packed reports"
-    return model, f"attention: {attention}, {packed} ({reason})"
+    return model, f"attention: {attention}, {'packed' if model.packs else 'padded'} reports ({reason})"

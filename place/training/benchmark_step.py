@@ -69,7 +69,7 @@ def build_engine(config: Config, device: torch.device, compiled: bool = False) -
     model, attention = build_model(config, vocab_size, device, definition)
     sys.stderr.write(f"{attention}\n")
     if compiled:
-        model.compile_blocks()
+        model.compile_encoders()
     return TorchEngine(model, config, device), vocab_size
 
 

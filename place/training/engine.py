@@ -80,11 +80,18 @@ class LossScale:
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def set_training(model: nn.Module, train: bool) -> None:
+    """Training or evaluation mode, where it changes: the walk through all modules takes milliseconds of a step."""
+    if model.training != train:
+        model.train(train)
+
+
 class TorchEngine:
     """Plain torch: fp32 parameters, gradients averaged over ranks, no sharding. Final."""
 
     def __init__(self, model: nn.Module, config: Config, device: torch.device):
         self.model, self.device, self.layout = model.to(device), device, read_layout(model)
+        self.parameters = list(model.parameters())
         self.precision, self.clip_norm = config.engine.precision, config.optim.clip_norm
         self.optimizer, self.scale = build_optimizer(model, config.optim), LossScale(self.precision == "fp16")
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -92,7 +99,7 @@ class TorchEngine:
                 dist.broadcast(tensor.data, src=0)
 
     def forward(self, batch: Batch, train: bool = True) -> Outputs:
-        self.model.train(train)
+        set_training(self.model, train)
         with torch.autocast(self.device.type, AUTOCAST[self.precision], enabled=self.precision != "fp32"):
             return self.model(batch)
 
@@ -100,7 +107,7 @@ class TorchEngine:
         (loss * self.scale.value).backward()
 
     def step(self, lr: float) -> Tensor:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
         if read_world().world > 1:
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(flat)
@@ -109,7 +116,7 @@ class TorchEngine:
                 gradient.copy_(part.view_as(gradient))
         if self.scale.is_dynamic:
             torch._foreach_div_(gradients, self.scale.value)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm or float("inf"))
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm or float("inf"))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if not self.scale.is_dynamic or norm.isfinite():

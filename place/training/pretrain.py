@@ -20,7 +20,7 @@ import cv2
 import torch
 
 from place.batch import Batch, Losses, Outputs
-from place.config import Config, EngineConfig, RunError, UsageError, dump_config
+from place.config import Config, RunError, UsageError, dump_config
 from place.data.loader import PairLoader
 from place.data.mixture import check_reports, count_epoch, read_fingerprint, read_intensity, read_training_samples
 from place.data.streaming import select_sentences
@@ -113,9 +113,9 @@ def _work(config: Config, launch: str, build_engine: BuildEngine, device: torch.
     if world.is_first:
         write_definition(run_dir, config, model, tokenizer)
     num_patches = (config.data.image_size_px // model.vision.patch_px) ** 2
-    if wants_compile(config.engine, device):
-        model.compile_blocks()
-        attention += "; blocks compiled by torch.compile: the first steps take longer"
+    if config.engine.compile:
+        model.compile_encoders()
+        attention += "; torch.compile: the first steps take longer"
     engine = build_engine(model, config, device)
     plan = build_run_plan(config, world.world)
     progress, notes = _resume(config, engine, plan)
@@ -147,12 +147,6 @@ def _work(config: Config, launch: str, build_engine: BuildEngine, device: torch.
             log.close()
         if node.is_first:
             shutil.rmtree(cache, ignore_errors=True)
-
-
-def wants_compile(engine: EngineConfig, device: torch.device) -> bool:
-    """What `engine.compile` comes to on this device. Under ZeRO 3 parameters come and go between operations."""
-    sharded = engine.kind == "deepspeed" and engine.zero_stage == 3
-    return engine.compile == "on" or (engine.compile == "auto" and device.type == "cuda" and not sharded)
 
 
 def choose_device() -> torch.device:

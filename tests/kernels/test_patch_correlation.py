@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from place.kernels.patch_correlation import patch_corr_loss
+from place.kernels.patch_correlation.gram import multiply_halves
 
 
 def loop_over_pairs(x, y, valid, focus, normalize: bool, loss: str, beta: float) -> list[tuple[float, int]]:
@@ -112,3 +113,16 @@ def test_unknown_options_are_refused(options: dict, line: str) -> None:
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="B and N must agree"):
         patch_corr_loss(torch.randn(1, 3, 4), torch.randn(1, 4, 4))
+
+
+def test_halves_multiply_like_fp32_whatever_the_size_of_the_factors() -> None:
+    """What a GPU does, its fp16 products with fp32 sums done in fp32 here."""
+    rng = torch.Generator().manual_seed(0)
+    a, b = torch.randn(3, 40, 300, generator=rng), torch.randn(3, 300, 20, generator=rng)
+    for size in (1e-6, 1.0, 1e6):
+        product = multiply_halves(size * a, b, lambda left, right: left.float() @ right.float())
+        truth = size * (a.double() @ b.double())
+        assert (product - truth).norm() <= 1e-6 * truth.norm()
+    apart = multiply_halves(1e6 * a[:1], b[:1], lambda left, right: left.float() @ right.float())
+    assert torch.equal(apart, product[:1]), "images do not depend on each other"
+    assert multiply_halves(0 * a, b, lambda left, right: left.float() @ right.float()).abs().max() == 0
