@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-ray test-kernels test-gpu bench-wire bench-loader bench-scale docs lint clean fuzz test-slurm test-slurm-short chaos ablation ablation-variants
+.PHONY: setup demo test test-ray test-kernels test-gpu test-track bench-wire bench-loader bench-scale docs lint clean fuzz test-slurm test-slurm-short chaos ablation ablation-variants
 
 setup: $(READY)
 
@@ -81,6 +81,11 @@ chaos: $(READY)
 # Native equality of the kernels, 200 reruns, memory, the gate of the benchmark. About 5 minutes.
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu
+
+# Weights & Biases and MLflow by their own packages, offline; installs the extra `track`. About 1 minute.
+test-track: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[track]'
+	$(BIN)/pytest -m track tests/track
 
 # The pages of docs/ into build/docs; they open from disk, without a network.
 docs: $(READY)

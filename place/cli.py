@@ -103,6 +103,11 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--schema", action="store_true", help="print the JSON schema of a config, for editors, and exit"
     )
+    parser.add_argument(
+        "--profile",
+        metavar="FIRST[:COUNT]",
+        help="trace of COUNT steps (3) from step FIRST on; same as run.profile_step=FIRST run.profile_steps=COUNT",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
 
 
@@ -268,7 +273,9 @@ def pretrain(arguments: argparse.Namespace) -> int:
     if arguments.schema:
         print(json.dumps(Config.model_json_schema(), indent=1))
         return DONE
-    config = build_config(arguments.config, arguments.overrides)
+    window = zip(("run.profile_step", "run.profile_steps"), (arguments.profile or "").split(":"), strict=False)
+    asked = [f"{key}={value}" for key, value in window if value]
+    config = build_config(arguments.config, [*arguments.overrides, *asked])
     return LAUNCHERS[config.cluster.launcher](config)
 
 
@@ -288,6 +295,8 @@ def _pretrain_here(config: Config) -> int:
     from place.cluster.worker import run_alone
     from place.training.pretrain import prepare_run
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("cluster.launcher=local: torchrun started several processes; set cluster.launcher=torchrun")
     return _watch(config, prepare_run(config, 1), lambda: run_alone(config))
 
 

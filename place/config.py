@@ -37,6 +37,14 @@ class RunConfig(Section):
     """Optimiser steps between two lines of metrics.jsonl."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
+    trackers: list[Literal["wandb", "mlflow"]] = []
+    """Other places that get the figures; offline unless WANDB_MODE or MLFLOW_TRACKING_URI say otherwise."""
+    profile_step: int | None = Field(None, ge=2)
+    """First of the steps that torch's profiler and DeepSpeed's log of communication look into; none: no profile."""
+    profile_steps: int = Field(3, ge=1)
+    """How many steps these are; their traces go to the run folder's `profile`."""
+    profile_ranks: list[int] = [0]
+    """Ranks that are profiled."""
     time_phases: bool = False
     """Write into metrics.jsonl where the time of a step goes, and what its hosts sent (`place scale` does)."""
     probe: Literal["none", "synthetic", "loader"] = "none"

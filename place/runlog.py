@@ -7,30 +7,29 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from place.config import RunError
+from place.trackers import Tracker
 
 
 class RunLog:
     """Writer of a run's logs; used on rank 0 alone. Final."""
 
-    def __init__(self, run_dir: Path, attempt: int, tensorboard: bool, first_step: int):
-        self.attempt = attempt
+    def __init__(self, run_dir: Path, attempt: int, trackers: Sequence[Tracker] = ()):
+        self.attempt, self._trackers = attempt, trackers
         self._metrics = (run_dir / "metrics.jsonl").open("a", buffering=1)
         self._samples = (run_dir / "samples.jsonl").open("a", buffering=1)
-        self._events = _open_events(run_dir / "events", first_step) if tensorboard else None
 
     def write_metrics(self, step: int, values: dict[str, Any]) -> None:
         """One object of a logged step."""
         record = {"step": step, "attempt": self.attempt, "time": round(time.time(), 3), **values}
         self._metrics.write(json.dumps(record) + "\n")
-        if self._events is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._events.add_scalar(name, value, step)
+        figures = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        for tracker in self._trackers:
+            tracker.log(step, figures)
 
     def write_samples(self, step: int, epoch: int, sample_ids: list[int]) -> None:
         """The sample ids of an optimiser step, over all ranks."""
@@ -41,14 +40,8 @@ class RunLog:
         """Flush and close."""
         self._metrics.close()
         self._samples.close()
-        if self._events is not None:
-            self._events.close()
-
-
-def _open_events(folder: Path, first_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=first_step)
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

@@ -67,7 +67,7 @@ def train(run: Path, clock: Clock, attempt: int, first: int, last: int, worker: 
     write_attempt(run, {"attempt": attempt, "launch": "1-a", "workers": [worker, worker]})
     clock.now += 10
     write_attempt(run, {"attempt": attempt, "from_step": first, "notes": [f"resumed from step {first}"] * bool(first)})
-    log = RunLog(run, attempt, tensorboard=False, first_step=first)
+    log = RunLog(run, attempt)
     for step in range(first + 1, last + 1):
         clock.now += 2
         epoch, place = divmod(step - 1, PLAN["steps_per_epoch"])
@@ -127,7 +127,7 @@ def test_steps_that_a_restarted_run_has_yet_to_do_again_do_not_count(tmp_path: P
 def test_pairs_that_an_epoch_saw_twice_are_counted(tmp_path: Path, clock: Clock) -> None:
     run = write_run(tmp_path / "run")
     train(run, clock, 0, 0, 2)
-    log = RunLog(run, 0, tensorboard=False, first_step=0)
+    log = RunLog(run, 0)
     log.write_samples(3, 0, [0, 40])
     log.close()
     (epoch,) = read_history(run).epochs

@@ -36,7 +36,7 @@ def write_run(run: Path, total_steps: int = 100, saved: int | None = None, launc
 
 def write_steps(run: Path, attempt: int, steps: range, seconds: float = 2.0) -> None:
     """Lines of metrics.jsonl, as if the last of them were written now and a step lasted so many seconds."""
-    log, now = RunLog(run, attempt, tensorboard=False, first_step=0), time.time()
+    log, now = RunLog(run, attempt), time.time()
     for step in steps:
         when = now - (steps[-1] - step) * seconds
         log.write_metrics(step, {"total": 900.0 - step, "samples_per_s": 32.0 + step, "time": round(when, 3)})

@@ -24,6 +24,7 @@ from place.training.gradcache import Objective, backward_contrast
 from place.training.meter import Meter
 from place.training.phases import Phases
 from place.training.plan import RunPlan
+from place.training.profile import StepProfiler
 from place.training.saver import Saver
 from place.training.stop import is_asked
 from place.training.watchdog import Watchdog
@@ -61,6 +62,7 @@ def train(
     run_dir, world = Path(config.run.dir), read_world()
     saver = Saver(run_dir, engine, config.train.keep_checkpoints, config.cluster.timeout_s)
     meter = Meter(log, plan, engine.device, saver, phases)
+    profiler = StepProfiler(config.run, world.rank, progress["step"], engine.device)
     timed = meter.time_arrivals(objective)
     stopping = False
     batches = loader.read_steps(progress["step"], plan.total_steps, plan.steps_per_epoch, world.world)
@@ -82,6 +84,7 @@ def train(
             grad_norm = engine.step(lr)
             meter.mark("optimiser")
             saver.check()
+            profiler.step()
             progress["step"] += 1
             step = progress["step"]
             meter.count(step, epoch, batch)
@@ -98,6 +101,7 @@ def train(
                 meter.mark("checkpoint")
             if stopping and not ends_epoch:
                 saver.wait()
+                profiler.close()
                 return "stopped"
         is_best, is_last = False, progress["step"] == plan.total_steps
         if val_loader is not None and ((epoch + 1) % config.train.evaluate_every_epochs == 0 or is_last):
@@ -110,6 +114,7 @@ def train(
             saver.save({**progress, **describe_lineage(config, plan), "world": plan.world})
         meter.restart()
     saver.wait()
+    profiler.close()
     return "done" if progress["step"] == plan.total_steps else "stopped"
 
 

@@ -31,6 +31,7 @@ from place.losses.objective import compute_losses
 from place.model.place import PlaceModel, build_model
 from place.node import clean_node, note_cache, note_shared_memory
 from place.runlog import RunLog, count_attempts, write_attempt
+from place.trackers import check_trackers, open_trackers
 from place.training.checkpoint import agree_on_checkpoint, read_state, write_definition
 from place.training.engine import Engine, TorchEngine
 from place.training.loop import Progress, describe_lineage, train
@@ -52,6 +53,7 @@ def prepare_run(config: Config, world: int) -> RunPlan:
     run_dir = Path(config.run.dir)
     plan = build_run_plan(config, world)
     check_reports(config.data)
+    check_trackers(config)
     if config.run.resume == "never" and any((run_dir / "checkpoints").glob("step_????????")):
         raise UsageError(
             f"{run_dir} already holds a run and run.resume=never; choose another run.dir or run.resume=auto"
@@ -124,7 +126,7 @@ def _work(config: Config, launch: str, build_engine: BuildEngine, device: torch.
     progress, notes = _resume(config, engine, plan)
     if progress["step"] >= plan.total_steps:
         notes.append(f"all {plan.total_steps} steps are done already: nothing to train")
-    log = RunLog(run_dir, attempt, config.run.tensorboard, progress["step"]) if world.is_first else None
+    log = RunLog(run_dir, attempt, open_trackers(config, progress["step"])) if world.is_first else None
     if world.is_first:
         write_attempt(run_dir, {"attempt": attempt, "from_step": progress["step"], "notes": [attention, *notes]})
     node = read_node()
