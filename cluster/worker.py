@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from place.cluster.deepspeed_engine import DeepSpeedEngine
+from place.cluster.metrics import RayMetrics
 from place.cluster.topology import read_sockets, share_cores
 
 from place.config import Config, RunError, UsageError
@@ -35,7 +36,7 @@ def run_guarded(config: Config, launch: str) -> None:
     torch.set_num_threads(config.cluster.cpus_per_worker)
     _bind_cores(config)
     try:
-        outcome = {"outcome": run_worker(config, launch, ENGINES[config.engine.kind])}
+        outcome = {"outcome": run_worker(config, launch, ENGINES[config.engine.kind], [RayMetrics(path.parent)])}
     except (UsageError, RunError) as error:
         kind = "UsageError" if isinstance(error, UsageError) else "RunError"
         write_text(path, json.dumps({"launch": launch, "outcome": "failed", "kind": kind, "message": str(error)}))

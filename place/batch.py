@@ -34,7 +34,10 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self[:-1]), self.length_B)
+        fields = self._asdict().items()
+        return Batch(
+            *(tensor if name == "length_B" else tensor.to(device, non_blocking=True) for name, tensor in fields)
+        )
 
     def chunks(self, count: int) -> list[Batch]:
         """Cut into `count` equal batches along B."""

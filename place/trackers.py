@@ -1,4 +1,4 @@
-"""Where a run's figures go beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow, and Prometheus through Ray.
+"""Where a run's figures go beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow.
 
 Figures and the configuration alone: no image, no report, no name of a patient.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,12 +32,11 @@ def check_trackers(config: Config) -> None:
 
 
 def open_trackers(config: Config, first_step: int) -> list[Tracker]:
-    """Those that the configuration asks for, and Ray's metrics inside a Ray worker."""
+    """Those that the configuration asks for."""
     run_dir = Path(config.run.dir)
     trackers: list[Tracker] = [TensorBoard(run_dir, first_step)] if config.run.tensorboard else []
-    trackers += [TRACKERS[name](config, run_dir) for name in config.run.trackers]
-    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
-        trackers.append(RayMetrics(run_dir))
+    for name in config.run.trackers:
+        trackers.append(Wandb(config, run_dir) if name == "wandb" else Mlflow(config, run_dir))
     return trackers
 
 
@@ -67,13 +65,13 @@ class Wandb:
     def __init__(self, config: Config, run_dir: Path):
         import wandb
 
+        os.environ.setdefault("WANDB_MODE", "offline")
         self._run = wandb.init(
             project="place",
             dir=str(run_dir),
             id=hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16],
             name=run_dir.name,
             resume="allow",
-            mode=os.environ.get("WANDB_MODE", "offline"),
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(console="off", disable_git=True, x_disable_stats=True, silent=True),
         )
@@ -113,29 +111,8 @@ class Mlflow:
 
 def _flatten(values: dict[str, Any], above: str = "") -> dict[str, Any]:
     """Nested knobs by their dotted names."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         is_section = isinstance(value, dict) and value
         flat |= _flatten(value, f"{above}{name}.") if is_section else {f"{above}{name}": value}
     return flat
-
-
-class RayMetrics:
-    """Gauges that Ray's agents offer to Prometheus as `ray_place_NAME`, tagged with the run. Final."""
-
-    def __init__(self, run_dir: Path):
-        self._tags, self._gauges = {"run": run_dir.name}, dict[str, Any]()
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        from ray.util.metrics import Gauge
-
-        for name, value in {**values, "step": step}.items():
-            if name not in self._gauges:
-                self._gauges[name] = Gauge(f"place_{name}", f"{name} of a PLACE run", tag_keys=("run",))
-            self._gauges[name].set(value, self._tags)
-
-    def close(self) -> None:
-        """Ray drops gauges with the worker."""
-
-
-TRACKERS = {"wandb": Wandb, "mlflow": Mlflow}

@@ -13,7 +13,7 @@ LAYERS = [
     ["place.kernels", "place.compat"],
     ["place.config"],
     ["place", "place.registration", "place.batch", "place.distributed", "place.node"],
-    ["place.kept", "place.runlog", "place.runs"],
+    ["place.kept", "place.trackers", "place.runlog", "place.runs"],
     ["place.data", "place.model", "place.losses"],
     # What a checkpoint is written from belongs to its layer: the engine and its optimiser.
     ["place.training.optim", "place.training.engine", "place.training.state", "place.training.checkpoint"],

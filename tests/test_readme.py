@@ -80,7 +80,7 @@ def test_the_readme_command_for_tables_runs_on_real_radiographs(
 def test_the_tree_names_what_is_there() -> None:
     root = Path(__file__).parents[1]
     for name in re.findall(r"^(\w+)/ ", README, re.MULTILINE):
-        if name not in ("checkpoints", "stacks", "tokenizer", "evaluation"):
+        if name not in ("checkpoints", "stacks", "profile", "tokenizer", "evaluation"):
             assert (root / name).is_dir(), name
 
 

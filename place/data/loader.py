@@ -138,11 +138,14 @@ def _read_ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
     # Unmapping the shared memory of a batch takes 2 ms: the thread holds it last, once the caller has let go.
     spent: deque[Batch | None] = deque([None, None])
     try:
+        # The first by this thread: loader workers that the pool's thread forked could not leave in peace.
+        batch = take(None)
         ahead = deque(pool.submit(take, None) for _ in range(depth))
-        while (batch := ahead.popleft().result()) is not None:
+        while batch is not None:
             spent.append(batch)
             ahead.append(pool.submit(take, spent.popleft()))
             yield batch
+            batch = ahead.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -50,6 +50,7 @@ class PlaceModel(nn.Module):
         self.max_sentences = config.data.max_sentences
         self.max_logit_scale = config.loss.max_logit_scale
         self.target = config.loss.correlation.target
+        self.joint_width = model.joint_width
         self.observes, self.correlates = bool(config.loss.pathology.weight), bool(config.loss.correlation.weight)
         self.recompute = config.engine.activation_checkpointing
         self.observe = ObservationExtractor(model.observations, vision.width, attention)
@@ -71,21 +72,29 @@ class PlaceModel(nn.Module):
         hidden_BN = self._draw_hidden(batch) if self.training and self.mask_ratio else None
         image_BD, patches_BND = self._encode(self.vision, batch.image_BCYX, hidden_BN)
         report_BD, tokens_BTD = self._encode(self.text, batch.token_ids_BT, batch.attention_BT, packing)
+        observations_BKE, sentences_BSE, mask_BS, attention_BKN = self._observe_pairs(batch, patches_BND, tokens_BTD)
+        z_BNE, target_BND = self._correlate_patches(batch, patches_BND, tokens_BTD, packing)
         return Outputs(
             self.project_image(image_BD),
             self.project_text(report_BD),
-            *self._observe_pairs(batch, patches_BND, tokens_BTD),
-            *self._correlate_patches(batch, patches_BND, tokens_BTD, packing),
+            observations_BKE,
+            sentences_BSE,
+            mask_BS,
+            attention_BKN,
+            z_BNE,
+            target_BND,
             torch.ones_like(batch.valid_patch_BN) if hidden_BN is None else hidden_BN,
             self._project_tokens(self.project_region, patches_BND),
             self._project_tokens(self.project_word, tokens_BTD),
             self._logit_scales(),
         )
 
-    def _observe_pairs(self, batch: Batch, patches_BND: Tensor, tokens_BTD: Tensor) -> tuple[Tensor, ...]:
+    def _observe_pairs(
+        self, batch: Batch, patches_BND: Tensor, tokens_BTD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """V-PORs, T-PORs, their mask and attention; no V-POR and no T-POR where no loss looks at them."""
         if not self.observes:
-            none_B0E = self.project_image[-1].weight.new_zeros(len(patches_BND), 0, self.project_image[-1].out_features)
+            none_B0E = patches_BND.new_zeros(len(patches_BND), 0, self.joint_width, dtype=torch.float32)
             none_B0N = none_B0E.new_zeros(len(patches_BND), 0, patches_BND.shape[1])
             return none_B0E, none_B0E, batch.valid_patch_BN[:, :0], none_B0N
         observations_BKD, attention_BKN = self.observe(patches_BND)

@@ -71,9 +71,9 @@ def build_configs() -> dict[str, Config]:
 
 def build_place(config: Config, pairs: int, device: torch.device, compiled: bool, packed: bool) -> Step:
     """A step as the training loop takes it, with the plain torch engine."""
-    engine, vocab_size = build_engine(config, device, compiled)
+    engine, patch_px, vocab_size = build_engine(config, device, compiled)
     length_B = draw_lengths(pairs, config.data.max_tokens) if packed else None
-    batch = build_batch(config, pairs, engine.model.vision.patch_px, vocab_size, length_B).to(device)
+    batch = build_batch(config, pairs, patch_px, vocab_size, length_B).to(device)
 
     def objective(outputs: Outputs, given: Batch) -> Losses:
         return compute_losses(outputs, given, config.loss, 1 / 255)

@@ -56,8 +56,8 @@ def build_batch(config: Config, pairs: int, patch_px: int, vocab_size: int, leng
     )
 
 
-def build_engine(config: Config, device: torch.device, compiled: bool = False) -> tuple[TorchEngine, int]:
-    """The engine of a model of random weights, and the size of its vocabulary; hubs are not asked for anything."""
+def build_engine(config: Config, device: torch.device, compiled: bool = False) -> tuple[TorchEngine, int, int]:
+    """The engine of a model of random weights, its patch in px, its vocabulary; hubs are not asked for anything."""
     definition, vocab_size, _ = find_report_encoder(config)
     vocab_size = vocab_size or definition.vocab_size  # type: ignore[union-attr]
     torch.manual_seed(0)
@@ -70,13 +70,13 @@ def build_engine(config: Config, device: torch.device, compiled: bool = False) -
     sys.stderr.write(f"{attention}\n")
     if compiled:
         model.compile_encoders()
-    return TorchEngine(model, config, device), vocab_size
+    return TorchEngine(model, config, device), model.vision.patch_px, vocab_size
 
 
 def build_step(config: Config, pairs: int, device: torch.device) -> Callable[[str], Losses]:
     """One optimiser step of a model of random weights by way; the ways share the model."""
-    engine, vocab_size = build_engine(config, device)
-    batch = build_batch(config, pairs, engine.model.vision.patch_px, vocab_size).to(device)
+    engine, patch_px, vocab_size = build_engine(config, device)
+    batch = build_batch(config, pairs, patch_px, vocab_size).to(device)
 
     def take_step(way: str) -> Losses:
         loss = choose_loss(config, way)

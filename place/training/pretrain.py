@@ -11,7 +11,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -31,7 +31,7 @@ from place.losses.objective import compute_losses
 from place.model.place import PlaceModel, build_model
 from place.node import clean_node, note_cache, note_shared_memory
 from place.runlog import RunLog, count_attempts, write_attempt
-from place.trackers import check_trackers, open_trackers
+from place.trackers import Tracker, check_trackers, open_trackers
 from place.training.checkpoint import agree_on_checkpoint, read_state, write_definition
 from place.training.engine import Engine, TorchEngine
 from place.training.loop import Progress, describe_lineage, train
@@ -87,12 +87,15 @@ def build_run_plan(config: Config, world: int) -> RunPlan:
     return build_plan(config, world, num_train, num_val)
 
 
-def run_worker(config: Config, launch: str, build_engine: BuildEngine | None = None) -> str:
+def run_worker(
+    config: Config, launch: str, build_engine: BuildEngine | None = None, trackers: Sequence[Tracker] = ()
+) -> str:
     """What every training process does, from building the model to the last checkpoint.
 
     Args:
         launch: names this start of the run; a second worker group of one launch resumes whatever `run.resume` says.
         build_engine: None takes the plain torch engine.
+        trackers: of the launcher; rank 0 logs to them and to those of `run.trackers`.
     Returns:
         `done` or `stopped`.
     Raises:
@@ -102,10 +105,17 @@ def run_worker(config: Config, launch: str, build_engine: BuildEngine | None = N
     phases = Phases(device) if config.run.time_phases else None
     # From before the engine is built: DeepSpeed keeps some of torch's collectives under names of its own.
     with phases.watch_collectives() if phases else nullcontext():
-        return _work(config, launch, build_engine or TorchEngine, device, phases)
+        return _work(config, launch, build_engine or TorchEngine, device, phases, trackers)
 
 
-def _work(config: Config, launch: str, build_engine: BuildEngine, device: torch.device, phases: Phases | None) -> str:
+def _work(
+    config: Config,
+    launch: str,
+    build_engine: BuildEngine,
+    device: torch.device,
+    phases: Phases | None,
+    trackers: Sequence[Tracker],
+) -> str:
     run_dir, world = Path(config.run.dir), read_world()
     torch.manual_seed(config.run.seed)
     cv2.setNumThreads(1)
@@ -126,7 +136,9 @@ def _work(config: Config, launch: str, build_engine: BuildEngine, device: torch.
     progress, notes = _resume(config, engine, plan)
     if progress["step"] >= plan.total_steps:
         notes.append(f"all {plan.total_steps} steps are done already: nothing to train")
-    log = RunLog(run_dir, attempt, open_trackers(config, progress["step"])) if world.is_first else None
+    log = None
+    if world.is_first:
+        log = RunLog(run_dir, attempt, [*open_trackers(config, progress["step"]), *trackers])
     if world.is_first:
         write_attempt(run_dir, {"attempt": attempt, "from_step": progress["step"], "notes": [attention, *notes]})
     node = read_node()

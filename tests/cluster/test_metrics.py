@@ -29,11 +29,9 @@ def test_prometheus_finds_the_figures_of_a_run_at_rays_endpoint(tmp_path: Path) 
         @ray.remote(num_cpus=1)
         class Worker:
             def log(self, folder: str) -> None:
-                from place.config import check_config
-                from place.trackers import open_trackers
+                from place.cluster.metrics import RayMetrics
 
-                config = check_config({"run": {"dir": folder, "tensorboard": False}})
-                (self.tracker,) = open_trackers(config, 0)
+                self.tracker = RayMetrics(Path(folder))
                 self.tracker.log(7, {"total": 1.25, "samples_per_s": 300.0})
 
         worker = Worker.remote()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from training import runs
-from training.runs import start_place, wait_until, write_config
+from training.runs import run_place, start_place, wait_until, write_config
 
 from place import cli
 from place.config import build_config
@@ -46,6 +46,13 @@ def pretrain(capfd: pytest.CaptureFixture[str]) -> Any:
         return Ended(code, " ".join(said.out.split()), said.err.splitlines())
 
     return run
+
+
+def test_a_run_with_loader_workers_ends_without_a_word_of_them(prepared: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, prepared)
+    code, _, err = run_place("pretrain", "--config", str(config), "data.num_workers=1")
+    assert code == 0
+    assert "Traceback" not in err, err
 
 
 @pytest.fixture(scope="module")
