@@ -14,12 +14,14 @@ from typing import Any
 from place.config import RunError
 from place.trackers import Tracker
 
+ATTENTION = "attention.jsonl"
+
 
 class RunLog:
     """Writer of a run's logs; used on rank 0 alone. Final."""
 
     def __init__(self, run_dir: Path, attempt: int, trackers: Sequence[Tracker] = ()):
-        self.attempt, self._trackers = attempt, trackers
+        self.attempt, self._run_dir, self._trackers = attempt, run_dir, trackers
         self._metrics = (run_dir / "metrics.jsonl").open("a", buffering=1)
         self._samples = (run_dir / "samples.jsonl").open("a", buffering=1)
 
@@ -35,6 +37,12 @@ class RunLog:
         """The sample ids of an optimiser step, over all ranks."""
         record = {"step": step, "epoch": epoch, "attempt": self.attempt, "ids": sample_ids}
         self._samples.write(json.dumps(record) + "\n")
+
+    def write_attention(self, step: int, attention_KN: Sequence[Sequence[float]]) -> None:
+        """How the V-PORs' queries share out the patches of one image, at a validation; the image is not kept."""
+        shares_KN = [[float(f"{share:.2g}") for share in share_N] for share_N in attention_KN]
+        with (self._run_dir / ATTENTION).open("a") as file:
+            file.write(json.dumps({"step": step, "attempt": self.attempt, "attention": shares_KN}) + "\n")
 
     def close(self) -> None:
         """Flush and close."""

@@ -20,7 +20,7 @@ import pytest
 
 from place import cli
 from place.config import Config, RunError, dump_config
-from place.reporting.charts import MOST_POINTS, Line, Marks, Panel, choose_log, draw_panel, thin
+from place.reporting.charts import MOST_POINTS, Line, Marks, Panel, choose_log, draw_attention, draw_panel, thin
 from place.reporting.history import compute_gpu_hours, compute_working_s, read_history
 from place.reporting.page import write_report
 from place.reporting.panels import build_charts, build_marks, build_time_line
@@ -77,6 +77,7 @@ def train(run: Path, clock: Clock, attempt: int, first: int, last: int, worker: 
             log.write_metrics(step, {**base, **values})
         if step % PLAN["steps_per_epoch"] == 0:
             log.write_metrics(step, {"epoch": epoch, "val_total": 10.0 - 0.1 * step + attempt, "val_tokens": 0.0})
+            log.write_attention(step, [[0.7, 0.1, 0.1, 0.1], [0.25 + 0.05 * attempt] * 4])
     log.close()
 
 
@@ -112,6 +113,28 @@ def test_each_step_counts_once_by_the_attempt_that_was_built_upon(restarted: Pat
     assert [(record["step"], record["attempt"]) for record in history.validations] == [(30, 1), (60, 2)]
     # 30 steps of 2 pairs an epoch, though steps 21 to 40 were done twice.
     assert [tuple(epoch) for epoch in history.epochs] == [(1, 30, 60, 60), (2, 30, 60, 60)]
+
+
+def test_attention_over_time_is_that_of_the_attempts_that_count(restarted: Path) -> None:
+    looks = read_history(restarted).attention
+    assert [(look["step"], look["attempt"], look["attention"][1][0]) for look in looks] == [(30, 1, 0.3), (60, 2, 0.35)]
+    page = write_report(restarted).read_text()
+    (picture,) = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)" alt="attention of V-PORs over steps"', page)
+    drawn = base64.b64decode(picture).decode()
+    for label in ("step 30", "step 60", "query 1", "query 2"):
+        assert label in drawn
+    assert drawn.count("<image") == 4
+
+
+def test_of_many_queries_and_validations_a_few_are_drawn() -> None:
+    """Those that end most peaked, at steps from first to last."""
+    peaked = {2, 5, 6, 7}
+    maps = [
+        (step, [[0.9, 0.1, 0, 0] if query in peaked else [0.25] * 4 for query in range(8)]) for step in range(1, 21)
+    ]
+    drawn = draw_attention(maps).decode()
+    assert re.findall(r"<!-- step (\d+) -->", drawn) == ["1", "5", "9", "12", "16", "20"]
+    assert re.findall(r"<!-- query (\d+) -->", drawn) == ["3", "6", "7", "8"]
 
 
 def test_steps_that_a_restarted_run_has_yet_to_do_again_do_not_count(tmp_path: Path, clock: Clock) -> None:
@@ -191,7 +214,7 @@ def test_the_page_needs_nothing_else_and_holds_no_empty_picture(
     page = (restarted / "report.html").read_text()
     assert re.findall(r"(?:src|href)=\"(?!data:|#)|url\(|<script|https?://", page) == []
     charts = list(read_charts(page))
-    assert len(charts) == 5
+    assert len(charts) == 6
     for chart in charts:
         drawn = [path.get("d", "") for path in chart.iter(f"{SVG}path") if path.get("clip-path")]
         assert any(len(d.split("L")) > 2 for d in drawn)
@@ -288,7 +311,7 @@ def test_a_real_run_that_failed_and_went_on_is_reported(
     assert [record["step"] for record in history.steps] == list(range(1, 9))
     assert [record["step"] for record in history.lost] == [3]
     page = write_report(run).read_text()
-    assert len(list(read_charts(page))) == 12
+    assert len(list(read_charts(page))) == 13
     assert "failed: the host lost a memory bank" in page
     assert "GPU utilisation of rank 0: not recorded" in page
     assert "Resident memory of rank 0 over steps" in page

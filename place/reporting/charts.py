@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 SIZE_INCHES, WIDE_INCHES = (4.4, 2.8), (9.6, 3.2)
 MOST_POINTS = 500
 """A longer line is drawn as means of that many stretches, with a band from the least to the largest value of each."""
+MOST_COLUMNS, MOST_QUERIES = 6, 4
 FEW_POINTS = 20
 """So few values are drawn with a dot each."""
 LOG_FROM_RATIO = 50.0
@@ -69,6 +72,35 @@ def draw_panel(panel: Panel, marks: Marks, is_wide: bool = False) -> bytes:
     return render_svg(figure)
 
 
+def draw_attention(maps: Sequence[tuple[int, Sequence[Sequence[float]]]]) -> bytes:
+    """Shares of the patches of one image in the attention of a few V-PORs, a column a step, as SVG.
+
+    Shown are the `MOST_QUERIES` queries that are most peaked at the end, at `MOST_COLUMNS` steps from first to last,
+    each map by its own largest share.
+
+    Args:
+        maps: step and shares (K,N) of each validation; N is a square.
+    Source: ours.
+    """
+    places = np.linspace(0, len(maps) - 1, min(len(maps), MOST_COLUMNS)).round().astype(int)
+    chosen = [maps[place] for place in places]
+    last_KN = np.asarray(chosen[-1][1])
+    queries = np.sort(np.argsort(-last_KN.max(1), kind="stable")[:MOST_QUERIES])
+    side = math.isqrt(last_KN.shape[1])
+    figure = _build_canvas((1.5 * len(chosen) + 0.6, 1.5 * len(queries) + 0.3))
+    axes = figure.subplots(len(queries), len(chosen), squeeze=False)
+    for column, (step, shares_KN) in enumerate(chosen):
+        for row, query in enumerate(queries):
+            axis = axes[row, column]
+            axis.imshow(np.asarray(shares_KN[query]).reshape(side, side), cmap="viridis", vmin=0)
+            axis.set(xticks=[], yticks=[])
+            if not row:
+                axis.set_title(f"step {step:,}", fontsize=9)
+            if not column:
+                axis.set_ylabel(f"query {query + 1}", fontsize=9)
+    return render_svg(figure)
+
+
 def choose_log(panel: Panel) -> bool:
     """Whether a chart's values span so much that small ones would lie on the axis."""
     values = [value for line in panel.lines for value in line.y]
@@ -119,13 +151,19 @@ def _draw_marks(axis: Axes, marks: Marks) -> None:
         )
 
 
-def _build_figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
+def _build_canvas(size: tuple[float, float]) -> Figure:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     figure = Figure(figsize=size, facecolor="white", layout="constrained")
     FigureCanvasSVG(figure)
+    return figure
+
+
+def _build_figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    figure = _build_canvas(size)
     axis = figure.subplots()
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from place.config import RunError
-from place.runlog import read_jsonl
+from place.runlog import ATTENTION, read_jsonl
 from place.runs import Recorded, read_recorded
 
 Record = dict[str, Any]
@@ -61,6 +61,8 @@ class History(NamedTuple):
     """Training records of steps that a later attempt did again, or has yet to do again."""
     validations: list[Record]
     epochs: list[Epoch]
+    attention: list[Record]
+    """Attention of the V-PORs in one image at validations of the lineage that counts."""
 
 
 def read_history(run: Path) -> History:
@@ -74,6 +76,8 @@ def read_history(run: Path) -> History:
     kept = [record for record in metrics if record["step"] <= limits.get(record["attempt"], 0)]
     steps = {record["step"]: record for record in kept if "total" in record}
     validations = {record["step"]: record for record in kept if "val_total" in record}
+    looks = (record for record in read_jsonl(run / ATTENTION) if record["step"] <= limits.get(record["attempt"], 0))
+    seen = {record["step"]: record for record in looks}
     return History(
         recorded,
         attempts,
@@ -81,6 +85,7 @@ def read_history(run: Path) -> History:
         [record for record in metrics if "total" in record and steps.get(record["step"]) is not record],
         [validations[step] for step in sorted(validations)],
         count_epochs(read_lines(run / "samples.jsonl"), limits),
+        [seen[step] for step in sorted(seen)],
     )
 
 

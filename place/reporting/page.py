@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from place.config import RunError, UsageError
 from place.data.page import embed, render_page, write_page
-from place.reporting.charts import draw_panel
+from place.reporting.charts import draw_attention, draw_panel
 from place.reporting.history import (
     Attempt,
     Epoch,
@@ -92,6 +92,7 @@ def build_page(history: History, standing: Standing) -> str:
         tiles=build_tiles(history, standing),
         facts=build_facts(history),
         time_line=_draw_time_line(history) if has_steps else "",
+        attention=_draw_attention(history) if history.attention else "",
         charts=charts,
         marks=marks,
         num_lost=len(history.lost),
@@ -222,6 +223,11 @@ def build_epoch_rows(history: History) -> list[EpochRow]:
 def _draw_time_line(history: History) -> str:
     panel, marks = build_time_line(history)
     return embed(draw_panel(panel, marks, is_wide=True), "image/svg+xml")
+
+
+def _draw_attention(history: History) -> str:
+    maps = [(record["step"], record["attention"]) for record in history.attention]
+    return embed(draw_attention(maps), "image/svg+xml")
 
 
 def _show_time(seconds: float) -> str:

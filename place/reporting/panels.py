@@ -38,7 +38,8 @@ def build_charts(history: History) -> Charted:
     for heading, panels in (("Losses", losses), ("Optimiser", optimiser), ("Speed and memory", speed)):
         left_out += [f"{panel.title}: not recorded" for panel in panels if not panel.lines]
         kept[heading] = [panel for panel in panels if panel.lines]
-    left_out.append("V-POR attention over time: not recorded, but place evaluate draws that of a checkpoint")
+    if not history.attention:
+        left_out.append("V-POR attention over time: not recorded")
     return Charted({heading: panels for heading, panels in kept.items() if panels}, left_out)
 
 

@@ -144,7 +144,10 @@ def evaluate_loss(
         for batch in loader.read_epoch(epoch, 0, plan.val_steps, plan.world):
             watchdog.feed()
             batch = batch.to(engine.device)
-            totals.append(torch.stack(objective(engine.forward(batch, train=False), batch)))
+            outputs = engine.forward(batch, train=False)
+            if log is not None and not totals and outputs.attention_BKN.shape[1]:
+                log.write_attention(step, outputs.attention_BKN[0].tolist())
+            totals.append(torch.stack(objective(outputs, batch)))
     means = mean_over_ranks(torch.stack(totals).mean(0)).tolist()
     if log is not None:
         log.write_metrics(step, {"epoch": epoch, **{f"val_{name}": v for name, v in zip(Losses._fields, means)}})

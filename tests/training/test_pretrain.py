@@ -55,6 +55,16 @@ def test_a_run_with_loader_workers_ends_without_a_word_of_them(prepared: Path, t
     assert "Traceback" not in err, err
 
 
+def test_attention_of_one_image_is_kept_at_each_validation(undisturbed: Path) -> None:
+    looks = list(read_jsonl(undisturbed / "attention.jsonl"))
+    validated = [record["step"] for record in read_jsonl(undisturbed / "metrics.jsonl") if "val_total" in record]
+    assert [look["step"] for look in looks] == validated
+    for look in looks:
+        assert len(look["attention"]) == 6  # queries
+        assert [len(shares) for shares in look["attention"]] == [16] * 6
+        assert [sum(shares) for shares in look["attention"]] == pytest.approx([1.0] * 6, abs=0.05)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a run that was left alone."""
