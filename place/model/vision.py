@@ -38,7 +38,8 @@ class ImageEncoder(nn.Module):
         vit.forward = vit.forward_features
         self.patch_px, self.pooling = patch_px, pooling
         self.width: int = vit.embed_dim
-        vit.norm_pre.register_forward_hook(_begin_stream)
+        if isinstance(getattr(vit, "norm_pre", None), nn.Module):
+            vit.norm_pre.register_forward_hook(_begin_stream)
 
     @property
     def head_sizes(self) -> set[int]:
