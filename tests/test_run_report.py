@@ -126,6 +126,13 @@ def test_attention_over_time_is_that_of_the_attempts_that_count(restarted: Path)
     assert drawn.count("<image") == 4
 
 
+def test_attention_that_a_restarted_run_has_yet_to_do_again_does_not_count(tmp_path: Path, clock: Clock) -> None:
+    run = write_run(tmp_path / "run")
+    train(run, clock, 0, 0, 50)
+    train(run, clock, 1, 20, 25)
+    assert read_history(run).attention == []
+
+
 def test_of_many_queries_and_validations_a_few_are_drawn() -> None:
     """Those that end most peaked, at steps from first to last."""
     peaked = {2, 5, 6, 7}
