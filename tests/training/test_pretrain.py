@@ -126,7 +126,7 @@ def flip_byte(shard: Path) -> Path:
 def test_the_run_folder_is_as_the_contract_says(undisturbed: Path) -> None:
     total = 12 * STEPS_PER_EPOCH
     assert {path.name for path in undisturbed.iterdir()} == {
-        *("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "attempts.jsonl"),
+        *("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "attention.jsonl", "attempts.jsonl"),
         *("checkpoints", "tokenizer", "model"),
     }
     assert build_config(undisturbed / "config.yaml").train.epochs == 12
