@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from place.config import Config, UsageError
+from place.kept import write_text
 
 
 class Tracker(Protocol):
@@ -99,7 +100,7 @@ class Mlflow:
         known = kept.read_text() if kept.is_file() else None
         started = mlflow.start_run(run_id=known, run_name=None if known else run_dir.name)
         if known is None:
-            kept.write_text(started.info.run_id)
+            write_text(kept, started.info.run_id)
             mlflow.log_params(_flatten(config.model_dump(mode="json")))
 
     def log(self, step: int, values: dict[str, float]) -> None:

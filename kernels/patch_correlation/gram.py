@@ -130,8 +130,9 @@ def multiply_halves(a: Tensor, b: Tensor, multiply_half: Callable[[Tensor, Tenso
     scales, parts = [], []
     for factor in (a, b):
         scale = factor.abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        high = (factor / scale).half()
-        parts += [high, (factor / scale - high).half()]
+        scaled = factor / scale
+        high = scaled.half()
+        parts += [high, (scaled - high).half()]
         scales.append(scale)
     a_high, a_low, b_high, b_low = parts
     result = multiply_half(a_high, b_high)
