@@ -73,11 +73,10 @@ def read_history(run: Path) -> History:
     except (OSError, KeyError, TypeError, json.JSONDecodeError, yaml.YAMLError) as error:
         raise RunError(f"{run} is no whole run folder ({type(error).__name__}: {error}); restore its files") from None
     limits = compute_limits(attempts)
-    kept = [record for record in metrics if record["step"] <= limits.get(record["attempt"], 0)]
+    kept = [record for record in metrics if counts(record, limits)]
     steps = {record["step"]: record for record in kept if "total" in record}
     validations = {record["step"]: record for record in kept if "val_total" in record}
-    looks = (record for record in read_jsonl(run / ATTENTION) if record["step"] <= limits.get(record["attempt"], 0))
-    seen = {record["step"]: record for record in looks}
+    seen = {record["step"]: record for record in read_jsonl(run / ATTENTION) if counts(record, limits)}
     return History(
         recorded,
         attempts,
@@ -146,6 +145,11 @@ def read_lines(path: Path) -> Iterator[Record]:
                 continue
 
 
+def counts(record: Record, limits: dict[int, int]) -> bool:
+    """Whether a record is of the lineage that counts: its attempt was built upon as far as its step."""
+    return bool(record["step"] <= limits.get(record["attempt"], 0))
+
+
 def count_epochs(records: Iterable[Record], limits: dict[int, int]) -> list[Epoch]:
     """Steps and pairs of each epoch, by the lines of samples.jsonl in the order of attempts.
 
@@ -157,7 +161,7 @@ def count_epochs(records: Iterable[Record], limits: dict[int, int]) -> list[Epoc
     pairs: dict[int, int] = {}
     seen: dict[int, set[int]] = {}
     for record in records:
-        if record["step"] <= limits.get(record["attempt"], 0):
+        if counts(record, limits):
             epoch = record["epoch"]
             steps[epoch] = steps.get(epoch, 0) + 1
             pairs[epoch] = pairs.get(epoch, 0) + len(record["ids"])
