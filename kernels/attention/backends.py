@@ -58,6 +58,12 @@ def sdpa_packed(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, dropout: float,
     q, k, v = _cast_alike(q, k, v)
     if has_flash_varlen(q.device.type, q.dtype, q.shape[-1], dropout):
         return _to_heads(_attend_flash(_to_rows(q), _to_rows(k), _to_rows(v), blocks, scale))
+    return _attend_padded(q, k, v, blocks, dropout, scale)
+
+
+@torch.compiler.disable
+def _attend_padded(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, dropout: float, scale: float) -> Tensor:
+    """Left alone by torch.compile, which would compile anew for the lengths of every batch."""
     parts = zip((q, k, v), (blocks.queries, blocks.keys, blocks.keys), strict=True)
     padded = [unpack(_to_rows(x), packing).transpose(1, 2) for x, packing in parts]
     mask = None if blocks.keys.index_P is None else mark_real(blocks.keys)[:, None, None, :]
@@ -88,6 +94,7 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: floa
     return _call_xformers(q, k, v, bias, dropout, scale)
 
 
+@torch.compiler.disable
 def xformers_packed(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, dropout: float, scale: float) -> Tensor:
     """memory_efficient_attention with a block-diagonal bias, so that there is no padding at all."""
     q, k, v = _cast_alike(q, k, v)

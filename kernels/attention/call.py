@@ -35,17 +35,9 @@ def attend(
     """
     scale = q_BHQD.shape[-1] ** -0.5 if scale is None else scale
     if isinstance(where, Blocks):
-        return _attend_packed(q_BHQD, k_BHKD, v_BHKD, where, backend, dropout, scale)
+        return PACKED_BACKENDS[backend](q_BHQD, k_BHKD, v_BHKD, where, dropout, scale)
     mask = where[:, None, None, :] if where is not None and where.ndim == 2 else where
     return BACKENDS[backend](q_BHQD, k_BHKD, v_BHKD, mask, dropout, scale)
-
-
-@torch.compiler.disable
-def _attend_packed(
-    q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, blocks: Blocks, backend: str, dropout: float, scale: float
-) -> Tensor:
-    """Left alone by torch.compile: it would compile anew for the lengths of every batch."""
-    return PACKED_BACKENDS[backend](q_BHQD, k_BHKD, v_BHKD, blocks, dropout, scale)
 
 
 def attention_weights(q_BHQD: Tensor, k_BHKD: Tensor) -> Tensor:

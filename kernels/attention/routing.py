@@ -9,17 +9,19 @@ import torch
 from place.kernels.attention.backends import Blocks
 from place.kernels.attention.call import attend
 from torch import Tensor
-from torch.nn.functional import layer_norm, scaled_dot_product_attention
+from torch.nn.functional import conv2d, layer_norm, linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 
 class Routed(TorchFunctionMode):
-    """Within this context every `scaled_dot_product_attention` of the thread runs on a backend of ours, and under
-    bf16 autocast every `layer_norm` reads and writes bf16; it still computes in fp32 inside.
+    """Within this context every `scaled_dot_product_attention` of the thread runs on a backend of ours, a convolution
+    of patches is a product, and under bf16 autocast every `layer_norm` reads and writes bf16; it still computes in
+    fp32 inside.
 
     Both timm (`fused_attn`) and transformers (`attn_implementation="sdpa"`, old models' classes as well as its
     AttentionInterface) call these public functions of torch, so that none of their code is copied or replaced.
     Autocast's own rule takes norms in fp32, and with them all that lies between matrix products: twice the bytes.
+    cuDNN's convolution of one grey channel pads it to eight and reorders images, weights and results.
 
     Args:
         backend: a key of `BACKENDS`.
@@ -36,6 +38,8 @@ class Routed(TorchFunctionMode):
         if func is scaled_dot_product_attention:
             self.has_attended = True
             return self._attend(*args, **(kwargs or {}))
+        if func is conv2d and _takes_patches(*args, **(kwargs or {})):
+            return _multiply_patches(*args[:3])
         if func is layer_norm and is_bf16(args[0].device.type):
             return _normalise(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -58,6 +62,28 @@ class Routed(TorchFunctionMode):
             )
         where = attn_mask if self.blocks is None else self.blocks
         return attend(query, key, value, where, self.backend, dropout_p, scale)
+
+
+def _takes_patches(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> bool:
+    """Whether a convolution reads each pixel of (B,C,Y,X) once, in patches that lie side by side."""
+    size = tuple(weight.shape[2:])
+    plain = padding in (0, (0, 0)) and dilation in (1, (1, 1)) and groups == 1
+    return plain and x.ndim == 4 and stride == size and x.shape[2] % size[0] == 0 and x.shape[3] % size[1] == 0
+
+
+def _multiply_patches(x_BCYX: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The convolution of `_takes_patches` as one product, (B,D,rows,columns); in memory the channels come last."""
+    (height, width), (batch, channels, y, x) = weight.shape[2:], x_BCYX.shape
+    grid = x_BCYX.view(batch, channels, y // height, height, x // width, width).permute(0, 2, 4, 1, 3, 5)
+    return linear(grid.flatten(3), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 def is_bf16(device_type: str) -> bool:

@@ -113,13 +113,15 @@ class PlaceModel(nn.Module):
         return z_BNE, patches_BND.detach().float()
 
     def compile_encoders(self) -> None:
-        """Let torch.compile have the image encoder, and the report encoder where its reports are padded.
+        """Let torch.compile have the encoders; packed reports only where their attention is one operator.
 
-        Whole, not block by block: each compiled part costs the host about what it saves. Packed reports differ in
-        length from step to step and would cut the report encoder into parts at each attention.
+        Whole, not block by block: each compiled part costs the host about what it saves, and any other attention of
+        packed reports would cut the report encoder into parts.
         """
         self.vision.compile()
-        if not self.packs:
+        if self.packs:
+            self.text.compile_packed()
+        else:
             self.text.compile()
 
     def encode_image(self, image_BCYX: Tensor) -> ImageFeatures:

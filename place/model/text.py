@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from place.compat import patch_torchvision
 from place.config import TextConfig, UsageError
-from place.kernels.attention import Blocks, Packing, Routed, pack, unpack
+from place.kernels.attention import Blocks, Packing, Routed, has_flash_varlen, pack, unpack
 from place.kernels.attention.packing import number_positions
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class ReportEncoder(nn.Module):
 
     attention = "sdpa"
     """Backend of its attention, a key of `place.kernels.attention`'s."""
+    _read_compiled: Callable[[Tensor, Tensor, Packing], Tensor] | None = None
 
     def __init__(self, encoder: PreTrainedModel, pooling: str):
         super().__init__()
@@ -55,16 +57,34 @@ class ReportEncoder(nn.Module):
         weights_BT1 = attention_BT[..., None].to(tokens_BTD.dtype)
         return ReportTokens((tokens_BTD * weights_BT1).sum(1) / weights_BT1.sum(1), tokens_BTD)
 
+    def compile_packed(self) -> None:
+        """Let torch.compile have packed reports, for any number of tokens, where their attention is one operator."""
+        self._read_compiled = torch.compile(self._read_packed, dynamic=True)
+
     def _encode_packed(self, token_ids_P: Tensor, packing: Packing) -> Tensor:
         """States (P,D) of packed tokens, each at its position in its own report."""
         assert self.first_position is not None
         position_P = number_positions(packing) + self.first_position
+        if self._read_compiled is None or not self._attends_in_one_operator(token_ids_P.device.type):
+            return self._read_packed(token_ids_P, position_P, packing)
+        # Without the lengths on the host, for each of which there would be another graph.
+        return self._read_compiled(token_ids_P, position_P, packing._replace(lengths=(), index_P=None, padded=0))
+
+    def _attends_in_one_operator(self, device_type: str) -> bool:
+        is_mixed = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if is_mixed else self.encoder.dtype
+        dropout = getattr(self.encoder.config, "attention_probs_dropout_prob", 0.0) if self.training else 0.0
+        return self.attention == "sdpa" and has_flash_varlen(device_type, dtype, self.head_size, dropout)
+
+    def _read_packed(self, token_ids_P: Tensor, position_P: Tensor, packing: Packing) -> Tensor:
         with Routed(self.attention, Blocks(packing, packing)) as route:
             # Not by the encoder's own forward: it looks whether a mask is all true, and waits for the device.
             kinds_1P = torch.zeros_like(token_ids_P)[None]
             hidden_1PD = self.encoder.embeddings(token_ids_P[None], kinds_1P, position_P[None])
             states_1PD = self.encoder.encoder(hidden_1PD).last_hidden_state
-        assert route.has_attended, "the report encoder's attention was not routed: its reports would see each other"
+        # torch.compile does not let what a mode remembers out of its graph.
+        is_routed = torch.compiler.is_compiling() or route.has_attended
+        assert is_routed, "the report encoder's attention was not routed: its reports would see each other"
         return states_1PD[0]
 
 

@@ -180,6 +180,17 @@ def count_syncs(step: Step, device: torch.device) -> int | None:
     return len(places)
 
 
+def list_kernels(step: Step, device: torch.device) -> list[tuple[str, int, float]]:
+    """Name, calls and milliseconds of each kernel of a step, the longest first; none on a CPU."""
+    if device.type != "cuda":
+        return []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        step()
+        torch.cuda.synchronize()
+    kernels = [(event.key, event.count, event.self_device_time_total / 1e3) for event in seen.key_averages()]
+    return sorted(kernels, key=lambda kernel: -kernel[2])
+
+
 def count_flops(step: Step) -> int:
     """FLOPs of a step's products, forward and backward, run eagerly. Source: torch.utils.flop_counter."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -203,19 +214,19 @@ def time_steps(step: Step, steps: int, device: torch.device) -> float:
 
 def format_table(found: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = [
-        "| step | ms (least to most) | samples/s | over its peer | TFLOP | MFU | peak GiB | host syncs | start s |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    titles = ["step", "ms (least to most)", "of it kernels", "samples/s", "over its peer", "TFLOP", "MFU", "peak GiB"]
+    titles += ["host syncs", "start s"]
+    lines = [f"| {' | '.join(titles)} |", "| --- |" + " ---: |" * (len(titles) - 1)]
     for row in found:
         if "failed" in row:
-            lines.append(f"| {row['name']} | {row['failed']} | | | | | | | |")
+            lines.append(f"| {row['name']} | {row['failed']} |" + " |" * (len(titles) - 2))
             continue
         ratio = f"{row['ratio']:.2f}" if row.get("ratio") else ""
         tflop = f"{row['flops'] / 1e12:.1f}" if row["flops"] else ""
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else ""
+        kernels = f"{row['kernels_ms']:.1f}" if row["kernels_ms"] else ""
         lines.append(
-            f"| {row['name']} | {row['step_ms']:.1f} ({row['least_ms']:.1f} to {row['most_ms']:.1f}) "
+            f"| {row['name']} | {row['step_ms']:.1f} ({row['least_ms']:.1f} to {row['most_ms']:.1f}) | {kernels} "
             f"| {row['samples_per_s']:.0f} | {ratio} | {tflop} | {mfu} | {row['peak_gib']:.1f} | {row['syncs']} "
             f"| {row['start_s']:.0f} |"
         )
@@ -228,6 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=256, help="pairs a step")
     parser.add_argument("--only", action="append", help="rows whose name begins so; repeatable; default: all")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--kernels", type=int, default=0, help="also show so many of the longest kernels of each row")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="also write the JSON lines here")
     asked = parser.parse_args(arguments)
@@ -247,6 +259,11 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write("benchmark: compiled and eager steps differ, nothing was timed:\n" + "\n".join(faults) + "\n")
         return 1
     flops = {name: count_flops(row["step"]) for name, row in alive.items() if name != LOOPED}
+    for name, row in alive.items():
+        kernels = list_kernels(row["step"], device) if name != LOOPED else []
+        row["kernels_ms"] = sum(time_ms for *_, time_ms in kernels)
+        shown = [f"  {time_ms:8.3f} ms {calls:5d} x {key[:120]}" for key, calls, time_ms in kernels[: asked.kernels]]
+        sys.stderr.write("".join(f"{line}\n" for line in [f"kernels of {name}", *shown] if shown))
     about = describe_run(device.type) | {"batch": asked.batch}
     steps = {name: row.pop("step") for name, row in alive.items()}
     times: dict[str, list[float]] = {name: [] for name in alive}

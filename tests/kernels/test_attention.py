@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from place.kernels.attention import (
 )
 from place.kernels.attention.packing import mark_real, number_positions, number_sequences
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 LENGTHS = [13, 1, 7]
@@ -233,6 +235,34 @@ def test_a_routed_timm_encoder_gives_what_timm_gives(backend: str, changes: dict
     route.has_attended = False
     vit.forward_features(image)
     assert not route.has_attended, "outside the context torch's own attention runs"
+
+
+class Operators(TorchDispatchMode):
+    """Keeps the names of torch's operators as they run."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.names = [*getattr(self, "names", []), func.name()]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("stride", "size", "is_product"), [((4, 2), (12, 8), True), ((4, 2), (13, 8), False), ((2, 2), (12, 8), False)]
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_routed_convolution_of_patches_is_a_product(
+    channels: int, stride: tuple, size: tuple, is_product: bool
+) -> None:
+    conv, image_BCYX = torch.nn.Conv2d(channels, 6, (4, 2), stride), torch.randn(2, channels, *size)
+    results = []
+    for route in (nullcontext(), Routed("sdpa")):
+        conv.zero_grad()
+        with route, Operators() as operators:
+            out = conv(image_BCYX)
+        out.square().sum().backward()
+        results.append([out, *(p.grad.clone() for p in conv.parameters())])
+    assert ("aten::convolution" not in operators.names) == is_product
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_dropout_of_weights_is_that_of_the_encoder() -> None:

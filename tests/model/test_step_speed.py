@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from place.kernels.attention import routing
+from place.kernels.attention import Blocks, backends, routing
 from tiny import VOCAB, build_batch, build_tiny_config
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from place.losses.correlation import correlation_loss
 from place.losses.instance import instance_loss
 from place.losses.objective import compute_losses
 from place.losses.pathology import pathology_loss
-from place.model import vision
+from place.model import text, vision
 from place.model.place import PlaceModel, build_model
 
 CPU = torch.device("cpu")
@@ -89,6 +89,39 @@ def test_compiled_encoders_give_the_same_outputs_and_gradients(attention: str) -
         torch.testing.assert_close(getattr(outputs, name), value, rtol=1e-4, atol=1e-5, msg=name)
     for ours, theirs in zip(compiled_gradients, gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_compiled_packed_reports_of_any_lengths_share_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one operator that attends to packed reports needs a GPU; here its definition stands in for it."""
+    plain, compiled = build(model={"attention": "sdpa"}), build(model={"attention": "sdpa"})
+    compiled.compile_encoders()
+    monkeypatch.setattr(text, "has_flash_varlen", lambda *_: True)
+    monkeypatch.setattr(backends, "has_flash_varlen", lambda *_: True)
+    monkeypatch.setattr(backends, "_attend_flash", attend_by_definition)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for seed in range(4):
+        batch = build_batch(5, seed=seed)
+        kept = plain.text(batch.token_ids_BT, batch.attention_BT, plain._pack(batch.attention_BT))
+        found = compiled.text(batch.token_ids_BT, batch.attention_BT, compiled._pack(batch.attention_BT))
+        torch.testing.assert_close(found.tokens_BTD, kept.tokens_BTD, rtol=1e-4, atol=1e-5)
+        gradients = []
+        for model, tokens in ((plain, kept), (compiled, found)):
+            tokens.tokens_BTD.square().sum().backward()
+            gradients.append([p.grad for p in model.text.parameters()])
+        for ours, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def attend_by_definition(q_PHD: Tensor, k_PHD: Tensor, v_PHD: Tensor, blocks: Blocks, scale: float) -> Tensor:
+    place_P = torch.arange(len(q_PHD))
+    owner_P = torch.bucketize(place_P, blocks.queries.starts_B1[1:].long(), right=True)
+    scores_HPP = torch.einsum("phd,qhd->hpq", q_PHD, k_PHD) * scale
+    weights_HPP = scores_HPP.masked_fill(owner_P[:, None] != owner_P, -1e9).softmax(-1)
+    return torch.einsum("hpq,qhd->phd", weights_HPP, v_PHD)
 
 
 @pytest.mark.parametrize("term", ["pathology", "correlation"])
