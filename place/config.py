@@ -317,7 +317,8 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """bf16 and fp16 are torch autocast over fp32 parameters, fp16 with a dynamic loss scale; losses are fp32 always."""
     compile: bool = False
-    """torch.compile for the image encoder, and the report encoder where reports are padded; not with ZeRO 3."""
+    """torch.compile for the encoders; not with ZeRO 3. Packed reports only where torch's flash attention runs (CUDA,
+    half precision, no dropout of attention weights)."""
     activation_checkpointing: bool = False
     """Recompute the encoders' activations in the backward pass."""
     wire_precision: Literal["fp32", "bf16"] = "fp32"

@@ -66,8 +66,9 @@ def patch_corr_loss(
 def choose_implementation(x_BND: Tensor, y_BNT: Tensor, loss: str, method: str) -> str:
     """`triton`, `chunked`, `gram` or `reference`.
 
-    `auto` takes `gram` for mean squares once N is at least twice D + Dt: it then does at most a third of the products.
-    What is tiled runs in Triton on a GPU, and in plain torch on a CPU, in fp64, or without Triton.
+    What is tiled runs in Triton on a GPU, and in plain torch on a CPU, in fp64, or without Triton. There `auto` takes
+    `gram` for mean squares once N is at least twice D + Dt: it then does at most a third of the products. On a GPU its
+    many small calls cost more than the products.
 
     Raises:
         ValueError: `gram` for another loss than `mse`.
@@ -75,14 +76,13 @@ def choose_implementation(x_BND: Tensor, y_BNT: Tensor, loss: str, method: str) 
     """
     if method == "gram" and loss != "mse":
         raise ValueError(f"patch_corr_loss: method 'gram' computes mse only, loss is '{loss}'; use auto or tiled")
-    wide = x_BND.shape[1] >= 2 * (x_BND.shape[2] + y_BNT.shape[2])
-    if method == "gram" or (method == "auto" and loss == "mse" and wide):
-        return "gram"
-    if method == "reference":
-        return "reference"
+    if method in ("gram", "reference"):
+        return method
     types = (*HALVES_AND_FLOAT, torch.int8, torch.uint8)
-    in_triton = x_BND.is_cuda and has_triton() and x_BND.dtype in HALVES_AND_FLOAT and y_BNT.dtype in types
-    return "triton" if in_triton else "chunked"
+    if x_BND.is_cuda and has_triton() and x_BND.dtype in HALVES_AND_FLOAT and y_BNT.dtype in types:
+        return "triton"
+    wide = x_BND.shape[1] >= 2 * (x_BND.shape[2] + y_BNT.shape[2])
+    return "gram" if method == "auto" and loss == "mse" and wide else "chunked"
 
 
 def _check_names(loss: str, beta: float, reduction: str, method: str) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from place.kernels import patch_correlation
 from place.kernels.patch_correlation import choose_implementation, patch_corr_loss
 from place.kernels.patch_correlation.autograd import patch_corr, patch_corr_gradient
 from place.kernels.patch_correlation.reference import Options
@@ -124,6 +126,13 @@ def test_auto_follows_the_documented_rule(shape: tuple[int, ...], loss: str, met
     batch, patches, width, target_width = shape
     x, y = torch.zeros(batch, patches, width), torch.zeros(batch, patches, target_width)
     assert choose_implementation(x, y, loss, method) == expected
+
+
+@pytest.mark.parametrize(("method", "expected"), [("auto", "triton"), ("gram", "gram"), ("tiled", "triton")])
+def test_on_a_gpu_auto_is_always_the_fused_kernel(method: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patch_correlation, "has_triton", lambda: True)
+    wide = SimpleNamespace(shape=(2, 768, 128), is_cuda=True, dtype=torch.bfloat16)
+    assert choose_implementation(wide, wide, "mse", method) == expected
 
 
 def test_gram_is_refused_for_what_it_cannot_do() -> None:
