@@ -328,31 +328,10 @@ def test_runs_are_relative_and_go_down_the_columns():
 def test_coco_boxes_and_masks_of_real_radiographs(real_data, tmp_path):
     """Lung boxes of 135 radiographs, and the lung masks of 26, by the protocol of the generic readers."""
     source = real_data / "covid-cxr"
-    layout = {
-        "tables": [{"file": "metadata.csv"}],
-        "image": "images/{filename}",
-        "patient": "{patientid}",
-        "view": "{view}",
-        "text": "{clinical_notes}",
-        "labels": [
-            {"column": "intubated", "names": {"intubated": "Y"}, "others": ["N"], "unknown": ["", "Not visible"]},
-        ],
-        "boxes": [
-            {"tables": [{"file": "lung_boxes.coco.json", "rename": {"file_name": "filename"}}],
-             "columns": ["x", "y", "w", "h"], "finding": "lung"},
-        ],
-        "masks": [{"kind": "file", "finding": "lungs", "file": "masks/{name}.lungs.png"}],
-    }  # fmt: skip
-    tree = {
-        "counts": {"all": {"images": 135, "boxes": 270}},
-        "prepare": {},
-        "layout": layout,
-        "tasks": {"retrieval": ["mrr"]},
-    }
-    protocol = write_protocol("rsna", tmp_path / "x", **tree)
-    config = parse_prepare(
-        "--protocol", protocol, "--input", source, "--output", tmp_path / "out", "--num-workers", 1, "--min-words", 1
-    )
+    labels = [{"column": "intubated", "names": {"intubated": "Y"}, "others": ["N"], "unknown": ["", "Not visible"]}]
+    layout = yaml.safe_load((PROTOCOLS / "covid_cxr.yaml").read_text())["layout"] | {"labels": labels}
+    protocol = write_protocol("covid_cxr", tmp_path / "x", layout=layout)
+    config = parse_prepare("--protocol", protocol, "--input", source, "--output", tmp_path / "out", "--num-workers", 1)
     card = run_prepare(config)
     assert card["counts"]["kept"] == 135
     assert card["label_counts"]["intubated"] == {"positive": 32, "negative": 20, "uncertain": 0, "unknown": 83}
