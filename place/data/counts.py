@@ -62,7 +62,7 @@ def check_counts(protocol: Protocol, store: Store, allowed: Collection[str]) -> 
     """Compare, and refuse what is not allowed by name.
 
     Returns:
-        For the card: `name`, `title`, `url`, `licence`, `tasks`, and `deviations` that were allowed.
+        For the card: `name`, `title`, `url`, `licence`, `tasks`, `peers`, and `deviations` that were allowed.
     Raises:
         RunError: a deviation that is not allowed.
     Source: ours.
@@ -72,6 +72,7 @@ def check_counts(protocol: Protocol, store: Store, allowed: Collection[str]) -> 
     return {
         **protocol.model_dump(include={"name", "title", "url", "licence"}),
         "tasks": {task: list(metrics) for task, metrics in protocol.tasks.items()},
+        "peers": [peer.model_dump() for peer in protocol.peers],
         "deviations": list(deviations.values()),
     }
 

@@ -30,7 +30,7 @@ PICTURES = {
     "segmentation": "Masks",
     "detection": "Boxes",
 }
-OWN_SECTIONS = ("findings", "chance")
+OWN_SECTIONS = ("findings", "chance", "peers")
 Table = dict[str, list[Any]]
 
 
@@ -120,6 +120,7 @@ def build_section(result: dict[str, Any]) -> dict[str, Any]:
         "chance": build_chance(result, name),
         "num_samples": result["num_samples"],
         "tables": build_tables(result),
+        "peers": result["protocol"].get("peers", []),
         "counts": counts if isinstance(counts, dict) else {},
         "protocol": [(show_name(key), list(list_lines(value))) for key, value in protocol.items()],
         **{key: result[key] for key in ("commit", "data_fingerprint", "checkpoint")},

@@ -158,13 +158,19 @@ def judge(
     results = {}
     for name in names:
         result = TASKS[name](task)
-        results[name] = result._replace(protocol=result.protocol | {"leaks": leaks})
+        results[name] = result._replace(protocol=result.protocol | list_peers(task.card, name) | {"leaks": leaks})
         write_result(folder, results[name], task, which)
     if task.has_reports:
         write_explanation(task, folder / "explain.png")
     title = f"Evaluation of {task.encoder.name} on data set {task.data_dir.resolve().name}"
     write_report(task, folder, title, list(TASKS))
     return results
+
+
+def list_peers(card: dict[str, Any], task: str) -> dict[str, list[dict[str, Any]]]:
+    """Scores of others at a task, as the protocol file of the data set tells them; nothing where it tells none."""
+    peers = [peer for peer in (card.get("protocol") or {}).get("peers", []) if peer["task"] == task]
+    return {"peers": peers} if peers else {}
 
 
 def find_offers(data_dir: Path, card: dict[str, Any], split: str) -> set[str]:

@@ -38,6 +38,8 @@ def print_results(results: dict[str, TaskResult], console: Console) -> None:
         console.print(_build_classification(result, pixels) if is_beside else build(result))
         for note in _list_notes(result) + ([f"pixels: {pixels.protocol['score']}"] if pixels and is_beside else []):
             console.print(f"  {note}", style="dim", highlight=False)
+        if peers := result.protocol.get("peers"):
+            console.print(_build_peers(peers))
         console.print()
     for note in _list_leaks(results):
         console.print(note, style="yellow", highlight=False, soft_wrap=True)
@@ -185,13 +187,23 @@ def _build_generation(result: TaskResult) -> Table:
 def _build_table(title: str, columns: Iterable[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
     for name in columns:
-        is_text = name in ("finding", "direction", "measure")
+        is_text = name in ("finding", "direction", "measure", "method", "score", "known from")
         table.add_column(
             name,
             justify="left" if is_text else "right",
             no_wrap=not is_text,
             style="dim" if name in (*MODES, "pixels") else None,
         )
+    return table
+
+
+def _build_peers(peers: list[dict[str, Any]]) -> Table:
+    """Scores of others, a row a method; each by its own protocol."""
+    kinds = list(dict.fromkeys(kind for peer in peers for kind in peer["values"]))
+    table = _build_table("others, each by its own protocol", ("method", "score", *kinds, "known from"))
+    for peer in peers:
+        cells = [f"{peer['values'][kind]:g}" if kind in peer["values"] else "" for kind in kinds]
+        table.add_row(peer["name"], peer["metric"], *cells, f"{peer['source']} ({peer['evidence']})")
     return table
 
 

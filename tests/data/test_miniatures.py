@@ -93,6 +93,7 @@ def test_nih_takes_classes_from_a_list_official_splits_and_boxes_of_its_own_tabl
     assert "0.125 of the training patients" in found.card["split_rule"]
     assert found.card["protocol"]["name"] == "nih"
     assert found.card["protocol"]["deviations"] == []
+    assert {"ConVIRT", "GLoRIA"} <= {peer["name"] for peer in found.card["protocol"]["peers"]}
 
 
 def test_rsna_joins_the_rows_of_an_image_to_one_label_its_boxes_and_a_mask_of_them(tmp_path):

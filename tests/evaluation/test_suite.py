@@ -90,6 +90,31 @@ def test_the_encoder_and_raw_pixels_stand_side_by_side(results):
     assert "pixel probe:" not in text
 
 
+def test_scores_of_others_stand_beside_those_of_their_task(run_dir, data_dir, tmp_path):
+    """As the protocol file tells them; on the screen, in the JSON and on the page."""
+    told = {"task": "retrieval", "metric": "R@5", "source": "its paper, table 2", "evidence": "measured"}
+    peers = [
+        {"name": "ConVIRT", "values": {"1 %": 61.5, "100 %": 70.0}} | told,
+        {"name": "GLoRIA", "values": {"100 %": 71.25}} | told,
+        {"name": "MedKLIP", "values": {"100 %": 1.0}} | told | {"task": "detection"},
+    ]
+    data = tmp_path / "data"
+    shutil.copytree(data_dir, data)
+    card = json.loads((data / "card.json").read_text())
+    (data / "card.json").write_text(json.dumps(card | {"protocol": {"peers": peers}}))
+    results = run_evaluation(run_dir, data, ["retrieval"], output=tmp_path / "out")
+    stream = io.StringIO()
+    print_results(results, Console(file=stream, width=100))
+    rows = [line.split() for line in stream.getvalue().splitlines()]
+    assert ["ConVIRT", "R@5", "61.5", "70", *["its", "paper,", "table", "2", "(measured)"]] in rows
+    assert ["GLoRIA", "R@5", "71.25", *["its", "paper,", "table", "2", "(measured)"]] in rows
+    assert json.loads((tmp_path / "out" / "retrieval.json").read_text())["protocol"]["peers"] == peers[:2]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "ConVIRT" in page
+    assert "1 %: 61.5, 100 %: 70" in page
+    assert "MedKLIP" not in page
+
+
 def test_a_data_set_without_labels_permits_what_reports_alone_can_tell(run_dir, unlabelled_dir, tmp_path):
     assert list(run_evaluation(run_dir, unlabelled_dir, ["all"], output=tmp_path)) == ["retrieval", "generation"]
     with pytest.raises(UsageError, match="'zero_shot' needs labels"):
