@@ -405,7 +405,7 @@ class GenerationConfig(Section):
     """Attention heads of the small decoder; they divide its width."""
     max_words: int = Field(80, ge=1)
     """Longest report that is learned or written, in words and stops (in tokens, with `decoder`)."""
-    steps: int = Field(300, ge=1)
+    steps: int = Field(1500, ge=1)
     """Training steps: the budget of time, counted so that the same seed writes the same reports."""
     batch_size: int = Field(16, ge=1)
     """Reports a training step sees."""
