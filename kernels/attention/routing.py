@@ -38,8 +38,8 @@ class Routed(TorchFunctionMode):
         if func is scaled_dot_product_attention:
             self.has_attended = True
             return self._attend(*args, **(kwargs or {}))
-        if func is conv2d and _takes_patches(*args, **(kwargs or {})):
-            return _multiply_patches(*args[:3])
+        if func is conv2d:
+            return _convolve(*args, **(kwargs or {}))
         if func is layer_norm and is_bf16(args[0].device.type):
             return _normalise(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -64,24 +64,21 @@ class Routed(TorchFunctionMode):
         return attend(query, key, value, where, self.backend, dropout_p, scale)
 
 
-def _takes_patches(
-    x: Tensor,
+def _convolve(
+    x_BCYX: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> bool:
-    """Whether a convolution reads each pixel of (B,C,Y,X) once, in patches that lie side by side."""
-    size = tuple(weight.shape[2:])
-    plain = padding in (0, (0, 0)) and dilation in (1, (1, 1)) and groups == 1
-    return plain and x.ndim == 4 and stride == size and x.shape[2] % size[0] == 0 and x.shape[3] % size[1] == 0
-
-
-def _multiply_patches(x_BCYX: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The convolution of `_takes_patches` as one product, (B,D,rows,columns); in memory the channels come last."""
-    (height, width), (batch, channels, y, x) = weight.shape[2:], x_BCYX.shape
+) -> Tensor:
+    """A convolution; as one product where it reads each pixel once, in patches that lie side by side."""
+    height, width = weight.shape[2:]
+    plain = padding in (0, (0, 0)) and dilation in (1, (1, 1)) and groups == 1 and x_BCYX.ndim == 4
+    if not plain or stride != (height, width) or x_BCYX.shape[2] % height or x_BCYX.shape[3] % width:
+        return conv2d(x_BCYX, weight, bias, stride, padding, dilation, groups)
+    batch, channels, y, x = x_BCYX.shape
     grid = x_BCYX.view(batch, channels, y // height, height, x // width, width).permute(0, 2, 4, 1, 3, 5)
     return linear(grid.flatten(3), weight.flatten(1), bias).permute(0, 3, 1, 2)
 

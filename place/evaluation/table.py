@@ -200,7 +200,9 @@ def _build_table(title: str, columns: Iterable[str]) -> Table:
 def _build_peers(peers: list[dict[str, Any]]) -> Table:
     """Scores of others, a row a method; each by its own protocol."""
     kinds = list(dict.fromkeys(kind for peer in peers for kind in peer["values"]))
-    table = _build_table("others, each by its own protocol and in the units of its source", ("method", "score", *kinds, "known from"))
+    table = _build_table(
+        "others, each by its own protocol and in the units of its source", ("method", "score", *kinds, "known from")
+    )
     for peer in peers:
         cells = [f"{peer['values'][kind]:g}" if kind in peer["values"] else "" for kind in kinds]
         table.add_row(peer["name"], peer["metric"], *cells, f"{peer['source']} ({peer['evidence']})")

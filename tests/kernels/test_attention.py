@@ -261,6 +261,9 @@ def test_a_routed_convolution_of_patches_is_a_product(
         out.square().sum().backward()
         results.append([out, *(p.grad.clone() for p in conv.parameters())])
     assert ("aten::convolution" not in operators.names) == is_product
+    with Routed("sdpa"):
+        named = torch.nn.functional.conv2d(image_BCYX, weight=conv.weight, bias=conv.bias, stride=stride)
+    torch.testing.assert_close(named, results[0][0])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
 
