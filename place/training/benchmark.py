@@ -259,9 +259,9 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write("benchmark: compiled and eager steps differ, nothing was timed:\n" + "\n".join(faults) + "\n")
         return 1
     flops = {name: count_flops(row["step"]) for name, row in alive.items() if name != LOOPED}
-    for name, row in alive.items():
-        kernels = list_kernels(row["step"], device) if name != LOOPED else []
-        row["kernels_ms"] = sum(time_ms for *_, time_ms in kernels)
+    for name, seen in alive.items():
+        kernels = list_kernels(seen["step"], device) if name != LOOPED else []
+        seen["kernels_ms"] = sum(time_ms for *_, time_ms in kernels)
         shown = [f"  {time_ms:8.3f} ms {calls:5d} x {key[:120]}" for key, calls, time_ms in kernels[: asked.kernels]]
         sys.stderr.write("".join(f"{line}\n" for line in [f"kernels of {name}", *shown] if shown))
     about = describe_run(device.type) | {"batch": asked.batch}
