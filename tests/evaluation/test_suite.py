@@ -111,7 +111,7 @@ def test_scores_of_others_stand_beside_those_of_their_task(run_dir, data_dir, tm
     assert json.loads((tmp_path / "out" / "retrieval.json").read_text())["protocol"]["peers"] == peers[:2]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "ConVIRT" in page
-    assert "1 %: 61.5, 100 %: 70" in page
+    assert "<span>1 %: 61.5,</span> <span>100 %: 70</span>" in page
     assert "MedKLIP" not in page
 
 
