@@ -169,7 +169,7 @@ def judge(
 
 def list_peers(card: dict[str, Any], task: str) -> dict[str, list[dict[str, Any]]]:
     """Scores of others at a task, as the protocol file of the data set tells them; nothing where it tells none."""
-    peers = [peer for peer in (card.get("protocol") or {}).get("peers", []) if peer["task"] == task]
+    peers = [peer for peer in card.get("protocol", {}).get("peers", []) if peer["task"] == task]
     return {"peers": peers} if peers else {}
 
 

@@ -331,7 +331,8 @@ def test_coco_boxes_and_masks_of_real_radiographs(real_data, tmp_path):
     source = real_data / "covid-cxr"
     labels = [{"column": "intubated", "names": {"intubated": "Y"}, "others": ["N"], "unknown": ["", "Not visible"]}]
     layout = yaml.safe_load((PROTOCOLS / "covid_cxr.yaml").read_text())["layout"] | {"labels": labels}
-    protocol = write_protocol("covid_cxr", tmp_path / "x", layout=layout)
+    counts = {"all": {"images": 135, "boxes": 270}}
+    protocol = write_protocol("covid_cxr", tmp_path / "x", layout=layout, counts=counts)
     config = parse_prepare("--protocol", protocol, "--input", source, "--output", tmp_path / "out", "--num-workers", 1)
     card = run_prepare(config)
     assert card["counts"]["kept"] == 135
