@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shlex
 import sys
@@ -26,6 +27,7 @@ from place.cluster.scaling_model import (
     fit_resampled,
     predict_interval,
 )
+from place.cluster.slurm_job import run_slurm_job
 from pydantic import Field
 
 from place.config import Config, RunError, Section, UsageError, build_config, dump_config, read_section
@@ -76,9 +78,9 @@ class ScaleConfig(Section):
     probes: tuple[Literal["synthetic", "loader", "alone"], ...] = ("synthetic", "loader", "alone")
     """Rows beside the full run of each rung."""
     launcher: Literal["ray", "slurm"] = "ray"
-    """`slurm` submits each rung by slurm/pretrain.sh and waits for it; PLACE_SBATCH holds more words for sbatch."""
+    """`slurm` submits slurm/pretrain.sh for each run and waits for it; PLACE_SBATCH holds more words for sbatch."""
     timeout_s: float = Field(3600, gt=0)
-    """Longest run of a rung, in seconds."""
+    """Longest run of a rung, in seconds; by Slurm its time limit, in whole minutes."""
     peak_tflops: float | None = Field(None, gt=0)
     """Dense peak of one worker's device in the precision of the run; none leaves out MFU."""
     network: Network | None = None
@@ -178,7 +180,7 @@ def run_ladder(scale: ScaleConfig, base: Path, say: Callable[[str], None]) -> di
     jobs = plan_jobs(scale, base)
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for number, job in enumerate(jobs, start=1):
-        record = run_job(job, scale)
+        record = run_job(job, scale, say)
         found.setdefault((job.name, job.probe), []).append(record)
         rate = f"{np.median(record['samples_per_s']):,.1f} pairs/s" if record["samples_per_s"] else record["reason"]
         say(f"{number}/{len(jobs)}  {job.name}, {job.probe}: {rate}")
@@ -197,7 +199,7 @@ def run_ladder(scale: ScaleConfig, base: Path, say: Callable[[str], None]) -> di
     }
 
 
-def run_job(job: Job, scale: ScaleConfig) -> dict[str, Any]:
+def run_job(job: Job, scale: ScaleConfig, say: Callable[[str], None]) -> dict[str, Any]:
     """Run one run, or read what an earlier call measured; one that failed before is tried again.
 
     Returns: `reason` (empty where it went well) and, step by step behind the warm-up, `samples_per_s`, `step_s`,
@@ -215,27 +217,29 @@ def run_job(job: Job, scale: ScaleConfig) -> dict[str, Any]:
     job.folder.mkdir(parents=True, exist_ok=True)
     config = job.folder / "config.yaml"
     config.write_text(dump_config(job.config))
-    began, reason, command = time.time(), "", build_command(job, scale, config)
+    began, reason, log = time.time(), "", job.folder / "log"
     try:
-        run_logged(command, job.folder / "log", scale.timeout_s)
+        if scale.launcher == "slurm":
+            began = run_slurm_job(build_batch(job, scale, config), log, say)
+        else:
+            run_logged([sys.executable, "-m", "place", "pretrain", "--config", str(config)], log, scale.timeout_s)
     except RunError as error:
         reason = str(error)
-    except FileNotFoundError:
-        raise UsageError(f"{command[0]} is not installed here; take launcher=ray, or start on a login node") from None
     record = {"reason": reason, **read_steps(run, scale, job.config, began)}
     if not reason and not record["samples_per_s"]:
-        record["reason"] = f"no step behind the warm-up was logged ({job.folder / 'log'})"
+        record["reason"] = f"no step behind the warm-up was logged ({log})"
     write_kept(path, key, record)
     return record
 
 
-def build_command(job: Job, scale: ScaleConfig, config: Path) -> list[str]:
-    """What starts a run and waits for its end."""
-    if scale.launcher == "slurm":
-        nodes = 1 if job.probe == "alone" else job.rung.nodes or job.rung.workers
-        extra = shlex.split(os.environ.get("PLACE_SBATCH", ""))
-        return ["sbatch", "--wait", f"--nodes={nodes}", "--no-requeue", *extra, str(SLURM_SCRIPT), str(config)]
-    return [sys.executable, "-m", "place", "pretrain", "--config", str(config)]
+def build_batch(job: Job, scale: ScaleConfig, config: Path) -> list[str]:
+    """What follows `sbatch` for a run: the job's own limits, those of the site, the script and its arguments."""
+    nodes = 1 if job.probe == "alone" else job.rung.nodes or job.rung.workers
+    # Slurm keeps the time: what a job waits in the queue does not count.
+    limits = [f"--nodes={nodes}", "--no-requeue", f"--time={math.ceil(scale.timeout_s / 60)}"]
+    site = shlex.split(os.environ.get("PLACE_SBATCH", ""))
+    # The script would take every GPU of its nodes.
+    return [*limits, *site, str(SLURM_SCRIPT), str(config), f"cluster.num_workers={job.config.cluster.num_workers}"]
 
 
 def read_steps(run: Path, scale: ScaleConfig, config: Config, began: float) -> dict[str, Any]:

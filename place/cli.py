@@ -571,6 +571,8 @@ def scale(arguments: argparse.Namespace) -> int:
 
     path = Path(arguments.config)
     asked = load_scale(path, arguments.overrides)
+    # Told to end, it takes the job of the rung with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED))
     results = run_ladder(asked, path.parent / asked.base, partial(print, flush=True))
     page = write_results(Path(asked.folder), f"Scaling of {path.stem}", results)
     print_scaling(results, list(list_faults(results["rows"])))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -51,5 +52,10 @@ def run_logged(command: list[str], log: Path, timeout_s: float | None = None, **
     except subprocess.TimeoutExpired:
         raise RunError(f"not done after {timeout_s:g} s ({log})") from None
     if code:
-        last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "no output")
-        raise RunError(f"ended with {code}: {last} ({log})")
+        raise RunError(f"ended with {code}: {find_last_line(log)} ({log})")
+
+
+def find_last_line(log: Path, noise: re.Pattern[str] = re.compile("$")) -> str:
+    """The last line of a log that is not empty and does not begin as `noise` does, or `no output`."""
+    lines = reversed(log.read_text().splitlines())
+    return next((line for line in lines if line.strip() and not noise.match(line)), "no output")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from place.cluster import scaling
-from place.cluster.scaling import RungConfig, build_command, list_faults, load_scale, name_rung, plan_jobs, run_job
+from place.cluster.scaling import RungConfig, build_batch, list_faults, load_scale, name_rung, plan_jobs, run_job
 from place.cluster.scaling_model import Point, compute_rounds, fit, fit_resampled, predict_interval
 
 from place.cli import main
@@ -124,21 +124,30 @@ def test_strong_and_weak_scaling_share_out_the_batch(tmp_path: Path) -> None:
         assert (jobs["alone"].train.global_batch, jobs["alone"].cluster.num_workers) == (alone, 1)
 
 
-def test_a_rung_by_slurm_is_a_job_that_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rung_by_slurm_is_a_job_of_its_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLACE_SBATCH", "--account=x --time=1:00:00")
-    scale = load_scale(
-        write_ladder(tmp_path, rungs=[{"workers": 16, "nodes": 2}], launcher="slurm"), ["train.epochs=3"]
-    )
-    scale = scale.model_copy(update={"scaling": "weak"})
-    command = build_command(plan_jobs(scale, Path(TINY))[0], scale, tmp_path / "c.yaml")
-    assert command[:5] == ["sbatch", "--wait", "--nodes=2", "--no-requeue", "--account=x"]
-    assert Path(command[-2]).is_file()
+    rung = {"workers": 6, "nodes": 2}
+    scale = load_scale(write_ladder(tmp_path, rungs=[rung], probes=["alone"], launcher="slurm", timeout_s=90))
+    full, alone = (build_batch(job, scale, tmp_path / "c.yaml") for job in plan_jobs(scale, Path(TINY)))
+    assert full[:5] == ["--nodes=2", "--no-requeue", "--time=2", "--account=x", "--time=1:00:00"]
+    assert Path(full[-3]).is_file()
+    # pretrain.sh would take all GPUs of its nodes; what comes behind the config wins.
+    assert full[-2:] == [str(tmp_path / "c.yaml"), "cluster.num_workers=6"]
+    assert (alone[0], alone[-1]) == ("--nodes=1", "cluster.num_workers=1")
 
 
-def test_a_rung_that_takes_too_long_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_slurm_a_ladder_of_jobs_is_one_line(
+    tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path = write_ladder(tmp_path, launcher="slurm")
+    assert main(["scale", "--config", str(path), f"data.path={prepared}"]) == 2
+    assert "sbatch is not installed here; take launcher=ray" in capsys.readouterr().err
+
+
+def test_a_rung_that_takes_too_long_is_a_row(tmp_path: Path) -> None:
     scale = load_scale(write_ladder(tmp_path, timeout_s=0.2))
-    monkeypatch.setattr(scaling, "build_command", lambda *_: ["sleep", "5"])
-    assert "not done after 0.2 s" in run_job(plan_jobs(scale, Path(TINY))[0], scale)["reason"]
+    assert "not done after 0.2 s" in run_job(plan_jobs(scale, Path(TINY))[0], scale, print)["reason"]
 
 
 @pytest.mark.parametrize(

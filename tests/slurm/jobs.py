@@ -79,10 +79,15 @@ class Job:
 
     def read_workers(self) -> list[dict[str, Any]]:
         """Host and process id of each rank of the newest attempt."""
-        return [record for record in read_jsonl(self.run / "attempts.jsonl") if "workers" in record][-1]["workers"]
+        return read_workers(self.run)
 
     def count_attempts(self) -> int:
         return sum("workers" in record for record in read_jsonl(self.run / "attempts.jsonl"))
+
+
+def read_workers(run: Path) -> list[dict[str, Any]]:
+    """Host and process id of each rank of the newest attempt of a run."""
+    return [record for record in read_jsonl(run / "attempts.jsonl") if "workers" in record][-1]["workers"]
 
 
 def are_all_idle(rig: Rig) -> bool:

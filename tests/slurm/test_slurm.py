@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import yaml
 from rig.rig import ROOT, Rig, wait_until
 from slurm.jobs import (
     SITE,
@@ -23,6 +24,7 @@ from slurm.jobs import (
     assert_curve,
     assert_exact_samples,
     note_figure,
+    read_workers,
 )
 from training.runs import embed
 
@@ -89,6 +91,49 @@ def test_a_ladder_of_node_counts_is_submitted_and_every_rung_has_the_same_curve(
         assert rig.wait_for_end(number, 600)["JobState"] == "COMPLETED", job.read_log()
     for count in (1, 2):
         assert_curve(tmp_path / f"nodes_{count}", alone, rel=1e-4)
+
+
+def test_a_measured_ladder_runs_each_rung_as_a_job_and_one_that_is_cancelled_is_a_row(
+    rig: Rig, pairs: Path, tmp_path: Path
+) -> None:
+    rungs = [{"workers": 3}, {"workers": 2, "nodes": 1}, {"workers": 3, "nodes": 9, "name": "too large"}]
+    rungs += [{"workers": 2, "name": "wrong", "config": ["train.global_batch=47"]}]
+    ladder = {"base": str(Job(rig, pairs, tmp_path).config), "folder": str(tmp_path / "scale"), "launcher": "slurm"}
+    ladder |= {"rungs": rungs, "probes": [], "steps": 12, "warmup_steps": 4}
+    path = tmp_path / "ladder.yaml"
+    path.write_text(yaml.safe_dump(ladder))
+    log = tmp_path / "scale.log"
+    words = (sys.executable, "-m", "place", "scale", "--config", str(path))
+    environ = {"PLACE_SBATCH": " ".join(SITE), "SLURM_CONF": str(rig.folder / "rig" / "slurm.conf")}
+    started = rig.start_on("ctl", *words, log=log, **environ)
+
+    def is_second_queued() -> bool:
+        assert started.poll() is None, log.read_text()
+        return log.read_text().count("is queued") == 2
+
+    wait_until(is_second_queued, 300, "the second job", log)
+    rig.ctl("scancel", re.findall(r"job (\d+) is queued", log.read_text())[1])
+    assert started.wait(600) == 1, log.read_text()
+    results = json.loads((tmp_path / "scale" / "scaling.json").read_text())
+    rows = {row["rung"]: row for row in results["rows"]}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "3 workers": "ok",
+        "2 workers": "failed",
+        "too large": "failed",
+        "wrong": "failed",
+    }
+    assert "ended CANCELLED" in rows["2 workers"]["reason"]
+    assert rows["too large"]["reason"].endswith("cannot start here: PartitionConfig")
+    assert "ended FAILED, 2: place pretrain: train.global_batch=47 is not divisible by 2 workers" in rows["wrong"]["reason"]
+    assert rig.ctl("squeue", "-h") == ""
+    assert rows["3 workers"]["unexplained"] < 0.1
+    assert 0 < rows["3 workers"]["start_s"] < 100
+    assert [worker["host"] for worker in read_workers(tmp_path / "scale/3_workers/full0/run")] == rig.names
+    again = rig.ctl(*words, check=False, **environ)
+    assert again.count("is queued") == 3, "what was measured was done again"
+    hosts = [worker["host"] for worker in read_workers(tmp_path / "scale/2_workers/full0/run")]
+    assert (len(hosts), len(set(hosts))) == (2, 1), "pretrain.sh counted the nodes"
+    assert rig.list_leftovers() == []
 
 
 def test_doctor_looks_at_all_nodes_of_an_allocation(rig: Rig, pairs: Path, tmp_path: Path) -> None:
