@@ -415,6 +415,10 @@ class GenerationConfig(Section):
     """Training images, the first by hash; their tokens are held in memory."""
     beams: int = Field(3, ge=1)
     """Beams of the search."""
+    chexbert: str | None = None
+    """Folder with `chexbert.pth` and the config.json and tokenizer of bert-base-uncased: F1 by CheXbert as well."""
+    radgraph: str | None = None
+    """Folder of a RadGraph model, called `radgraph` or `radgraph-xl`, with weights.th: RadGraph F1 as well."""
     seed: int = 0
     """Seed of weights and batches."""
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from place.config import UsageError
 from place.data.prepared import read_samples
 from place.evaluation.encoder import build_study, encode_visual, get_units, read_units, take
-from place.evaluation.generation_metrics import TOKENS, score_reports
+from place.evaluation.generation_metrics import TOKENS, load_judges, score_reports
 from place.evaluation.labeler import hash_rules
 from place.evaluation.metrics import Metric, TaskResult
 from place.evaluation.report_decoder import Pairs, ReportDecoder, Visual, train_decoder
@@ -28,6 +28,12 @@ BASELINES = {
     "nearest": "the report of the training image with the nearest pooled feature (cosine): retrieval",
     "most_frequent": "the most frequent training report for every image: never sees the image",
     "shuffled": "the generator's own reports, each judged by the next image's reference: as good if it looks at none",
+}
+
+JUDGED_BY = {
+    "chexbert": "F1 of the findings that CheXbert reads in both texts; uncertain counts as there, as in f1chexbert",
+    "radgraph": "F1 of RadGraph's entities (simple), of entities and whether they have a relation (partial, which most "
+    "papers call RadGraph F1) and of entities with their relations (complete), mean over reports",
 }
 
 
@@ -49,6 +55,7 @@ def run_generation(task: Task) -> TaskResult:
     config, data = task.evaluation.generation, task.run.config.data
     if task.split == data.train_split:
         raise UsageError(f"generation: split '{task.split}' is what the decoder is trained on; judge another one")
+    judges = load_judges(config)
     train, val, test = (
         _read_split(task, split, limit)
         for split, limit in ((data.train_split, config.max_train), (data.val_split, MAX_VAL), (task.split, None))
@@ -60,12 +67,16 @@ def run_generation(task: Task) -> TaskResult:
     written = {"generated": _write_all(task, decoder, test.pairs.visual)} | write_baselines(train, test)
     judged = {"shuffled": np.roll(written["generated"], 1).tolist(), **written}
     units = get_units(read_units(task.data_dir, task.split), test.sample_ids)
-    scores = {name: score_reports(texts, reference, units, task.evaluation.bootstrap) for name, texts in judged.items()}
+    scores = {
+        name: score_reports(texts, reference, units, task.evaluation.bootstrap, judges=judges)
+        for name, texts in judged.items()
+    }
     trained_on = (
         f"{len(train.sample_ids)} images of '{data.train_split}', at most {config.max_train}, first by hash; "
         f"stopped on '{data.val_split}' at step {step} of {config.steps}"
     )
     protocol = {"decoder": origin, "trained_on": trained_on, "settings": config.model_dump()} | _describe(scores)
+    protocol |= {name: text for name, text in JUDGED_BY.items() if getattr(judges, name) is not None}
     rows = {"sample_id": test.sample_ids, "reference": reference, **written}
     return TaskResult("generation", merge_scores(scores), protocol, len(reference), rows)
 

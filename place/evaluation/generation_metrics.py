@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from place.config import UsageError
+from place.config import GenerationConfig, UsageError
+from place.evaluation.chexbert import CheXbert
 from place.evaluation.labeler import COMPETITION, OBSERVATIONS, POSITIVE, build_labeler
 from place.evaluation.metrics import Array, Metric, compute_means, draw_weights, summarize
+from place.evaluation.radgraph_f1 import RadGraphF1
 
 MAX_ORDER = 4
 TOKENS = "lower case, words and numbers, no punctuation"
@@ -38,8 +40,28 @@ def tokenize(text: str) -> list[str]:
     return _TOKEN.findall(text.lower())
 
 
+class Judges(NamedTuple):
+    """Models that judge as well, where the user has their weights."""
+
+    chexbert: CheXbert | None = None
+    radgraph: RadGraphF1 | None = None
+
+
+def load_judges(config: GenerationConfig) -> Judges:
+    """The judges whose folders are given. Raises UsageError."""
+    return Judges(
+        CheXbert(config.chexbert) if config.chexbert is not None else None,
+        RadGraphF1(config.radgraph) if config.radgraph is not None else None,
+    )
+
+
 def score_reports(
-    generated: Sequence[str], references: Sequence[str], unit_B: Array, bootstrap: int, seed: int = 0
+    generated: Sequence[str],
+    references: Sequence[str],
+    unit_B: Array,
+    bootstrap: int,
+    seed: int = 0,
+    judges: Judges | None = None,
 ) -> dict[str, Metric]:
     """Judge generated reports, one reference each.
 
@@ -47,7 +69,8 @@ def score_reports(
         unit_B: patient of each report; patients are resampled.
         bootstrap: resamples; 0 gives no intervals.
     Returns: bleu_1 to bleu_4, meteor, rouge_l (0 to 1), cider (0 to 10), then f1_micro_14, f1_macro_14, f1_micro_5 and
-        f1_macro_5; the document frequencies of CIDEr are those of all references in every resample.
+        f1_macro_5, with the judges chexbert_f1_micro_14 and so on and radgraph_simple, radgraph_partial and
+        radgraph_complete; the document frequencies of CIDEr are those of all references in every resample.
     Raises:
         UsageError: fewer than two reports, or not as many generated ones as references.
     Source: quoted (pycocoevalcap; NLTK) for the scores; the resampling and the findings are ours.
@@ -63,6 +86,13 @@ def score_reports(
     per_report = {"meteor": compute_meteor(*texts), "rouge_l": compute_rouge_l(*texts), "cider": compute_cider(*texts)}
     values |= {name: compute_means(value_B, weight_RB) for name, value_B in per_report.items()}
     values |= compute_finding_f1(label_reports(generated), label_reports(references), weight_RB)
+    chexbert, radgraph = judges or Judges()
+    if chexbert is not None:
+        found = compute_finding_f1(chexbert.find_positive(generated), chexbert.find_positive(references), weight_RB)
+        values |= {f"chexbert_{name}": value_R for name, value_R in found.items()}
+    if radgraph is not None:
+        for level, value_B in radgraph.score(generated, references).items():
+            values[f"radgraph_{level}"] = compute_means(value_B, weight_RB)
     return {name: summarize(float(value_R[0]), value_R[1:]) for name, value_R in values.items()}
 
 

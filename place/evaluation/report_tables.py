@@ -12,7 +12,7 @@ MEAN, CHANCE = "mean", "chance"
 WORDS = {
     "auroc": "AUROC", "auprc": "AUPRC", "map": "mAP", "ap": "AP", "iou": "IoU", "miou": "mIoU", "cnr": "CNR",
     "bleu": "BLEU", "meteor": "METEOR", "rouge": "ROUGE", "cider": "CIDEr", "f1": "F1", "ece": "ECE", "l": "L",
-    "dice": "Dice", "mrr": "MRR",
+    "dice": "Dice", "mrr": "MRR", "chexbert": "CheXbert", "radgraph": "RadGraph",
 }  # fmt: skip
 
 

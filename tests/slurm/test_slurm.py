@@ -124,7 +124,10 @@ def test_a_measured_ladder_runs_each_rung_as_a_job_and_one_that_is_cancelled_is_
     }
     assert "ended CANCELLED" in rows["2 workers"]["reason"]
     assert rows["too large"]["reason"].endswith("cannot start here: PartitionConfig")
-    assert "ended FAILED, 2: place pretrain: train.global_batch=47 is not divisible by 2 workers" in rows["wrong"]["reason"]
+    assert (
+        "ended FAILED, 2: place pretrain: train.global_batch=47 is not divisible by 2 workers"
+        in rows["wrong"]["reason"]
+    )
     assert rig.ctl("squeue", "-h") == ""
     assert rows["3 workers"]["unexplained"] < 0.1
     assert 0 < rows["3 workers"]["start_s"] < 100
