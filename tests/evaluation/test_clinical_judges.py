@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from place.config import GenerationConfig, UsageError
-from place.evaluation.chexbert import CLASSES, HEADS, CheXbert
+from place.evaluation.chexbert import HEADS, CheXbert
 from place.evaluation.generation_metrics import load_judges, score_reports
 from place.evaluation.labeler import OBSERVATIONS
 from place.evaluation.radgraph_f1 import LEVELS, RadGraphF1
@@ -135,9 +135,19 @@ def test_chexbert_reads_each_report_as_its_heads_do(chexbert: tuple[Path, nn.Mod
         with torch.no_grad():
             first = modules["bert"](ids).last_hidden_state[0, 0]
             best = [int(head(first).argmax()) for head in modules["linear_heads"]]
-        assert [labels[name] for name in HEADS] == [CLASSES[number] for number in best]
+        assert [labels[name] for name in HEADS] == [(None, 1, 0, -1)[number] for number in best]
     values = {value for labels in found for value in labels.values()}
     assert values == {None, 1, 0, -1}, "the weights tell nothing of the classes"
+
+
+def test_padding_changes_nothing_in_chexbert(chexbert: tuple[Path, nn.ModuleDict]) -> None:
+    judge = CheXbert(str(chexbert[0]))
+    together = judge.tokenizer(REPORTS, padding=True, return_tensors="pt")
+    alone = judge.tokenizer(REPORTS[1], return_tensors="pt")
+    assert together["input_ids"].shape[1] > alone["input_ids"].shape[1]
+    padded, plain = (judge(read["input_ids"], read["attention_mask"]) for read in (together, alone))
+    for head, expected in zip(padded, plain, strict=True):
+        torch.testing.assert_close(head[1:2], expected)
 
 
 def test_chexbert_cuts_a_long_report(chexbert: tuple[Path, nn.ModuleDict]) -> None:
