@@ -14,6 +14,8 @@ PANELS = {
     "Temperatures": (("temperature_instance", "temperature_pathology"), "none"),
     "Learning rate": (("lr",), "none"),
     "Peak memory of rank 0": (("memory_mib",), "mbytes"),
+    "GPU utilisation": (("gpu_utilisation",), "percent"),
+    "GPU power of all workers": (("gpu_power_w",), "watt"),
     "Lag of the last rank": (("lag_s",), "s"),
     "Step": (("step",), "none"),
 }

@@ -203,7 +203,7 @@ def run_job(job: Job, scale: ScaleConfig, say: Callable[[str], None]) -> dict[st
     """Run one run, or read what an earlier call measured; one that failed before is tried again.
 
     Returns: `reason` (empty where it went well) and, step by step behind the warm-up, `samples_per_s`, `step_s`,
-        `phase_s`, `lag_s`, `sent_mib`, `loss`; `memory_mib`, `start_s`.
+        `phase_s`, `lag_s`, `sent_mib`, `power_w`, `loss`; `memory_mib`, `start_s`.
     """
     key = hashlib.sha256(f"{dump_config(job.config)}{scale.steps}{scale.warmup_steps}".encode()).hexdigest()
     path = job.folder / "measured.json"
@@ -256,6 +256,7 @@ def read_steps(run: Path, scale: ScaleConfig, config: Config, began: float) -> d
         "lag_s": [step["lag_s"] for step in steps if "lag_s" in step],
         "sent_mib": [step["sent_mib"] for step in steps if "sent_mib" in step],
         "loss": [record["total"] for record in records if "total" in record],
+        "power_w": [step["gpu_power_w"] for step in steps if "gpu_power_w" in step],
         "memory_mib": max((step.get("memory_mib", 0) for step in steps), default=0),
         "start_s": round(records[0]["time"] - began, 2) if records else None,
     }
@@ -307,6 +308,8 @@ def _summarize(records: list[dict[str, Any]], workers: int) -> dict[str, Any]:
     exposed = [phase.get("gather", 0.0) + phase.get("communication", 0.0) for phase in phases]
     lags = [value for record in records for value in record["lag_s"]]
     sent = [value for record in records for value in record["sent_mib"]]
+    # What an earlier version measured is kept, without power.
+    power_w = [value for record in records for value in record.get("power_w", [])]
     return {
         "runs": len(records),
         "steps": len(rates),
@@ -321,6 +324,7 @@ def _summarize(records: list[dict[str, Any]], workers: int) -> dict[str, Any]:
         "memory_mib": max(record["memory_mib"] for record in records) or None,
         "start_s": float(np.median([record["start_s"] for record in records])),
         "worker_hours_per_million": 1e6 * workers / median / 3600,
+        "kwh_per_million": float(np.mean(power_w)) * 1e6 / median / 3.6e6 if power_w else None,
     }
 
 

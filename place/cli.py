@@ -126,7 +126,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         default="all",
         help="comma list of zero_shot, retrieval, classification, pixel_probe, grounding, segmentation, detection, "
-        "generation; or all that the data set permits; finetune, which trains the encoder, by name only",
+        "generation; or all that the data set permits; finetune and finetune_segmentation, which train the encoder, "
+        "by name only",
     )
     parser.add_argument("--split", default="test", help="split that is judged")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a folder name such as step_00000100")

@@ -464,9 +464,11 @@ class EvaluationConfig(Section):
     label_subsets: int = Field(3, ge=1)
     """classification, finetune: random subsets of patients behind each share below 1."""
     segmentation_head: Literal["setr", "upernet"] = "setr"
-    """segmentation: head on the patch tokens, SETR-PUP (as MGCA) or UperNet (as BenchX)."""
+    """segmentation, finetune_segmentation: head on the patch tokens, SETR-PUP (as MGCA) or UperNet (as BenchX)."""
+    max_train_images: int | None = Field(2000, ge=1)
+    """segmentation, finetune_segmentation, detection: most training images, the first by hash; none takes all."""
     folds: int = Field(0, ge=0)
-    """segmentation: folds of a cross-validation by patient over all splits; 0 trains on one split, judges another."""
+    """segmentation, finetune_segmentation: folds of patients over all splits; 0 trains on one split, judges another."""
     allow_leaks: list[str] = []
     """Overlaps that are allowed, and then written into the results, such as pretraining.image."""
     pretraining: list[str] = []
@@ -482,7 +484,7 @@ class EvaluationConfig(Section):
     generation: GenerationConfig = GenerationConfig()
     """generation: the decoder that writes reports."""
     finetune: FinetuneConfig = FinetuneConfig()
-    """finetune: how the whole encoder is trained."""
+    """finetune, finetune_segmentation: how the whole encoder is trained."""
 
     @field_validator("label_shares")
     @classmethod

@@ -197,7 +197,12 @@ def test_what_was_not_recorded_or_is_zero_is_named_and_not_drawn(restarted: Path
     titles = [panel.title for panels in charted.groups.values() for panel in panels]
     assert titles == ["Total loss", "Gradient norm", "Throughput", "How much later the last rank comes"]
     said = "; ".join(charted.left_out)
-    for words in ("Tokens: patches with words: 0 throughout", "Learning rate: not recorded", "GPU utilisation of rank"):
+    left_out = (
+        "Tokens: patches with words: 0 throughout",
+        "Learning rate: not recorded",
+        "GPU utilisation, mean of the",
+    )
+    for words in left_out:
         assert words in said
     lines = {line.name: line.x for line in charted.groups["Losses"][0].lines}
     assert lines == {"train": [10, 20, 30, 40, 50, 60], "validation": [30, 60], "done again later": [30, 40, 50]}
@@ -320,5 +325,5 @@ def test_a_real_run_that_failed_and_went_on_is_reported(
     page = write_report(run).read_text()
     assert len(list(read_charts(page))) == 13
     assert "failed: the host lost a memory bank" in page
-    assert "GPU utilisation of rank 0: not recorded" in page
+    assert "GPU utilisation, mean of the workers: not recorded" in page
     assert "Resident memory of rank 0 over steps" in page

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import cv2
 import numpy as np
 import torch
@@ -37,26 +39,59 @@ def eval_transform(image_YX: Grey, size_px: int, mean: float, std: float) -> Ten
     return _map_greys(resized, (_GREYS - mean) / std)
 
 
-def train_transform(
-    image_YX: Grey, size_px: int, mean: float, std: float, augment: AugmentConfig, rng: np.random.Generator
-) -> Tensor:
-    """Random crop, rotation, intensity, fp32 (1,size,size); never a flip: reports say left and right. Source: ours."""
-    crop_px = min(image_YX.shape) * np.sqrt(rng.uniform(augment.crop_scale_min, 1))
+class Warp(NamedTuple):
+    """A square crop that is turned: its side in pixels of the image, the angle in degrees, its centre in pixels."""
+
+    crop_px: float
+    angle: float
+    centre_x: float
+    centre_y: float
+
+
+def draw_warp(shape: tuple[int, ...], augment: AugmentConfig, rng: np.random.Generator) -> Warp:
+    """Draw a crop that lies within an image of a shape (Y,X), and an angle."""
+    crop_px = min(shape) * np.sqrt(rng.uniform(augment.crop_scale_min, 1))
     angle = rng.uniform(-augment.rotation_deg, augment.rotation_deg)
-    centre_x, centre_y = (crop_px / 2 + rng.uniform(0, 1) * (side - crop_px) for side in image_YX.shape[::-1])
-    image_YX, shrink = _shrink_before_warp(image_YX, crop_px / size_px)
-    zoom = size_px / (crop_px * shrink)
-    matrix = cv2.getRotationMatrix2D((centre_x * shrink, centre_y * shrink), angle, zoom)
-    matrix[:, 2] += size_px / 2 - np.array([centre_x, centre_y]) * shrink
-    warped = cv2.warpAffine(
-        image_YX, matrix, (size_px, size_px), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-    )
+    centre_x, centre_y = (crop_px / 2 + rng.uniform(0, 1) * (side - crop_px) for side in shape[::-1])
+    return Warp(crop_px, angle, centre_x, centre_y)
+
+
+def train_transform(
+    image_YX: Grey,
+    size_px: int,
+    mean: float,
+    std: float,
+    augment: AugmentConfig,
+    rng: np.random.Generator,
+    warp: Warp | None = None,
+) -> Tensor:
+    """Random crop, rotation, intensity, fp32 (1,size,size); never a flip: reports say left and right.
+
+    Args:
+        warp: crop and rotation, where they were drawn before; none draws them.
+    Source: ours.
+    """
+    warped = _apply(warp or draw_warp(image_YX.shape, augment, rng), image_YX, size_px, cv2.BORDER_REPLICATE)
     contrast, brightness = 1 + rng.uniform(-1, 1, 2) * augment.intensity
     middle = cv2.mean(warped)[0] / 255
     return _map_greys(warped, ((_GREYS - middle) * contrast + middle * brightness - mean) / std)
 
 
-def _shrink_before_warp(image_YX: Grey, ratio: float) -> tuple[Grey, float]:
+def warp_mask(mask_YX: NDArray[np.bool_], size_px: int, warp: Warp) -> NDArray[np.bool_]:
+    """A mask (Y,X) as the image that it belongs to: bool (size,size), nothing beyond the image's border."""
+    return _apply(warp, mask_YX.astype(np.float32), size_px, cv2.BORDER_CONSTANT) >= 0.5
+
+
+def _apply(warp: Warp, image_YX: NDArray[Any], size_px: int, border: int) -> NDArray[Any]:
+    image_YX, shrink = _shrink_before_warp(image_YX, warp.crop_px / size_px)
+    zoom = size_px / (warp.crop_px * shrink)
+    centre = np.array([warp.centre_x, warp.centre_y]) * shrink
+    matrix = cv2.getRotationMatrix2D((centre[0], centre[1]), warp.angle, zoom)
+    matrix[:, 2] += size_px / 2 - centre
+    return cv2.warpAffine(image_YX, matrix, (size_px, size_px), flags=cv2.INTER_LINEAR, borderMode=border)
+
+
+def _shrink_before_warp(image_YX: NDArray[Any], ratio: float) -> tuple[NDArray[Any], float]:
     """Area-average first where bilinear sampling would alias."""
     if ratio < 1.5:
         return image_YX, 1.0

@@ -16,11 +16,12 @@ from place.evaluation.detection_metrics import COCO_IOUS, FIELD_IOUS, judge_matc
 from place.evaluation.detection_picture import draw_boxes
 from place.evaluation.detector import SCHEDULE, BoxedSplit, Boxes, train_detector
 from place.evaluation.encoder import get_units, read_units
+from place.evaluation.heads import describe_limit
 from place.evaluation.localisation import move_box
 from place.evaluation.metrics import TaskResult
 from place.evaluation.task import Task
 
-MAX_TRAIN, MAX_VAL = 2000, 400
+MAX_VAL = 400
 
 
 class Read(NamedTuple):
@@ -42,9 +43,10 @@ def run_detection(task: Task) -> TaskResult:
     """
     there = {split: list_boxed(task, split) for split in (task.train_split, task.val_split, task.split)}
     names, left_out = choose_boxed(there, task.evaluation.findings)
+    most = task.evaluation.max_train_images
     train, val, test = (
         _read_split(task, split, names, limit)
-        for split, limit in ((task.train_split, MAX_TRAIN), (task.val_split, MAX_VAL), (task.split, None))
+        for split, limit in ((task.train_split, most), (task.val_split, MAX_VAL), (task.split, None))
     )
     detector, step = train_detector(
         train.split,
@@ -62,7 +64,7 @@ def run_detection(task: Task) -> TaskResult:
         draw_boxes(test.jpegs, test.split.boxes, guesses, names, task.encoder.size_px, task.folder / "detection.png")
     protocol = {
         "score": f"FCOS on a simple feature pyramid over the frozen encoder's tokens, {task.encoder.size_px} px",
-        "trained_on": f"{len(train.jpegs)} images of '{task.train_split}', at most {MAX_TRAIN}, first by hash; "
+        "trained_on": f"{len(train.jpegs)} images of '{task.train_split}', {describe_limit(most)}; "
         f"stopped on '{task.val_split}' at step {step}",
         "stopped": SCHEDULE.describe(),
         "frame": "the centre square of the stored image; boxes are cut to it",

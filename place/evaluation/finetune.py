@@ -7,6 +7,7 @@ Peers' protocol (MGCA, BenchX): 1, 10 and 100 % of the training labels. Subsets,
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from place.evaluation.heads import Schedule, build_seeded, train_on_tokens
 from place.evaluation.metrics import Array, TaskResult
 from place.evaluation.probe import Probed, choose_threshold, list_untrained
 from place.evaluation.task import Task
+from place.model.vision import VisionTokens
 from place.training.optim import NO_DECAY
 
 LEAST_LOOK, MOST_LOOK = 25, 250
@@ -36,22 +38,30 @@ class ImageSplit(NamedTuple):
     about: Labelled
 
 
-class Classifier(nn.Module):
-    """The whole encoder and a linear layer on what stands for the image: logits (B,F)."""
+class Tuned(nn.Module):
+    """A copy of the whole encoder, and a head on what it gives: logits, by `forward` of a subclass."""
 
     pretrained_cfg = {"classifier": "head"}
     """Tells timm which parameters are above the encoder's layers, where the encoder does not know its layers itself."""
 
-    def __init__(self, encoder: FrozenEncoder, num_findings: int):
+    def __init__(self, encoder: FrozenEncoder, build_head: Callable[[VisionTokens], nn.Module]):
+        """`build_head` is given the tokens of a blank image."""
         super().__init__()
         self.vision = copy.deepcopy(encoder.vision).requires_grad_(True)
+        self.size_px, self.device = encoder.size_px, next(self.vision.parameters()).device
         with torch.no_grad():
-            blank = torch.zeros(1, encoder.channels, encoder.size_px, encoder.size_px, device=_get_device(self.vision))
-            width = self.vision(blank).image_BD.shape[1]
-        self.head = nn.Linear(width, num_findings).to(blank.device)
+            blank = torch.zeros(1, encoder.channels, self.size_px, self.size_px, device=self.device)
+            self.head = build_head(self.vision(blank)).to(self.device)
+
+
+class Classifier(Tuned):
+    """A linear layer on what stands for the image: logits (B,F)."""
+
+    def __init__(self, encoder: FrozenEncoder, num_findings: int):
+        super().__init__(encoder, lambda tokens: nn.Linear(tokens.image_BD.shape[1], num_findings))
 
     def forward(self, image_BCYX: Tensor) -> Tensor:
-        return self.head(self.vision(image_BCYX.to(self.head.weight.device)).image_BD)
+        return self.head(self.vision(image_BCYX.to(self.device)).image_BD)
 
 
 def run_finetune(task: Task) -> TaskResult:
@@ -106,7 +116,7 @@ def finetune(
         return compute_loss(model(images).cpu(), target_BF[rows], as_classes)
 
     def compute_val_loss() -> float:
-        return float(compute_loss(_predict(model, encoder, val.jpegs), torch.from_numpy(val_BF).float(), as_classes))
+        return float(compute_loss(predict(model, encoder, val.jpegs), torch.from_numpy(val_BF).float(), as_classes))
 
     schedule = plan_schedule(config, len(train.jpegs))
     model, step = train_on_tokens(
@@ -119,7 +129,7 @@ def finetune(
         lambda at: task.report("fine-tune", at, schedule.max_steps),
         group_parameters(model, config),
     )
-    val_score_BF, score_BF = (score(_predict(model, encoder, images), as_classes) for images in (val.jpegs, jpegs))
+    val_score_BF, score_BF = (score(predict(model, encoder, images), as_classes) for images in (val.jpegs, jpegs))
     untrained = [] if as_classes else list_untrained(train_BF, names)
     score_BF[:, [name in untrained for name in names]] = 0
     threshold_F = [choose_threshold(score_B, target_B) for score_B, target_B in zip(val_score_BF.T, val_BF.T)]
@@ -150,7 +160,7 @@ def plan_schedule(config: FinetuneConfig, num_images: int) -> Schedule:
     return Schedule(config.max_steps, every, config.patience, config.batch_size, config.lr, config.weight_decay)
 
 
-def group_parameters(model: Classifier, config: FinetuneConfig) -> list[dict[str, Any]]:
+def group_parameters(model: Tuned, config: FinetuneConfig) -> list[dict[str, Any]]:
     """Parameters layer by layer, each with a learning rate below that of the layer above it.
 
     timm models know their layers; of others timm takes twelve parameters in the order of definition for one.
@@ -167,8 +177,9 @@ def group_parameters(model: Classifier, config: FinetuneConfig) -> list[dict[str
     if knows_layers:
         # The last layer of what timm was shown is one below ours.
         groups = [group | {"lr_scale": config.layer_decay * group["lr_scale"]} for group in groups]
-        groups.append({"params": [model.head.weight], "weight_decay": config.weight_decay, "lr_scale": 1.0})
-        groups.append({"params": [model.head.bias], "weight_decay": 0.0, "lr_scale": 1.0})
+        for decay, is_matrix in ((config.weight_decay, True), (0.0, False)):
+            own = [weight for weight in model.head.parameters() if (weight.ndim > 1) == is_matrix]
+            groups.append({"params": own, "weight_decay": decay, "lr_scale": 1.0})
     return [group | {"lr": config.lr * group["lr_scale"]} for group in groups]
 
 
@@ -185,8 +196,8 @@ def read_images(task: Task, split: str) -> ImageSplit:
 
 
 @torch.no_grad()
-def _predict(model: Classifier, encoder: FrozenEncoder, jpegs: list[bytes]) -> Tensor:
-    """Logits (B,F) of images without augmentation, on the CPU; no image's depends on another's."""
+def predict(model: Tuned, encoder: FrozenEncoder, jpegs: list[bytes]) -> Tensor:
+    """Logits (B,...) of images without augmentation, on the CPU; no image's depends on another's."""
     model.eval()
     starts = range(0, len(jpegs), VAL_BATCH)
     return torch.cat([model(encoder.read_images(jpegs[at : at + VAL_BATCH])).cpu() for at in starts])
@@ -195,7 +206,3 @@ def _predict(model: Classifier, encoder: FrozenEncoder, jpegs: list[bytes]) -> T
 def _pick(about: Labelled, rows: Array) -> Labelled:
     labels, ids = ([part[row] for row in rows] for part in (about.labels, about.sample_ids))
     return Labelled(labels, about.unit_B[rows], ids)
-
-
-def _get_device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device

@@ -13,7 +13,8 @@ import xxhash
 from torch import Tensor, nn
 
 from place.config import AugmentConfig, RunError
-from place.data.transforms import eval_transform, read_image, train_transform
+from place.data.masks import Mask
+from place.data.transforms import Warp, draw_warp, eval_transform, read_image, train_transform, warp_mask
 from place.model.vision import VisionTokens
 from place.training.checkpoint import LoadedRun
 
@@ -61,10 +62,27 @@ class FrozenEncoder:
 
     def draw_images(self, jpegs: Sequence[bytes], augment: AugmentConfig, rng: np.random.Generator) -> Tensor:
         """JPEGs as the encoder is trained on them, fp32 (B,C,size,size): augmented as in pretraining, never flipped."""
-        images = [read_image(jpeg) for jpeg in jpegs]
-        grey = torch.stack([train_transform(image, self.size_px, 0.0, 1.0, augment, rng) for image in images])
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
-        return (grey - mean) / std
+        return self._draw(jpegs, augment, rng)[0]
+
+    def draw_masked(
+        self,
+        jpegs: Sequence[bytes],
+        masks: Sequence[Sequence[Mask | None]],
+        augment: AugmentConfig,
+        rng: np.random.Generator,
+    ) -> tuple[Tensor, Tensor]:
+        """Images as `draw_images` has them, and their masks (B,F,size,size), bool, cropped and turned with them.
+
+        Args:
+            masks: for each image one a finding, in the pixels of the stored image; none is empty.
+        """
+        images, warps = self._draw(jpegs, augment, rng)
+        none_YX = np.zeros((self.size_px, self.size_px), bool)
+        rows = [
+            [none_YX if mask is None else warp_mask(mask, self.size_px, warp) for mask in own]
+            for own, warp in zip(masks, warps, strict=True)
+        ]
+        return images, torch.from_numpy(np.array(rows))
 
     @cached_property
     def weights(self) -> str:
@@ -74,6 +92,16 @@ class FrozenEncoder:
             digest.update(name.encode())
             digest.update(weight.cpu().contiguous().view(torch.uint8).numpy() if weight.ndim else str(weight.item()))
         return digest.hexdigest()
+
+    def _draw(
+        self, jpegs: Sequence[bytes], augment: AugmentConfig, rng: np.random.Generator
+    ) -> tuple[Tensor, list[Warp]]:
+        grey, warps = [], []
+        for image in map(read_image, jpegs):
+            warps.append(draw_warp(image.shape, augment, rng))
+            grey.append(train_transform(image, self.size_px, 0.0, 1.0, augment, rng, warps[-1]))
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        return (torch.stack(grey) - mean) / std, warps
 
     @torch.inference_mode()
     def _encode(self, jpegs: Sequence[bytes]) -> VisionTokens:

@@ -30,6 +30,11 @@ class Schedule(NamedTuple):
         )
 
 
+def describe_limit(most: int | None) -> str:
+    """How `evaluation.max_train_images` chose, in words."""
+    return "all of them" if most is None else f"at most {most}, first by hash"
+
+
 def build_seeded(build: Callable[[], Head], seed: int) -> Head:
     """Build a head from weights that depend on the seed alone."""
     with torch.random.fork_rng():

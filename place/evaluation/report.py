@@ -28,6 +28,7 @@ PICTURES = {
     "explain": "Where the observation (V-POR) that a sentence is paired with looks",
     "grounding": "Where a phrase points",
     "segmentation": "Masks",
+    "finetune_segmentation": "Masks, encoder fine-tuned",
     "detection": "Boxes",
 }
 OWN_SECTIONS = ("findings", "chance", "peers")

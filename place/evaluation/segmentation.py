@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from place.config import UsageError
 from place.data.identity import SPLITS
 from place.data.masks import Mask, read_masks, resize_mask
 from place.data.transforms import find_square
 from place.evaluation.encoder import get_units, read_units
+from place.evaluation.heads import describe_limit
 from place.evaluation.metrics import Array, Metric, TaskResult, compute_means, draw_weights, summarize
 from place.evaluation.segmentation_picture import draw_masks
 from place.evaluation.setr import HEAD_NAMES, SCHEDULE, MaskedSplit, predict, train_head
 from place.evaluation.task import Task
 
-MAX_TRAIN, MAX_VAL = 2000, 400
+MAX_VAL = 400
 
 
 class Judged(NamedTuple):
@@ -33,11 +35,23 @@ class Judged(NamedTuple):
 
 
 class Read(NamedTuple):
-    """A split with its masks: sample_id and stored JPEG of each image beside them."""
+    """A split with its masks: sample_id, stored JPEG and, in its pixels, masks of each image beside them."""
 
     split: MaskedSplit
     sample_ids: list[int]
     jpegs: list[bytes]
+    stored: list[list[Mask | None]]
+
+
+class Way(NamedTuple):
+    """How masks are learned: name of the task, what is trained in words, and how."""
+
+    name: str
+    what: str
+    stopped: str
+    reads_tokens: bool
+    fit: Callable[[Task, Read, Read, Read], tuple[Tensor, int]]
+    """From images that train, stop and are judged: predictions (B,F,Y,X) bool of the latter, the step that was kept."""
 
 
 def run_segmentation(task: Task) -> TaskResult:
@@ -47,25 +61,24 @@ def run_segmentation(task: Task) -> TaskResult:
         UsageError: a split without masks, or no finding with a mask in the training and the judged split.
     Source: inferred (MGCA: frozen encoder with SETR-PUP; BenchX: UperNet); empties apart and intervals are ours.
     """
-    judged = _cross_validate(task) if task.evaluation.folds else _train_and_judge(task)
+    what = "the frozen encoder's patch tokens"
+    return judge_way(task, Way("segmentation", what, SCHEDULE.describe(), True, _fit_head))
+
+
+def judge_way(task: Task, way: Way) -> TaskResult:
+    """Learn masks in one of two ways, on one split or in folds, and judge them. Raises as `run_segmentation`."""
+    judged = _cross_validate(task, way) if task.evaluation.folds else _train_and_judge(task, way)
     test, shown_BFYX, names = judged.test, judged.shown_BFYX, judged.names
     mask_BFYX, known_BF = test.split.mask_BFYX.numpy(), test.split.known_BF.numpy()
     metrics = judge_masks(shown_BFYX, mask_BFYX, known_BF, names, judged.unit_B, task.evaluation.bootstrap)
     if task.folder:
-        draw_masks(test.jpegs, mask_BFYX, shown_BFYX, names, task.folder / "segmentation.png")
-    protocol = _describe(task, judged)
+        draw_masks(test.jpegs, mask_BFYX, shown_BFYX, names, task.folder / f"{way.name}.png")
+    protocol = _describe(task, way, judged)
     rows = list_overlaps(shown_BFYX, mask_BFYX, known_BF, names, test.sample_ids)
-    return TaskResult("segmentation", metrics, protocol, len(test.sample_ids), rows)
+    return TaskResult(way.name, metrics, protocol, len(test.sample_ids), rows)
 
 
-def _train_and_judge(task: Task) -> Judged:
-    """One head, trained on the training split, stopped on the validation split."""
-    masks = {name: read_masks(task.data_dir, name) for name in (task.train_split, task.val_split, task.split)}
-    names, left_out = choose_classes(masks, task.evaluation.findings, (task.split, task.train_split))
-    train, val, test = (
-        _read_split(task, split, masks[split], names, limit)
-        for split, limit in ((task.train_split, MAX_TRAIN), (task.val_split, MAX_VAL), (task.split, None))
-    )
+def _fit_head(task: Task, train: Read, val: Read, test: Read) -> tuple[Tensor, int]:
     head, step = train_head(
         train.split,
         val.split,
@@ -73,26 +86,37 @@ def _train_and_judge(task: Task) -> Judged:
         on_progress=lambda at: task.report("segmentation head", at, SCHEDULE.max_steps),
         kind=task.evaluation.segmentation_head,
     )
-    shown = predict(head, test.split.tokens_BND, test.split.mask_BFYX.shape[-1]) > 0
+    return predict(head, test.split.tokens_BND, task.encoder.size_px) > 0, step
+
+
+def _train_and_judge(task: Task, way: Way) -> Judged:
+    """One head, trained on the training split, stopped on the validation split."""
+    masks = {name: read_masks(task.data_dir, name) for name in (task.train_split, task.val_split, task.split)}
+    names, left_out = choose_classes(masks, task.evaluation.findings, (task.split, task.train_split))
+    most = task.evaluation.max_train_images
+    train, val, test = (
+        _read_split(task, split, masks[split], names, limit, way.reads_tokens)
+        for split, limit in ((task.train_split, most), (task.val_split, MAX_VAL), (task.split, None))
+    )
+    shown, step = way.fit(task, train, val, test)
     trained_on = (
-        f"{len(train.sample_ids)} images of '{task.train_split}', at most {MAX_TRAIN}, first by hash; "
+        f"{len(train.sample_ids)} images of '{task.train_split}', {describe_limit(most)}; "
         f"stopped on '{task.val_split}' at step {step}"
     )
     units = get_units(read_units(task.data_dir, task.split), test.sample_ids)
     return Judged(test, shown.numpy(), names, left_out, units, trained_on)
 
 
-def _cross_validate(task: Task) -> Judged:
+def _cross_validate(task: Task, way: Way) -> Judged:
     """A head a fold: a fold of patients is judged, the next one stops the head, the others train it."""
     splits = [name for name in SPLITS if read_masks(task.data_dir, name)]
     masks = {name: read_masks(task.data_dir, name) for name in splits}
     pooled = {"all splits": {key: study for studies in masks.values() for key, study in studies.items()}}
     names, left_out = choose_classes(pooled, task.evaluation.findings, tuple(pooled))
-    reads = [_read_split(task, name, masks[name], names, None) for name in splits]
+    reads = [_read_split(task, name, masks[name], names, None, way.reads_tokens) for name in splits]
     whole = Read(
         MaskedSplit(*(torch.cat(parts) for parts in zip(*(read.split for read in reads), strict=True))),
-        [sample_id for read in reads for sample_id in read.sample_ids],
-        [jpeg for read in reads for jpeg in read.jpegs],
+        *([item for part in parts for item in part] for parts in list(zip(*reads, strict=True))[1:]),
     )
     units = {key: unit for name in splits for key, unit in read_units(task.data_dir, name).items()}
     unit_B = get_units(units, whole.sample_ids)
@@ -100,9 +124,8 @@ def _cross_validate(task: Task) -> Judged:
     shown_BFYX, steps = torch.zeros_like(whole.split.mask_BFYX), []
     for fold in range(task.evaluation.folds):
         val_B, test_B = fold_B == (fold + 1) % task.evaluation.folds, fold_B == fold
-        train, val, test = (_take_rows(whole.split, rows_B) for rows_B in (~val_B & ~test_B, val_B, test_B))
-        head, step = train_head(train, val, task.encoder.patch_px, kind=task.evaluation.segmentation_head)
-        shown_BFYX[torch.from_numpy(test_B)] = predict(head, test.tokens_BND, shown_BFYX.shape[-1]) > 0
+        train, val, test = (_take_rows(whole, rows_B) for rows_B in (~val_B & ~test_B, val_B, test_B))
+        shown_BFYX[torch.from_numpy(test_B)], step = way.fit(task, train, val, test)
         steps.append(step)
         task.report("segmentation folds", fold + 1, task.evaluation.folds)
     trained_on = (
@@ -126,8 +149,9 @@ def deal_folds(unit_B: Array, folds: int) -> Array:
     return number_B.ravel() % folds
 
 
-def _take_rows(split: MaskedSplit, rows_B: Array) -> MaskedSplit:
-    return MaskedSplit(*(part[torch.from_numpy(rows_B)] for part in split))
+def _take_rows(read: Read, rows_B: Array) -> Read:
+    split = MaskedSplit(*(part[torch.from_numpy(rows_B)] for part in read.split))
+    return Read(split, *([part[row] for row in rows_B.nonzero()[0]] for part in read[1:]))
 
 
 def choose_classes(
@@ -157,21 +181,28 @@ def _count(studies: Iterable[dict[str, Mask | None]]) -> dict[str, int]:
 
 
 def _read_split(
-    task: Task, split: str, masks: dict[int, dict[str, Mask | None]], names: Sequence[str], limit: int | None
+    task: Task,
+    split: str,
+    masks: dict[int, dict[str, Mask | None]],
+    names: Sequence[str],
+    limit: int | None,
+    with_tokens: bool,
 ) -> Read:
     """The first `limit` studies with masks, by sample_id, which is a hash."""
     wanted, size_px = set(sorted(masks)[:limit]), task.encoder.size_px
-    tokens, targets, known, ids, jpegs = [], [], [], [], []
+    tokens, targets, known, ids, jpegs, stored = [], [], [], [], [], []
     for samples in task.read_batches(split, f"read {split} masks", wanted):
-        tokens.append(task.encoder.encode_patches([sample["image"] for sample in samples]))
+        images = [sample["image"] for sample in samples]
+        tokens.append(task.encoder.encode_patches(images) if with_tokens else torch.zeros(len(images), 0, 0))
         for sample in samples:
             study = masks[sample["sample_id"]]
             targets.append(np.stack([fit_mask(study.get(name), size_px) for name in names]))
             known.append([is_known(study, name, mask) for name, mask in zip(names, targets[-1], strict=True)])
             ids.append(sample["sample_id"])
             jpegs.append(sample["image"])
+            stored.append([study.get(name) for name in names])
     mask_BFYX = torch.from_numpy(np.stack(targets))
-    return Read(MaskedSplit(torch.cat(tokens), mask_BFYX, torch.tensor(known)), ids, jpegs)
+    return Read(MaskedSplit(torch.cat(tokens), mask_BFYX, torch.tensor(known)), ids, jpegs, stored)
 
 
 def fit_mask(mask_YX: Mask | None, size_px: int) -> Mask:
@@ -240,14 +271,14 @@ def judge_masks(
     return metrics
 
 
-def _describe(task: Task, judged: Judged) -> dict[str, Any]:
+def _describe(task: Task, way: Way, judged: Judged) -> dict[str, Any]:
     split, size_px = judged.test.split, task.encoder.size_px
     head = HEAD_NAMES[task.evaluation.segmentation_head]
     known_BF, full_BF = split.known_BF.numpy(), split.mask_BFYX.numpy().any((2, 3))
     return {
-        "score": f"{head} on the frozen encoder's patch tokens, at {size_px} x {size_px} px",
+        "score": f"{head} on {way.what}, at {size_px} x {size_px} px",
         "trained_on": judged.trained_on,
-        "stopped": SCHEDULE.describe(),
+        "stopped": way.stopped,
         "threshold": "probability 0.5, fixed",
         "dice": "per image, over the images whose true mask is not empty; mean over findings",
         "empty_kept": "share of images without the finding whose prediction is empty too: counted apart from Dice",

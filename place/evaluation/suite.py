@@ -18,6 +18,7 @@ from place.evaluation.classification import run_classification
 from place.evaluation.detection import run_detection
 from place.evaluation.explain import write_explanation
 from place.evaluation.finetune import run_finetune
+from place.evaluation.finetune_segmentation import run_finetune_segmentation
 from place.evaluation.foreign import find_kind, load_foreign
 from place.evaluation.frozen import name_run, wrap_run
 from place.evaluation.generation import run_generation
@@ -43,11 +44,13 @@ TASKS: dict[str, Callable[[Task], TaskResult]] = {
     "pixel_probe": run_pixel_probe,
     "grounding": run_grounding,
     "segmentation": run_segmentation,
+    "finetune_segmentation": run_finetune_segmentation,
     "detection": run_detection,
     "generation": run_generation,
 }
-ON_REQUEST = ("finetune",)
-"""Tasks that are not part of `all`: they train the encoder, which takes as long as all others together."""
+FROZEN = {"finetune": "classification", "finetune_segmentation": "segmentation"}
+"""Tasks that train the encoder: by name only, for each takes as long as all others together. Beside it the name of
+the same with a frozen encoder, under which protocol files tell the scores of others."""
 NEEDS = {
     "zero_shot": "labels",
     "retrieval": "reports",
@@ -56,6 +59,7 @@ NEEDS = {
     "pixel_probe": "labels",
     "grounding": "phrases with boxes",
     "segmentation": "masks",
+    "finetune_segmentation": "masks",
     "detection": "training boxes",
     "generation": "training reports",
 }
@@ -86,7 +90,7 @@ def run_evaluation(
     Args:
         run_dir: run folder.
         data_dir: folder written by `place prepare`; not necessarily the one trained on.
-        tasks: names in `TASKS`, or `all` for all that the data set permits, those of `ON_REQUEST` apart.
+        tasks: names in `TASKS`, or `all` for all that the data set permits, those of `FROZEN` apart.
         which: checkpoint, `best`, `latest` or a folder name such as step_00000100.
         evaluation: how to judge; none takes the run's own section.
         output: folder that is written; none takes RUN/evaluation.
@@ -169,7 +173,8 @@ def judge(
 
 def list_peers(card: dict[str, Any], task: str) -> dict[str, list[dict[str, Any]]]:
     """Scores of others at a task, as the protocol file of the data set tells them; nothing where it tells none."""
-    peers = [peer for peer in card.get("protocol", {}).get("peers", []) if peer["task"] == task]
+    names = (task, FROZEN.get(task))
+    peers = [peer for peer in card.get("protocol", {}).get("peers", []) if peer["task"] in names]
     return {"peers": peers} if peers else {}
 
 
@@ -211,7 +216,7 @@ def choose_tasks(tasks: Sequence[str], offers: Collection[str]) -> list[str]:
         need = NEEDS.get(name)
         if need and need not in offers:
             raise UsageError(f"task '{name}' needs {need} and the data set has none; {ADVICE[need]}")
-    permitted = [name for name in TASKS if NEEDS.get(name) in (None, *offers) and name not in ON_REQUEST]
+    permitted = [name for name in TASKS if NEEDS.get(name) in (None, *offers) and name not in FROZEN]
     return [name for name in TASKS if name in (*permitted, *tasks)] if "all" in tasks else list(dict.fromkeys(tasks))
 
 

@@ -132,7 +132,7 @@ def _build_grounding(result: TaskResult) -> Table:
 
 def _build_segmentation(result: TaskResult) -> Table:
     heads = ("finding", "images", "Dice", "95 %", "IoU", "95 %", "empty images", "kept empty")
-    table = _build_table(f"segmentation: {result.num_samples} images", heads)
+    table = _build_table(f"{result.task}: {result.num_samples} images", heads)
 
     def show(form: str, found: dict[str, Any]) -> list[str]:
         dice, iou = result.metrics[form.format("dice")], result.metrics[form.format("iou")]
@@ -243,6 +243,7 @@ BUILDERS = {
     "pixel_probe": _build_classification,
     "grounding": _build_grounding,
     "segmentation": _build_segmentation,
+    "finetune_segmentation": _build_segmentation,
     "detection": _build_detection,
     "generation": _build_generation,
 }

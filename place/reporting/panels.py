@@ -116,7 +116,8 @@ def _build_speed(history: History) -> list[Panel]:
         _build_single(history, "Throughput", "samples_per_s", "pairs/s"),
         _build_single(history, "Share of time waiting for data", "data_wait_share", "%", lambda share: 100 * share),
         _build_single(history, memory, "memory_mib", "GiB", lambda mib: mib / MIB_PER_GIB),
-        _build_single(history, "GPU utilisation of rank 0", "gpu_utilisation", "%"),
+        _build_single(history, "GPU utilisation, mean of the workers", "gpu_utilisation", "%"),
+        _build_single(history, "GPU power of all workers", "gpu_power_w", "kW", lambda watt: watt / 1000),
         _build_single(history, "How much later the last rank comes", "lag_s", "s"),
     ]
     waits = [

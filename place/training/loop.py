@@ -20,6 +20,7 @@ from place.data.mixture import read_fingerprint
 from place.distributed import is_distributed, mean_over_ranks, read_world
 from place.runlog import RunLog
 from place.training.engine import Engine
+from place.training.gpu import GpuMeter
 from place.training.gradcache import Objective, backward_contrast
 from place.training.meter import Meter
 from place.training.phases import Phases
@@ -45,6 +46,7 @@ def train(
     watchdog: Watchdog,
     progress: Progress,
     phases: Phases | None = None,
+    gpu: GpuMeter | None = None,
 ) -> str:
     """Train to the end of the plan or until asked to stop.
 
@@ -53,6 +55,7 @@ def train(
         watchdog: ends this process when a step hangs.
         progress: where to begin; kept up to date.
         phases: where the time of a step is counted, if it is.
+        gpu: reads power and utilisation of this rank's GPU, where that is possible.
     Returns:
         `done` or `stopped`.
     Raises:
@@ -61,7 +64,7 @@ def train(
     """
     run_dir, world = Path(config.run.dir), read_world()
     saver = Saver(run_dir, engine, config.train.keep_checkpoints, config.cluster.timeout_s)
-    meter = Meter(log, plan, engine.device, saver, phases)
+    meter = Meter(log, plan, engine.device, saver, phases, gpu)
     profiler = StepProfiler(config.run, world.rank, progress["step"], engine.device)
     timed = meter.time_arrivals(objective)
     stopping = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import statistics
@@ -16,6 +17,7 @@ from torch import Tensor
 from place.batch import Batch, Losses, Outputs
 from place.distributed import gather, gather_objects, mean_over_ranks, read_node
 from place.runlog import RunLog
+from place.training.gpu import GpuMeter, GpuState
 from place.training.gradcache import Objective
 from place.training.phases import PHASES, Phases, count_seconds, take_stamp
 from place.training.plan import RunPlan
@@ -33,9 +35,16 @@ class Meter:
     """
 
     def __init__(
-        self, log: RunLog | None, plan: RunPlan, device: torch.device, saver: Saver, phases: Phases | None = None
+        self,
+        log: RunLog | None,
+        plan: RunPlan,
+        device: torch.device,
+        saver: Saver,
+        phases: Phases | None = None,
+        gpu: GpuMeter | None = None,
     ):
-        self.log, self.plan, self.device, self.saver, self.phases = log, plan, device, saver, phases
+        self.log, self.plan, self.device, self.saver = log, plan, device, saver
+        self.phases, self.gpu = phases, gpu
         self.counts_bytes = phases is not None and read_node().is_first
         self.sent_bytes = _count_sent_bytes()
         self.samples: list[tuple[int, int, Tensor]] = []
@@ -96,6 +105,8 @@ class Meter:
         means = mean_over_ranks(torch.stack(losses).detach()).tolist()
         phases = self._describe_phases()
         own_s = gather(torch.tensor([self._read_own_s()], device=self.device)).tolist()
+        state = self.gpu.take() if self.gpu else GpuState(math.nan, math.nan)
+        gpus = [GpuState(*row) for row in gather(torch.tensor([state], device=self.device)).tolist()]
         elapsed_s = time.perf_counter() - self.began
         if self.log is not None:
             for seen_step, seen_epoch, ids_G in self.samples:
@@ -114,6 +125,7 @@ class Meter:
                 **describe_lag(own_s, elapsed_s / self.steps, self.hosts),
                 **self.saver.take_times(),
                 **phases,
+                **describe_gpus(gpus),
             }
             self.log.write_metrics(step, values)
         self.samples.clear()
@@ -159,6 +171,15 @@ def describe_lag(own_s: list[float], step_s: float, hosts: list[str]) -> dict[st
     lag_s = own_s[rank] - statistics.median_low(own_s)
     is_large = lag_s > max(STRAGGLER_S, STRAGGLER_SHARE * step_s)
     return {"lag_s": round(lag_s, 4), **({"straggler": f"rank {rank} on {hosts[rank]}"} if is_large else {})}
+
+
+def describe_gpus(states: list[GpuState]) -> dict[str, float]:
+    """`gpu_power_w` of all ranks together and the mean `gpu_utilisation` in %; nothing where one GPU is not read."""
+    power_w = sum(state.power_w for state in states)
+    if math.isnan(power_w):
+        return {}
+    share = statistics.fmean(state.utilisation for state in states)
+    return {"gpu_power_w": round(power_w, 1), "gpu_utilisation": round(share, 1)}
 
 
 def _count_sent_bytes() -> int:

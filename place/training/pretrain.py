@@ -34,6 +34,7 @@ from place.runlog import RunLog, count_attempts, write_attempt
 from place.trackers import Tracker, check_trackers, open_trackers
 from place.training.checkpoint import agree_on_checkpoint, read_state, write_definition
 from place.training.engine import Engine, TorchEngine
+from place.training.gpu import open_gpu
 from place.training.loop import Progress, describe_lineage, train
 from place.training.phases import Phases
 from place.training.plan import RunPlan, build_plan
@@ -136,6 +137,8 @@ def _work(
     progress, notes = _resume(config, engine, plan)
     if progress["step"] >= plan.total_steps:
         notes.append(f"all {plan.total_steps} steps are done already: nothing to train")
+    gpu, blind = open_gpu(device)
+    notes += [blind] if blind else []
     log = None
     if world.is_first:
         log = RunLog(run_dir, attempt, [*open_trackers(config, progress["step"]), *trackers])
@@ -155,7 +158,7 @@ def _work(
         if node.is_first:
             note_shared_memory(run_dir, [item.shm_prefix for item in (loader, val_loader) if item])
         objective = functools.partial(_objective, config, 1 / (255 * loader.dataset.std))
-        outcome = train(config, plan, engine, loader, val_loader, objective, log, watchdog, progress, phases)
+        outcome = train(config, plan, engine, loader, val_loader, objective, log, watchdog, progress, phases, gpu)
         barrier()
         return outcome
     finally:

@@ -13,6 +13,7 @@ import yaml
 from place.cluster import scaling
 from place.cluster.scaling import RungConfig, build_batch, list_faults, load_scale, name_rung, plan_jobs, run_job
 from place.cluster.scaling_model import Point, compute_rounds, fit, fit_resampled, predict_interval
+from place.cluster.scaling_page import write_results
 
 from place.cli import main
 from place.config import UsageError
@@ -102,6 +103,21 @@ def test_a_ladder_goes_on_with_what_is_missing(
     assert main(words) == 1
     assert {Path(command[-1]).parents[1].name for command in called} == {"wrong"}
     assert (folder / "1_worker" / "full0" / "measured.json").stat().st_mtime_ns == before
+
+
+def test_energy_is_that_of_the_gpus_for_a_million_pairs(scaled: tuple[Path, list[str], int], tmp_path: Path) -> None:
+    results = json.loads((scaled[0] / "scaling.json").read_text())
+    record = json.loads((scaled[0] / "1_worker" / "full0" / "measured.json").read_text())["result"]
+    measured = {"samples_per_s": [100.0, 100.0], "power_w": [300.0, 420.0]}
+    row = scaling._summarize([record | measured], 1)
+    assert row["kwh_per_million"] == pytest.approx(360 * 1e6 / 100 / 3600 / 1000)
+    assert results["rows"][0]["kwh_per_million"] is None, "a CPU has no meter"
+    assert "GPU kWh" not in (scaled[0] / "scaling.html").read_text()
+    results["rows"][0] |= row
+    page = write_results(tmp_path, "energy", results).read_text()
+    assert "<th>GPU kWh per million</th>" in page
+    assert "<td>1.00</td>" in page
+    assert (tmp_path / "scaling.csv").read_text().count("kwh_per_million") == 1
 
 
 LADDERS = [path for path in sorted((ROOT / "configs" / "scale").glob("*.yaml")) if "\nrungs:" in path.read_text()]
