@@ -59,7 +59,7 @@ def _fit_all(task: Task, train: Read, val: Read, test: Read) -> tuple[Tensor, in
     rng = np.random.default_rng(config.seed)
 
     def compute_train_loss(rows: Tensor) -> Tensor:
-        jpegs, masks = ([part[row] for row in rows.tolist()] for part in (train.jpegs, train.stored))
+        jpegs, masks = [train.jpegs[row] for row in rows], [train.stored[row] for row in rows]
         images, mask_BFYX = encoder.draw_masked(jpegs, masks, config.augment, rng)
         return compute_loss(model(images).cpu(), mask_BFYX, train.split.known_BF[rows])
 

@@ -151,7 +151,9 @@ def deal_folds(unit_B: Array, folds: int) -> Array:
 
 def _take_rows(read: Read, rows_B: Array) -> Read:
     split = MaskedSplit(*(part[torch.from_numpy(rows_B)] for part in read.split))
-    return Read(split, *([part[row] for row in rows_B.nonzero()[0]] for part in read[1:]))
+    rows = rows_B.nonzero()[0].tolist()
+    ids, jpegs, stored = read.sample_ids, read.jpegs, read.stored
+    return Read(split, [ids[row] for row in rows], [jpegs[row] for row in rows], [stored[row] for row in rows])
 
 
 def choose_classes(
