@@ -90,6 +90,7 @@ def test_the_head_learns_fastest_and_every_weight_once(kind: str, run_dir: Path,
     encoders: list[FrozenEncoder] = [load_foreign(str(tmp_path / "vit")), wrap_run(load_run(run_dir), "run")]
     for encoder in encoders:
         model = Segmenter(encoder, 2, kind)
+        assert all(weight.requires_grad for weight in model.parameters())
         groups = group_parameters(model, FinetuneConfig(lr=1.0, layer_decay=0.5, weight_decay=0.1))
         rates = {id(weight): group["lr"] for group in groups for weight in group["params"]}
         assert sorted(rates) == sorted(id(weight) for weight in model.parameters())
