@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ NEVER = {
     *("QOSMaxWallDurationPerJobLimit", "QOSMaxGRESPerJob", "QOSMaxCpuPerJobLimit"),
 }
 """Reasons that a job waits for in vain, as long as the cluster is what it is. Source: Slurm's job reason codes."""
+TOLD_TO_END = (85, 128 + signal.SIGUSR1)
+"""What slurm/pretrain.sh ends with where Slurm warned it of its time limit: with a checkpoint, or too early for one."""
 POLL_S = (1.0, 15.0)
 """First and longest pause between two looks at the queue."""
 NOISE = re.compile(r"slurmstepd|srun:|.*ray_node\.sh: line \d+: ")
@@ -57,8 +60,11 @@ def run_slurm_job(words: Sequence[str], log: Path, say: Callable[[str], None]) -
         subprocess.run(["scancel", number], check=False)
         raise
     if job["JobState"] != "COMPLETED":
+        code = int(job["ExitCode"].split(":")[0])
         said = f"{find_last_line(log, NOISE)} ({log})" if log.is_file() else "it did not start"
-        raise RunError(f"job {number} ended {job['JobState']}, {job['ExitCode'].split(':')[0]}: {said}")
+        if code in TOLD_TO_END:
+            said = f"it was stopped before its end, by the warning of its time limit or by hand ({log})"
+        raise RunError(f"job {number} ended {job['JobState']}, {code}: {said}")
     return datetime.fromisoformat(job["StartTime"]).timestamp()
 
 
