@@ -44,6 +44,8 @@ def run_slurm_job(words: Sequence[str], log: Path, say: Callable[[str], None]) -
         UsageError: there is no sbatch.
         RunError: Slurm refuses the job, or it did not end well, with its state and its last line.
     """
+    # Slurm appends, and what an earlier job said is not of this one.
+    log.unlink(missing_ok=True)
     try:
         done = subprocess.run(
             ["sbatch", "--parsable", f"--output={log.resolve()}", *words], capture_output=True, text=True, check=False
@@ -51,7 +53,7 @@ def run_slurm_job(words: Sequence[str], log: Path, say: Callable[[str], None]) -
     except FileNotFoundError:
         raise UsageError("sbatch is not installed here; take launcher=ray, or start on a login node") from None
     if done.returncode:
-        raise RunError(f"refused, {done.stderr.strip().splitlines()[-1]}")
+        raise RunError(f"refused, {(done.stderr.strip() or 'sbatch: no reason given').splitlines()[-1]}")
     number = done.stdout.strip().split(";")[0]
     say(f"job {number} is queued; its log is {log}")
     try:
