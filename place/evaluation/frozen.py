@@ -51,6 +51,11 @@ class FrozenEncoder:
         """Patch features (B,N,D) of a square grid, before any projection. Raises RunError."""
         return _check_finite(self._encode(jpegs).patches_BND)
 
+    def encode_both(self, jpegs: Sequence[bytes]) -> tuple[Tensor, Tensor]:
+        """`encode_images` and `encode_patches` in one pass."""
+        tokens = self._encode(jpegs)
+        return _check_finite(tokens.image_BD), _check_finite(tokens.patches_BND)
+
     def read_images(self, jpegs: Sequence[bytes]) -> Tensor:
         """JPEGs as the encoder takes them, fp32 (B,C,size,size): centre square, no augmentation."""
         images = [read_image(jpeg) for jpeg in jpegs]

@@ -7,6 +7,7 @@ image, and its own reports dealt out to other images: all three stand in the sam
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from place.config import UsageError
 from place.data.prepared import read_samples
-from place.evaluation.encoder import build_study, encode_visual, get_units, read_units, take
+from place.evaluation.encoder import VisualFeatures, build_study, encode_visual, get_units, read_units, take
 from place.evaluation.generation_metrics import TOKENS, load_judges, score_reports
 from place.evaluation.labeler import hash_rules
 from place.evaluation.metrics import Metric, TaskResult
@@ -52,13 +53,13 @@ def run_generation(task: Task) -> TaskResult:
         UsageError: the judged split is the one trained on, a split is missing, or a decoder that cannot be used.
     Source: inferred (R2Gen: visual tokens, beam search, word scores); V-PORs, the baselines and intervals are ours.
     """
-    config, data = task.evaluation.generation, task.run.config.data
-    if task.split == data.train_split:
+    config = task.evaluation.generation
+    if task.split == task.train_split:
         raise UsageError(f"generation: split '{task.split}' is what the decoder is trained on; judge another one")
     judges = load_judges(config)
     train, val, test = (
         _read_split(task, split, limit)
-        for split, limit in ((data.train_split, config.max_train), (data.val_split, MAX_VAL), (task.split, None))
+        for split, limit in ((task.train_split, config.max_train), (task.val_split, MAX_VAL), (task.split, None))
     )
     decoder, origin, step = train_decoder(
         config, train.pairs, val.pairs, lambda at: task.report("report decoder", at, config.steps)
@@ -72,10 +73,10 @@ def run_generation(task: Task) -> TaskResult:
         for name, texts in judged.items()
     }
     trained_on = (
-        f"{len(train.sample_ids)} images of '{data.train_split}', at most {config.max_train}, first by hash; "
-        f"stopped on '{data.val_split}' at step {step} of {config.steps}"
+        f"{len(train.sample_ids)} images of '{task.train_split}', at most {config.max_train}, first by hash; "
+        f"stopped on '{task.val_split}' at step {step} of {config.steps}"
     )
-    protocol = {"decoder": origin, "trained_on": trained_on, "settings": config.model_dump()} | _describe(scores)
+    protocol = {"decoder": origin, "trained_on": trained_on, "settings": config.model_dump()} | _describe(task, scores)
     protocol |= {name: text for name, text in JUDGED_BY.items() if getattr(judges, name) is not None}
     rows = {"sample_id": test.sample_ids, "reference": reference, **written}
     return TaskResult("generation", merge_scores(scores), protocol, len(reference), rows)
@@ -119,8 +120,8 @@ def _read_split(task: Task, split: str, limit: int | None) -> Read:
     wanted, parts, studies = set(sorted(units)[:limit]), [], []
     chosen = (sample for sample in read_samples(task.data_dir, split) if sample["sample_id"] in wanted)
     for samples in take(chosen, task.evaluation.batch_size):
-        parts.append(encode_visual(task.run, [sample["image"] for sample in samples]))
-        studies += [build_study(sample, task.run.config.data.sections) for sample in samples]
+        parts.append(_encode(task, [sample["image"] for sample in samples]))
+        studies += [build_study(sample, task.sections) for sample in samples]
         task.report(f"read {split} images and reports", len(studies), len(wanted))
     order = sorted(range(len(studies)), key=lambda row: studies[row].sample_id)
     patches, observations, image = (torch.cat(part)[order] for part in zip(*parts, strict=True))
@@ -128,14 +129,22 @@ def _read_split(task: Task, split: str, limit: int | None) -> Read:
     return Read(Pairs(Visual(patches, observations), reports), image, [studies[row].sample_id for row in order])
 
 
-def _describe(scores: dict[str, dict[str, Metric]]) -> dict[str, Any]:
-    own = scores["generated"]
+def _encode(task: Task, jpegs: Sequence[bytes]) -> VisualFeatures:
+    """What reports are written from; an image encoder alone has no V-PORs."""
+    if task.has_reports:
+        return encode_visual(task.run, jpegs)
+    image_BD, patches_BND = task.encoder.encode_both(jpegs)
+    return VisualFeatures(patches_BND, patches_BND.new_zeros(len(jpegs), 0, 1), image_BD)
+
+
+def _describe(task: Task, scores: dict[str, dict[str, Metric]]) -> dict[str, Any]:
+    own, tokens = scores["generated"], "patch tokens and V-PORs" if task.has_reports else "patch tokens"
     better = [
         kind for kind, metric in own.items() if all(metric.value > scores[name][kind].value for name in BASELINES)
     ]
     worse = [kind for kind in own if kind not in better]
     return {
-        "score": "reports by beam search of a decoder over the frozen encoder's patch tokens and V-PORs",
+        "score": f"reports by beam search of a decoder over the frozen encoder's {tokens}",
         "other_scores": BASELINES,
         "headline_rule": "macro F1 over the 14 findings: word scores reward a report that is merely usual",
         "findings_by": f"the rule-based labeler (rules {hash_rules()}) on both texts; uncertain does not count",

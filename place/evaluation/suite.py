@@ -63,7 +63,7 @@ NEEDS = {
     "detection": "training boxes",
     "generation": "training reports",
 }
-NEED_REPORTS = ("zero_shot", "retrieval", "grounding", "generation")
+NEED_REPORTS = ("zero_shot", "retrieval", "grounding")
 IMAGE_TASKS = [name for name in TASKS if name not in NEED_REPORTS]
 ADVICE = {
     "labels": "prepare it with label columns or take retrieval",

@@ -148,14 +148,15 @@ def test_a_foreign_encoder_is_judged_on_images_and_says_why_not_on_reports(
     monkeypatch.setattr(setr, "SCHEDULE", Schedule(max_steps=50))
     monkeypatch.setattr(detector, "SCHEDULE", Schedule(max_steps=50))
     settings = ["evaluation.bootstrap=0", "evaluation.label_shares=[1.0]", "evaluation.batch_size=64"]
+    settings += ["evaluation.generation.steps=20", "evaluation.generation.width=32"]
     words = ["evaluate", "--encoder", f"timm:{timm_vit[0]}", "--data", str(data_dir), "--output", str(tmp_path)]
     assert main([*words, *settings]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for name in ("zero shot", "retrieval", "grounding", "generation"):
+    for name in ("zero shot", "retrieval", "grounding"):
         assert f"{name}: not applicable, needs a report encoder" in shown
     written = {path.stem for path in tmp_path.glob("*.json")}
-    assert written >= {"classification", "pixel_probe", "segmentation", "detection"}
-    assert written.isdisjoint({"zero_shot", "retrieval", "grounding", "generation"})
+    assert written >= {"classification", "pixel_probe", "segmentation", "detection", "generation"}
+    assert written.isdisjoint({"zero_shot", "retrieval", "grounding"})
     tree = json.loads((tmp_path / "segmentation.json").read_text())
     assert tree["encoder"] == {"name": "timm:vit", "weights": load_foreign(str(timm_vit[0])).weights}
     assert "timm:vit" in (tmp_path / "report.html").read_text()

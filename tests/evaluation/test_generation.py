@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from place.config import EvaluationConfig, GenerationConfig, UsageError
 from place.data.prepared import read_samples
 from place.evaluation.encoder import encode_visual, get_units, read_units
+from place.evaluation.frozen import wrap_run
 from place.evaluation.generation import BASELINES, HEADLINE, run_generation
 from place.evaluation.generation_metrics import score_reports
 from place.evaluation.report_decoder import (
@@ -149,6 +150,21 @@ def test_the_baselines_are_training_reports(result, run_dir, data_dir):
     first = next(item for item in read_samples(data_dir, "test") if item["sample_id"] == result.rows["sample_id"][0])
     train_BE, own_E = (encode_visual(run, [item["image"] for item in items]).image_BE for items in (train, [first]))
     assert result.rows["nearest"][0] == reports[int((train_BE @ own_E[0]).argmax())]
+
+
+def test_an_image_encoder_alone_writes_from_its_patches(run_dir, data_dir, result):
+    run = load_run(run_dir)
+    encoder, evaluation = wrap_run(run, "alone"), run.config.evaluation
+    alone = run_generation(Task(TaskInput(None, data_dir, {"labels": []}, "test", evaluation, encoder=encoder)))
+    assert alone.protocol["score"].endswith("over the frozen encoder's patch tokens")
+    assert result.protocol["score"].endswith("patch tokens and V-PORs")
+    for column in ("sample_id", "reference", "most_frequent"):
+        assert alone.rows[column] == result.rows[column]
+    train = list(read_samples(data_dir, "train"))
+    first = next(item for item in read_samples(data_dir, "test") if item["sample_id"] == alone.rows["sample_id"][0])
+    train_BE, own_E = (encoder.encode_images([item["image"] for item in items]) for items in (train, [first]))
+    nearest = train[int(torch.nn.functional.cosine_similarity(train_BE, own_E).argmax())]
+    assert alone.rows["nearest"][0] == " ".join(item["text"] for item in nearest["sentences"])
 
 
 def test_the_protocol_says_which_baselines_were_beaten(result):
