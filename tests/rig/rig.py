@@ -124,6 +124,19 @@ class Rig:
         wait_until(has_ended, timeout_s, f"job {job} to end")
         return state
 
+    @contextmanager
+    def waiting_for_nodes(self, seconds: int) -> Iterator[None]:
+        """Meanwhile Slurm gives a silent machine so long, as SlurmdTimeout says, before it takes it out of its job."""
+        conf = self.folder / "rig" / "slurm.conf"
+        before = conf.read_text()
+        conf.write_text(re.sub(r"SlurmdTimeout=\d+", f"SlurmdTimeout={seconds}", before))
+        self.ctl("scontrol", "reconfigure")
+        try:
+            yield
+        finally:
+            conf.write_text(before)
+            self.ctl("scontrol", "reconfigure")
+
     def find_pids(self, machine: str, pattern: str) -> list[int]:
         """Process ids on the machine whose command line matches."""
         return [int(pid) for pid in self.on(machine, "pgrep", "-f", pattern, check=False).split()]

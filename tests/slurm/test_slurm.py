@@ -301,14 +301,15 @@ def test_a_machine_that_stays_away_is_done_without(
 def test_a_machine_that_comes_back_is_taken_in_again(job: Job, undisturbed: Path, pairs: Path) -> None:
     job.submit("cluster.min_nodes=2", "cluster.rejoin_timeout_s=5", "cluster.grow_after_s=5", "train.epochs=24")
     job.wait_for_step(20)
-    job.rig.cut("h3")
-    # Not for as long as SlurmdTimeout: what Slurm takes out of a job does not come back to it.
-    wait_until(lambda: "going on with 2 workers on h1, h2" in job.read_log(), 60, "the run to go on with two")
-    job.rig.heal("h3")
-    job.wait_for_step(21, attempt=1)
-    assert len(job.read_workers()) == 2
-    wait_until(lambda: len(job.read_workers()) == 3, 240, "three workers again")
-    assert job.wait_for_end()["JobState"] == "COMPLETED", job.read_log()
+    # What Slurm takes out of a job does not come back to it; 300 s is its default.
+    with job.rig.waiting_for_nodes(300):
+        job.rig.cut("h3")
+        wait_until(lambda: "going on with 2 workers on h1, h2" in job.read_log(), 60, "the run to go on with two")
+        job.rig.heal("h3")
+        job.wait_for_step(21, attempt=1)
+        assert len(job.read_workers()) == 2
+        wait_until(lambda: len(job.read_workers()) == 3, 240, "three workers again")
+        assert job.wait_for_end()["JobState"] == "COMPLETED", job.read_log()
     assert_exact_samples(job.run, pairs)
 
 
