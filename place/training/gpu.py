@@ -25,6 +25,8 @@ class GpuMeter:
         pynvml.nvmlInit()
         self._nvml, self._handle = pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
         self._energy_j, self._when = self._read_energy_j(), time.monotonic()
+        # What cannot be read is known now, not at the first line of the log.
+        self.take()
 
     def take(self) -> GpuState:
         """What passed since the last call, or since this was made."""
