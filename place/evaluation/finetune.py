@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -52,6 +52,9 @@ class Tuned(nn.Module):
         with torch.no_grad():
             blank = torch.zeros(1, encoder.channels, self.size_px, self.size_px, device=self.device)
             self.head = build_head(self.vision(blank)).to(self.device)
+
+
+TunedModel = TypeVar("TunedModel", bound=Tuned)
 
 
 class Classifier(Tuned):
@@ -118,22 +121,34 @@ def finetune(
     def compute_val_loss() -> float:
         return float(compute_loss(predict(model, encoder, val.jpegs), torch.from_numpy(val_BF).float(), as_classes))
 
-    schedule = plan_schedule(config, len(train.jpegs))
-    model, step = train_on_tokens(
-        model,
-        compute_train_loss,
-        compute_val_loss,
-        len(train.jpegs),
-        schedule,
-        config.seed,
-        lambda at: task.report("fine-tune", at, schedule.max_steps),
-        group_parameters(model, config),
-    )
+    model, step = train_tuned(task, model, compute_train_loss, compute_val_loss, len(train.jpegs))
     val_score_BF, score_BF = (score(predict(model, encoder, images), as_classes) for images in (val.jpegs, jpegs))
     untrained = [] if as_classes else list_untrained(train_BF, names)
     score_BF[:, [name in untrained for name in names]] = 0
     threshold_F = [choose_threshold(score_B, target_B) for score_B, target_B in zip(val_score_BF.T, val_BF.T)]
     return Probed(score_BF, score_BF >= np.array(threshold_F), [], threshold_F, untrained, step)
+
+
+def train_tuned(
+    task: Task,
+    model: TunedModel,
+    compute_train_loss: Callable[[Tensor], Tensor],
+    compute_val_loss: Callable[[], float],
+    num_images: int,
+) -> tuple[TunedModel, int]:
+    """Train encoder and head as `evaluation.finetune` says. Returns: the model, the step that its weights are of."""
+    config = task.evaluation.finetune
+    schedule = plan_schedule(config, num_images)
+    return train_on_tokens(
+        model,
+        compute_train_loss,
+        compute_val_loss,
+        num_images,
+        schedule,
+        config.seed,
+        lambda at: task.report("fine-tune", at, schedule.max_steps),
+        group_parameters(model, config),
+    )
 
 
 def compute_loss(logit_BF: Tensor, target_BF: Tensor, as_classes: bool) -> Tensor:

@@ -10,9 +10,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from place.config import UsageError
-from place.evaluation.finetune import Tuned, group_parameters, plan_schedule, predict
+from place.evaluation.finetune import Tuned, predict, train_tuned
 from place.evaluation.frozen import FrozenEncoder
-from place.evaluation.heads import build_seeded, train_on_tokens
+from place.evaluation.heads import build_seeded
 from place.evaluation.metrics import TaskResult
 from place.evaluation.segmentation import Read, Way, judge_way
 from place.evaluation.setr import HEADS, compute_loss
@@ -66,15 +66,5 @@ def _fit_all(task: Task, train: Read, val: Read, test: Read) -> tuple[Tensor, in
     def compute_val_loss() -> float:
         return float(compute_loss(predict(model, encoder, val.jpegs), val.split.mask_BFYX, val.split.known_BF))
 
-    schedule = plan_schedule(config, len(train.jpegs))
-    model, step = train_on_tokens(
-        model,
-        compute_train_loss,
-        compute_val_loss,
-        len(train.jpegs),
-        schedule,
-        config.seed,
-        lambda at: task.report("fine-tune for masks", at, schedule.max_steps),
-        group_parameters(model, config),
-    )
+    model, step = train_tuned(task, model, compute_train_loss, compute_val_loss, len(train.jpegs))
     return predict(model, encoder, test.jpegs) > 0, step
