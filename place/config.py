@@ -200,8 +200,8 @@ class PathologyLossConfig(Section):
     """Weight in the total; 0 switches the term off."""
     temperature: float = Field(0.07, gt=0)
     """Start of the learned temperature."""
-    pairing: Literal["assignment", "soft", "max"] = "assignment"
-    """How a sentence finds its V-POR: one-to-one by least cost, soft attention, or the most similar one."""
+    pairing: Literal["assignment", "soft", "max"] = "soft"
+    """How a sentence finds its V-POR: one-to-one by least cost, by soft attention over all, or the most similar one."""
     negatives: Literal["study", "rank", "global"] = "global"
     """Where the other pairs come from."""
 

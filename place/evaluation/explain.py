@@ -51,7 +51,7 @@ class Explained(NamedTuple):
 def write_explanation(task: Task, path: Path) -> None:
     """Draw some studies of the split with the attention of the observations that their sentences are paired with.
 
-    Source: inferred (GLoRIA and MGCA show word and prototype attention); pairing as in PCMA.
+    Source: inferred (GLoRIA and MGCA show word and prototype attention); the pairing is ours.
     """
     samples = choose_samples(islice(read_samples(task.data_dir, task.split), MAX_LOOKED_AT), NUM_STUDIES)
     draw_figure(

@@ -16,7 +16,7 @@ def pathology_loss(
     mask_BS: Tensor,
     sentence_hash_BS: Tensor,
     scale: Tensor,
-    pairing: str = "assignment",
+    pairing: str = "soft",
     negatives: str = "global",
 ) -> Tensor:
     """Symmetric InfoNCE over T-POR/V-POR pairs, divided by the pair count of all ranks.
