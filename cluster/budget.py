@@ -152,7 +152,12 @@ def _count_losses(config: Config, plan: RunPlan) -> int:
         return instance + gathered
     columns = plan.global_batch if config.loss.pathology.negatives == "global" else plan.local_batch
     pathology = _count_logits(plan.local_batch * sentences, columns * sentences)
-    return instance + pathology + gathered + 4 * columns * sentences * width * FP32
+    gathered += 4 * columns * sentences * width * FP32
+    if config.loss.pathology.search:
+        queries = config.model.observations.num_queries
+        pathology += 2 * _count_logits(plan.local_batch * sentences, plan.global_batch * queries)
+        gathered += 2 * plan.global_batch * (sentences + queries) * width * FP32
+    return instance + pathology + gathered
 
 
 def _count_logits(rows: int, columns: int) -> int:
@@ -182,6 +187,8 @@ def compute_traffic(footprint: Footprint, plan: RunPlan, config: Config, stage: 
     per_pair = 2 * width * FP32
     if config.loss.pathology.weight and config.loss.pathology.negatives == "global":
         per_pair += 2 * sentences * width * FP32
+    if config.loss.pathology.weight and config.loss.pathology.search:
+        per_pair += (sentences + config.model.observations.num_queries) * width * FP32
     # Gathered forward, and their gradients summed and scattered backward.
     features = 2 * share * plan.global_batch * per_pair
     return {"gradients": int(gradients), "weights": int(weights), "features": int(features)}
@@ -200,4 +207,6 @@ def compute_flops(footprint: Footprint, plan: RunPlan, config: Config) -> int:
     if config.loss.pathology.weight:
         columns = {"global": rows, "rank": plan.local_batch, "study": 1}[config.loss.pathology.negatives]
         logits += 4 * rows * columns * config.data.max_sentences**2 * width
+        if config.loss.pathology.search:
+            logits += 4 * rows * rows * config.data.max_sentences * config.model.observations.num_queries * width
     return plan.global_batch * (3 * model + again) + 3 * logits

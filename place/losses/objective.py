@@ -10,6 +10,7 @@ from place.config import LossConfig
 from place.losses.correlation import correlation_loss
 from place.losses.instance import instance_loss
 from place.losses.pathology import pathology_loss
+from place.losses.search import search_loss
 from place.losses.tokens import token_loss
 
 
@@ -44,15 +45,10 @@ def _instance(outputs: Outputs, batch: Batch, config: LossConfig) -> Tensor:
 
 
 def _pathology(outputs: Outputs, batch: Batch, config: LossConfig) -> Tensor:
-    return pathology_loss(
-        outputs.observations_BKE,
-        outputs.sentences_BSE,
-        outputs.mask_BS,
-        batch.sentence_hash_BS,
-        outputs.logit_scales[1],
-        config.pathology.pairing,
-        config.pathology.negatives,
-    )
+    term, scale = config.pathology, outputs.logit_scales[1]
+    given = outputs.observations_BKE, outputs.sentences_BSE, outputs.mask_BS, batch.sentence_hash_BS, scale
+    loss = (1 - term.search) * pathology_loss(*given, term.pairing, term.negatives)
+    return loss + term.search * search_loss(*given) if term.search else loss
 
 
 def _correlation(outputs: Outputs, batch: Batch, config: LossConfig, grey_level: float) -> Tensor:

@@ -13,11 +13,13 @@ from place.cluster.budget import Setting, compute_flops, compute_memory, compute
 from place.cluster.worker import ENGINES
 from spawn import run_ranks
 from tiny import build_batch, build_tiny_config
+from torch.utils.flop_counter import FlopCounterMode
 from training.runs import write_config
 
 from place import cli
 from place.batch import Batch
 from place.config import Config, build_config
+from place.losses import search
 from place.losses.objective import compute_losses
 from place.model.place import build_model
 from place.training.footprint import measure_footprint
@@ -166,6 +168,28 @@ def test_flops_of_a_step_are_three_forwards_and_what_is_computed_again(vitb16: A
     assert 3 * forward < plain < 3.2 * forward  # the losses' products come on top
     chunked = compute_flops(footprint, plan.model_copy(update={"accumulation": 4}), config)
     assert chunked - plain == forward
+
+
+def test_the_search_multiplies_and_sends_what_is_counted(vitb16: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, footprint, plan = vitb16
+    pathology = config.loss.pathology.model_copy(update={"search": 0.5})
+    searching = config.model_copy(update={"loss": config.loss.model_copy(update={"pathology": pathology})})
+    batch, sentences, queries = 64, config.data.max_sentences, config.model.observations.num_queries
+    shape = (config.model.joint_width,)
+    given = torch.rand(batch, queries, *shape), torch.rand(batch, sentences, *shape)
+    sent = []
+    monkeypatch.setattr(search, "gather_with_grad", lambda part: sent.append(part.numel() * 4) or part)
+    with FlopCounterMode(display=False) as counter:
+        search.search_loss(
+            *given, torch.ones(batch, sentences).bool(), torch.arange(batch * sentences).view(batch, -1), torch.ones(())
+        )
+    small = plan.model_copy(update={"global_batch": batch})
+    extra = compute_flops(footprint, small, searching) - compute_flops(footprint, small, config)
+    assert counter.get_total_flops() == pytest.approx(extra / 3, rel=0.01)
+    traffic = [compute_traffic(footprint, small, one, 1)["features"] for one in (searching, config)]
+    assert traffic[0] - traffic[1] == 2 * 7 / 8 * sum(sent)
+    memory = [compute_memory(footprint, plan, one, Setting(1, False, 1)).losses for one in (searching, config)]
+    assert memory[0] > memory[1]
 
 
 def test_zero_shares_out_what_it_says_and_recomputation_and_chunks_cut_activations(vitb16: Any) -> None:

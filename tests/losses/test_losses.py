@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,11 +18,13 @@ from place.losses import pathology
 from place.losses.instance import instance_loss
 from place.losses.objective import compute_losses
 from place.losses.pathology import PAIRINGS, pathology_loss
+from place.losses.search import search_loss
 from place.losses.tokens import token_loss
 from place.model.place import build_model
 
 SCALE = torch.tensor(5.0)
 TERMS = ("instance", "pathology", "correlation", "tokens")
+CONTRASTS = ("instance", "pathology", "search")
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -75,6 +78,38 @@ def test_pathology_equals_a_loop_over_pairs(pairing: str, negatives: str) -> Non
     torch.testing.assert_close(ours, expected)
 
 
+def test_the_search_equals_a_loop_over_sentences_and_images() -> None:
+    observations, sentences = unit(3, 5, 6), unit(3, 4, 6, seed=1)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]).bool()
+    hashes = torch.tensor([[11, 12, 13, 0], [12, 0, 0, 0], [14, 15, 0, 0]])
+    real = [(study, place) for study in range(3) for place in range(4) if mask[study, place]]
+
+    def score(sentence: tuple[int, int], image: int) -> float:
+        return float(SCALE * (observations[image] @ sentences[sentence]).max())
+
+    def has(image: int, sentence: tuple[int, int]) -> bool:
+        return any(hashes[other] == hashes[sentence] for other in real if other[0] == image)
+
+    expected = 0.0
+    for own in real:
+        images = [score(own, image) for image in range(3) if not has(image, own)]
+        others = [score(other, own[0]) for other in real if not has(own[0], other)]
+        for rivals in (images, others):
+            mine = score(own, own[0])
+            expected += math.log(math.exp(mine) + sum(map(math.exp, rivals))) - mine
+    found = search_loss(observations, sentences, mask, hashes, SCALE)
+    assert found.item() == pytest.approx(expected / 2 / len(real), rel=1e-12)
+
+
+def test_observations_that_do_not_see_their_image_pass_the_contrast_of_pairs_but_not_the_search() -> None:
+    """The same V-PORs in every image, one a sentence: each sentence finds itself, whatever the image shows."""
+    sentences, scale = torch.eye(8, dtype=torch.float64).view(4, 2, 8), torch.tensor(30.0)
+    observations = sentences.view(1, 8, 8).expand(4, 8, 8)
+    given = observations, sentences, torch.ones(4, 2, dtype=torch.bool), torch.arange(1, 9).view(4, 2), scale
+    assert pathology_loss(*given).item() < 1e-6
+    assert search_loss(*given).item() == pytest.approx((math.log(4) + math.log(7)) / 2, rel=1e-6)
+
+
 def test_token_wise_alignment_equals_a_loop_over_words() -> None:
     regions, words, groups = unit(3, 5, 6), unit(3, 4, 6, seed=1), torch.tensor([7, 3, 7])
     is_word = torch.tensor([[0, 1, 1, 0], [0, 1, 1, 1], [0, 0, 0, 0]]).bool()
@@ -95,16 +130,19 @@ def test_token_wise_alignment_equals_a_loop_over_words() -> None:
 
 def test_equal_sentences_are_never_negatives() -> None:
     observations, sentences = unit(2, 3, 6), unit(2, 1, 6, seed=1)
-    loss = pathology_loss(observations, sentences, torch.ones(2, 1).bool(), torch.tensor([[5], [5]]), SCALE)
-    assert loss.item() == pytest.approx(0, abs=1e-9)
+    given = observations, sentences, torch.ones(2, 1).bool(), torch.tensor([[5], [5]]), SCALE
+    assert pathology_loss(*given).item() == pytest.approx(0, abs=1e-9)
+    assert search_loss(*given).item() == 0
 
 
-def test_a_batch_without_sentences_costs_nothing_and_has_a_gradient() -> None:
+@pytest.mark.parametrize("term", [pathology_loss, search_loss])
+def test_a_batch_without_sentences_costs_nothing_and_has_a_gradient(term: Callable[..., torch.Tensor]) -> None:
     observations = unit(2, 3, 6).requires_grad_()
-    loss = pathology_loss(observations, unit(2, 4, 6), torch.zeros(2, 4).bool(), torch.zeros(2, 4).long(), SCALE)
+    loss = term(observations, unit(2, 4, 6), torch.zeros(2, 4).bool(), torch.zeros(2, 4).long(), SCALE)
     loss.backward()
     assert loss.item() == 0
     assert observations.grad is not None
+    assert not observations.grad.any()
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS)
@@ -115,7 +153,8 @@ def test_the_loss_never_waits_for_the_device(pairing: str, negatives: str) -> No
         observations, sentences = torch.rand(4, 6, 8, requires_grad=True), torch.rand(4, 5, 8, requires_grad=True)
         scale, mask = torch.ones((), requires_grad=True), torch.ones(4, 5, dtype=torch.bool)
         hashes, groups = torch.ones(4, 5, dtype=torch.long), torch.ones(4, dtype=torch.long)
-    loss = pathology_loss(observations, sentences, mask, hashes, scale, pairing, negatives)
+    given = observations, sentences, mask, hashes, scale
+    loss = pathology_loss(*given, pairing, negatives) + search_loss(*given)
     (loss + instance_loss(observations[:, 0], sentences[:, 0], scale, groups)).backward()
     assert scale.grad is not None
     for asked in (lambda: loss.item(), lambda: mask.nonzero(), lambda: loss.cpu()):
@@ -159,7 +198,10 @@ def build_uneven_batch() -> Batch:
 
 def run_term(name: str) -> dict[str, torch.Tensor]:
     """Loss of one term and its gradients by the model's parameters, averaged over ranks."""
-    config = build_tiny_config(loss={term: {"weight": float(term == name)} for term in TERMS})
+    weights: dict[str, dict[str, float]] = {term: {"weight": float(term == name)} for term in TERMS}
+    if name == "search":
+        weights["pathology"] = {"weight": 1.0, "search": 0.5}
+    config = build_tiny_config(loss=weights)
     torch.manual_seed(0)
     model, _ = build_model(config, VOCAB, torch.device("cpu"))
     world = read_world()
@@ -173,12 +215,12 @@ def run_term(name: str) -> dict[str, torch.Tensor]:
 
 def run_terms() -> dict[str, dict[str, torch.Tensor]]:
     """Each term in one piece, and the contrastive ones in tiles too."""
-    results = {f"{name} plain": run_term(name) for name in TERMS}
+    results = {f"{name} plain": run_term(name) for name in (*TERMS, "search")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contrast, "TILED_FROM_PAIRS", 0)
         patch.setattr(contrast, "TILE_ROWS", 5)
         patch.setattr(contrast, "TILE_COLUMNS", 7)
-        return results | {f"{name} tiled": run_term(name) for name in TERMS[:2]}
+        return results | {f"{name} tiled": run_term(name) for name in CONTRASTS}
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +234,9 @@ def ranks(request: pytest.FixtureRequest) -> list[dict]:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("run", [*(f"{name} plain" for name in TERMS), "instance tiled", "pathology tiled"])
+@pytest.mark.parametrize(
+    "run", [*(f"{name} plain" for name in (*TERMS, "search")), *(f"{name} tiled" for name in CONTRASTS)]
+)
 def test_ranks_have_the_loss_and_the_gradients_of_one_process(run: str, single: dict, ranks: list[dict]) -> None:
     expected = single[run.replace("tiled", "plain")]
     assert expected["loss"].item() > 0
