@@ -109,6 +109,14 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
+def average_global(total: Tensor, count: Tensor) -> Tensor:
+    """This rank's share of a mean over the global batch: the mean of it over ranks is all totals by all counts.
+
+    Without anything to count it is 0.
+    """
+    return total * read_world().world / sum_over_ranks(count).clamp(min=1)
+
+
 def mean_over_ranks(tensor: Tensor) -> Tensor:
     """Mean over all ranks, without gradient."""
     return sum_over_ranks(tensor) / read_world().world

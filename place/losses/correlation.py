@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from place.config import CorrelationLossConfig
-from place.distributed import read_world, sum_over_ranks
+from place.distributed import average_global
 from place.kernels.patch_correlation import patch_corr_loss
 
 
@@ -40,4 +40,4 @@ def correlation_loss(
         reduction="image",
         method=config.method,
     )
-    return total * read_world().world / sum_over_ranks(count).clamp(min=1)
+    return average_global(total, count)

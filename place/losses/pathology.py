@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from place.distributed import gather, gather_with_grad, read_world, sum_over_ranks
+from place.distributed import average_global, gather, gather_with_grad, read_world
 from place.kernels.assignment import assign
 from place.kernels.contrast import Pairs, contrast
 
@@ -32,7 +32,7 @@ def pathology_loss(
         pairing: a key of `PAIRINGS`.
         negatives: `study`, `rank` or `global`.
     Source: quoted (PLACE abstract: maximise the consistency of pathology observations from both images and reports);
-        pairing and contrast are ours.
+        soft pairing inferred (Wang et al. 2022, MGCA: a word attends to patches so); contrast and the rest are ours.
     """
     matched_BSE, mask_BS = PAIRINGS[pairing](observations_BKE, sentences_BSE, mask_BS, scale)
     visual_PE, textual_PE, mask_P = matched_BSE.flatten(0, 1), sentences_BSE.flatten(0, 1), mask_BS.flatten()
@@ -42,7 +42,7 @@ def pathology_loss(
     forth_R = contrast(visual_PE[rows_R], exchange(textual_PE), scale, pairs)
     back_R = contrast(textual_PE[rows_R], exchange(visual_PE), scale, pairs)
     total = torch.where(mask_P[rows_R], forth_R + back_R, 0).sum() / 2
-    return total * read_world().world / sum_over_ranks(mask_P.sum()).clamp(min=1)
+    return average_global(total, mask_P.sum())
 
 
 def _list_rows(mask_P: Tensor) -> Tensor:

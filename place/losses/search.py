@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from place.distributed import gather, gather_with_grad, read_world, sum_over_ranks
+from place.distributed import average_global, gather, gather_with_grad
 from place.kernels import contrast
 
 NEVER = -1e9
@@ -28,21 +28,21 @@ def search_loss(
     Args:
         observations_BKE, sentences_BSE: unit-length fp32 V-PORs and T-PORs of this rank.
         mask_BS: bool, true on real sentences.
-        sentence_hash_BS: int64, equal for equal sentences.
+        sentence_hash_BS: int64, equal for equal sentences, 0 where there is none.
         scale: inverse temperature.
     Source: inferred (Yao et al. 2022, FILIP: the most similar token answers); on observations and sentences it is ours.
     """
     own_BS = scale * (sentences_BSE @ observations_BKE.transpose(1, 2)).amax(-1)
-    others_G = gather_with_grad(observations_BKE), gather(sentence_hash_BS), gather(mask_BS)
-    others_P = [part.flatten(0, 1) for part in (gather_with_grad(sentences_BSE), *others_G[1:])]
-    mine_B = observations_BKE, sentence_hash_BS, mask_BS
-    mine_P = [part.flatten(0, 1) for part in (sentences_BSE, *mine_B[1:])]
+    mine_B = observations_BKE, sentence_hash_BS
+    mine_P = sentences_BSE.flatten(0, 1), sentence_hash_BS.flatten(), mask_BS.flatten()
+    others_G = gather_with_grad(observations_BKE), gather(sentence_hash_BS)
+    others_P = gather_with_grad(sentences_BSE).flatten(0, 1), others_G[1].flatten(), gather(mask_BS).flatten()
     of_images_P = _in_tiles(lambda *rows: _score(rows, others_G, scale).logsumexp(1), mine_P, others_G[0])
     of_sentences_B = _in_tiles(lambda *rows: _score(others_P, rows, scale).logsumexp(0), mine_B, others_P[0])
     rivals = of_images_P.view_as(own_BS), of_sentences_B[:, None]
     forth_BS, back_BS = (nn.functional.softplus(rival - own_BS) for rival in rivals)
     total = torch.where(mask_BS, forth_BS + back_BS, 0).sum() / 2
-    return total * read_world().world / sum_over_ranks(mask_BS.sum()).clamp(min=1)
+    return average_global(total, mask_BS.sum())
 
 
 def _score(sentences: Sequence[Tensor], images: Sequence[Tensor], scale: Tensor) -> Tensor:
@@ -50,11 +50,11 @@ def _score(sentences: Sequence[Tensor], images: Sequence[Tensor], scale: Tensor)
 
     Args:
         sentences: T-PORs (P,E), their hashes (P,) and which are real (P,).
-        images: V-PORs (G,K,E), and of their reports the hashes (G,S) and which are real (G,S).
+        images: V-PORs (G,K,E), and the hashes (G,S) of their reports' sentences.
     """
-    (sentences_PE, hash_P, mask_P), (observations_GKE, hash_GS, mask_GS) = sentences, images
+    (sentences_PE, hash_P, mask_P), (observations_GKE, hash_GS) = sentences, images
     logits_PGK = (scale * sentences_PE @ observations_GKE.flatten(0, 1).T).unflatten(1, observations_GKE.shape[:2])
-    has_PG = ((hash_P[:, None, None] == hash_GS) & mask_GS).any(-1)
+    has_PG = (hash_P[:, None, None] == hash_GS).any(-1)
     return logits_PGK.amax(-1).masked_fill(has_PG | ~mask_P[:, None], NEVER)
 
 
