@@ -15,6 +15,7 @@ from place.config import DataConfig
 from place.data.mixture import draw_samples, list_parts, read_intensity
 from place.data.order import compute_steps, share_steps
 from place.data.prepared import HASH
+from place.data.report import hash_text
 from place.data.shard_file import MappedShard
 from place.data.tokens import ReportTokenizer, TokenizedReport
 from place.data.transforms import eval_transform, read_image, train_transform
@@ -203,10 +204,10 @@ class ReportPairs(StreamingDataset):
             image_CYX = train_transform(image_YX, size, self.mean, self.std, self.data.augment, rng)
         else:
             image_CYX = eval_transform(image_YX, size, self.mean, self.std)
-        sentences = select_sentences(sample["sentences"], self.data.sections)
+        sentences, group = read_report(sample, self.data.sections)
         if self.train and self.data.shuffle_sentences:
             rng.shuffle(sentences)
-        return Pair(image_CYX, self.tokenizer.encode(sentences), sample["report_group"], sample["sample_id"])
+        return Pair(image_CYX, self.tokenizer.encode(sentences), group, sample["sample_id"])
 
 
 def _leave_loudly(thread: Callable[[Any], None], it: Any) -> None:
@@ -216,6 +217,15 @@ def _leave_loudly(thread: Callable[[Any], None], it: Any) -> None:
     except Exception:
         it.on_exit()
         raise
+
+
+def read_report(sample: dict[str, Any], sections: str) -> tuple[list[str], int]:
+    """Sentences of a sample that the model reads, and the group of reports that read alike.
+
+    Where the model reads only one section, that section decides: two reports with one impression are one group.
+    """
+    sentences = select_sentences(sample["sentences"], sections)
+    return sentences, sample["report_group"] if sections == "all" else hash_text(" ".join(sentences))
 
 
 def select_sentences(sentences: list[dict[str, str]], sections: str) -> list[str]:

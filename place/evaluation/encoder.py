@@ -14,8 +14,7 @@ from torch import Tensor
 
 from place.config import RunError
 from place.data.prepared import read_samples
-from place.data.report import hash_text
-from place.data.streaming import select_sentences
+from place.data.streaming import read_report
 from place.data.transforms import eval_transform, read_image
 from place.evaluation.metrics import Array
 from place.model.place import ImageFeatures, TextFeatures
@@ -138,12 +137,8 @@ def encode_reports(run: LoadedRun, reports: Sequence[Sequence[str]]) -> TextFeat
 
 
 def build_study(sample: dict[str, Any], sections: str) -> Study:
-    """Keep what the tasks need of a sample.
-
-    Reports that read alike are one group: where the model reads only one section, that section decides.
-    """
-    sentences = select_sentences(sample["sentences"], sections)
-    group = sample["report_group"] if sections == "all" else hash_text(" ".join(sentences))
+    """Keep what the tasks need of a sample."""
+    sentences, group = read_report(sample, sections)
     return Study(sample["sample_id"], group, sample["labels"], sentences)
 
 

@@ -358,3 +358,27 @@ def test_sections_are_chosen_and_never_leave_a_report_empty() -> None:
     assert select_sentences(report, "all") == ["a", "b"]
     assert select_sentences(report, "impression") == ["b"]
     assert select_sentences(report[:1], "impression") == ["a"]
+
+
+def test_reports_whose_section_reads_alike_are_one_group_of_a_batch(
+    prepared: Path, tokenizer: str, tmp_path: Path
+) -> None:
+    """Other findings do not make them two: the model never reads those."""
+    samples = {sample["sample_id"]: sample for sample in read_samples(prepared, "train")}
+    data = build_data(prepared).model_copy(update={"sections": "impression"})
+    loader = PairLoader(
+        data,
+        "train",
+        ReportTokenizer.load(tokenizer),
+        seed=3,
+        local_batch=GLOBAL_BATCH,
+        num_patches=16,
+        train=True,
+        cache=tmp_path,
+    )
+    seen = {}
+    for batch in loader.read_steps(0, STEPS, STEPS, 1):
+        seen |= dict(zip(batch.sample_id_B.tolist(), batch.report_group_B.tolist(), strict=True))
+    texts = {number: " ".join(select_sentences(samples[number]["sentences"], "impression")) for number in seen}
+    assert len({(texts[number], group) for number, group in seen.items()}) == len(set(texts.values()))
+    assert len(set(seen.values())) == len(set(texts.values())) < len({samples[n]["report_group"] for n in seen})
