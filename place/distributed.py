@@ -35,6 +35,15 @@ def read_world() -> World:
     return World(dist.get_rank(), dist.get_world_size(), local_rank, local_world)
 
 
+def choose_device() -> torch.device:
+    """This process's GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", read_world().local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
 class Node(NamedTuple):
     """Where this process stands among the size processes that share its machine's shared memory.
 

@@ -25,7 +25,7 @@ from place.data.loader import PairLoader
 from place.data.mixture import check_reports, count_epoch, read_fingerprint, read_intensity, read_training_samples
 from place.data.streaming import select_sentences
 from place.data.tokens import ReportTokenizer, train_tokenizer
-from place.distributed import Node, barrier, broadcast_text, gather_objects, read_node, read_world
+from place.distributed import Node, barrier, broadcast_text, choose_device, gather_objects, read_node, read_world
 from place.kept import write_text
 from place.losses.objective import compute_losses
 from place.model.place import PlaceModel, build_model
@@ -167,15 +167,6 @@ def _work(
             log.close()
         if node.is_first:
             shutil.rmtree(cache, ignore_errors=True)
-
-
-def choose_device() -> torch.device:
-    """This process's GPU, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", read_world().local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
 
 
 def read_commit() -> str:
