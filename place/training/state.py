@@ -57,7 +57,9 @@ def copy_share(model: nn.Module, pieces: Iterable[Piece], optimizer: Optimizer, 
     buffers = read_buffers(model) if read_world().is_first else {}
     weights = {f"{name}@0": _copy(buffer.flatten()) for name, buffer in buffers.items()}
     moments: dict[str, Tensor] = {}
-    numbers = {"optimizer_step": 0.0, **numbers}
+    # A parameter without a gradient has taken no step: the number is that of those that have.
+    steps = [float(state.get("step", 0)) for state in optimizer.state.values()]
+    numbers = {"optimizer_step": max(steps, default=0.0), **numbers}
     for piece in pieces:
         key = f"{piece.name}@{piece.start}"
         weights[key] = _copy(_cut(piece.owner, piece))
@@ -65,7 +67,6 @@ def copy_share(model: nn.Module, pieces: Iterable[Piece], optimizer: Optimizer, 
         for kind in MOMENTS:
             # Before the first step AdamW has no moments: zeros say the same.
             moments[f"{kind}:{key}"] = _copy(_cut(state[kind], piece)) if kind in state else torch.zeros(piece.length)
-        numbers["optimizer_step"] = float(state.get("step", 0))
     return Share(weights, moments, numbers)
 
 

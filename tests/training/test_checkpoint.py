@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from curves import build_engine, run_steps
 from tiny import build_tiny_config, merge
 from torch import Tensor
 
@@ -232,6 +233,22 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     engine = TorchEngine(model, build_tiny_config(), CPU)
     with pytest.raises(RunError, match="lacks exp_avg_sq of weight; resume with the model that wrote it"):
         engine.load(tmp_path / "checkpoints" / "step_00000002", {"optimizer_step": 1.0})
+
+
+def test_parameters_that_no_loss_reaches_leave_the_count_of_steps_alone(tmp_path: Path) -> None:
+    config = build_tiny_config(loss={"pathology": {"weight": 0.0}})
+    engine, fresh = build_engine(config, 0), build_engine(config, 1)
+    run_steps(engine, config, 0, 3)
+    assert len(engine.optimizer.state) < len(engine.parameters)
+    writer = Saver(tmp_path, engine, 5, 60)
+    writer.save({"step": 3, "best_step": None})
+    writer.wait()
+    folder = tmp_path / "checkpoints" / "step_00000003"
+    numbers = read_state(folder)["numbers"]
+    assert numbers["optimizer_step"] == 3
+    fresh.load(folder, numbers)
+    assert torch.equal(run_steps(fresh, config, 3, 5), run_steps(engine, config, 3, 5))
+    assert fresh.copy_share().numbers["optimizer_step"] == 5
 
 
 @pytest.fixture(scope="module")
