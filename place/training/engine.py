@@ -21,6 +21,7 @@ class Engine(Protocol):
 
     device: torch.device
     layout: Layout
+    scale: LossScale
 
     def forward(self, batch: Batch, train: bool = True) -> Outputs:
         """Run the model; without gradient where the caller says so with torch.no_grad."""

@@ -47,12 +47,14 @@ def backward_contrast(engine: Engine, batch: Batch, accumulation: int, objective
             parts.append(engine.forward(chunk))
     features = _join(parts)
     losses = objective(features, batch)
-    losses.total.backward()
+    # In fp16 the features' gradients are fp16 too, and lost without the scale that `engine.backward` puts on.
+    scale = engine.scale.value
+    (losses.total * scale).backward()
     gradients = _split_gradients(features, len(chunks[0].sample_id_B), accumulation)
     for number, (chunk, state) in enumerate(zip(chunks, states, strict=True), start=1):
         _restore_rng(engine.device, state)
         outputs = engine.forward(chunk)
-        engine.backward(_surrogate(outputs, gradients[number - 1]), is_last=number == accumulation)
+        engine.backward(_surrogate(outputs, gradients[number - 1]) / scale, is_last=number == accumulation)
     return losses, features.logit_scales.detach()
 
 

@@ -45,6 +45,36 @@ def test_accumulation_leaves_losses_and_gradients_alone(accumulation: int) -> No
     assert {"log_scale_instance", "log_scale_pathology"} <= other.keys()
 
 
+FP16 = {
+    "engine": {"precision": "fp16"},
+    # As small as gradients are at a batch of thousands.
+    "loss": {"instance": {"weight": 0.0}, "pathology": {"weight": 0.0}, "correlation": {"weight": 1e-4}},
+}
+
+
+def test_small_gradients_survive_fp16_in_chunks_as_in_one_piece() -> None:
+    _, gradients = run_step(1, **FP16)
+    _, other = run_step(4, **FP16)
+    largest = max(value.norm() for value in gradients.values())
+    assert largest > 0
+    for name, value in gradients.items():
+        assert (other[name] - value).norm() < 0.02 * largest, name
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_an_overflow_leaves_the_step_out(accumulation: int) -> None:
+    config = build_tiny_config(engine={"precision": "fp16"})
+    torch.manual_seed(0)
+    model, _ = build_model(config, VOCAB, torch.device("cpu"))
+    engine = TorchEngine(model, config, torch.device("cpu"))
+    engine.scale.value = 2.0**30
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    backward_contrast(engine, build_batch(8, 0, config), accumulation, objective(config))
+    assert engine.step(1e-3) == 0
+    assert engine.scale.value == 2.0**29
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
 @pytest.mark.parametrize("accumulation", [2, 4])
 @pytest.mark.parametrize(
     "sections",
