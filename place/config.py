@@ -101,7 +101,7 @@ class DataConfig(Section):
     num_canonical_nodes: int = Field(8, ge=1)
     """Streaming's canonical nodes: fixes the sample order for every world size. Keep it over the life of a run."""
     shuffle_block_size: int = Field(1 << 18, ge=1)
-    """Samples in a shuffling block of streaming's py1e order."""
+    """Samples in a shuffling block of streaming's py1e order. Keep it over the life of a run."""
     cache_dir: str | None = None
     """Node-local folder for unpacked shards; none takes the temporary folder. Emptied when the run ends."""
     cache_limit: str | None = None

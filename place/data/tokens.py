@@ -58,8 +58,14 @@ class ReportTokenizer:
         return len(self.hf)
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer as a Hugging Face folder."""
-        self.hf.save_pretrained(str(folder))
+        """Write the tokenizer as a Hugging Face folder, each file by rename."""
+        folder = Path(folder)
+        partial = folder.with_name(f".{folder.name}.partial")
+        self.hf.save_pretrained(str(partial))
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in partial.iterdir():
+            path.replace(folder / path.name)
+        partial.rmdir()
 
     def encode(self, sentences: Iterable[str]) -> TokenizedReport:
         """Tokens of [CLS] sentence sentence ... [SEP], cut after the last sentence that fits.

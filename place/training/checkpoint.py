@@ -135,8 +135,12 @@ def load_run(run_dir: str | Path, which: str = "best") -> LoadedRun:
     )
 
 
-def write_definition(run_dir: Path, config: Config, model: PlaceModel, tokenizer: ReportTokenizer) -> None:
-    """Write what rebuilds the model without its sources: the encoders' definitions and the tokenizer."""
+def write_definition(run_dir: Path, config: Config, model: PlaceModel, tokenizer: ReportTokenizer | None) -> None:
+    """Write what rebuilds the model without its sources: the encoders' definitions and the tokenizer.
+
+    Args:
+        tokenizer: None where the run folder has it already.
+    """
     folder = run_dir / "model"
     folder.mkdir(parents=True, exist_ok=True)
     model.text.encoder.config.to_json_file(folder / "config.json")
@@ -144,7 +148,8 @@ def write_definition(run_dir: Path, config: Config, model: PlaceModel, tokenizer
     architecture = model.vision.vit.pretrained_cfg.get("architecture", vision.architecture)
     overrides = {**read_model_args(vision.source), **vision.overrides}
     write_text(folder / "vision.json", json.dumps({"architecture": architecture, "overrides": overrides}))
-    tokenizer.save(run_dir / "tokenizer")
+    if tokenizer is not None:
+        tokenizer.save(run_dir / "tokenizer")
 
 
 def read_definition(run_dir: Path, config: Config) -> tuple[Config, PretrainedConfig]:

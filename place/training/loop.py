@@ -190,5 +190,7 @@ def describe_lineage(config: Config, plan: RunPlan) -> dict[str, Any]:
         "global_batch": plan.global_batch,
         "seed": config.run.seed,
         "num_canonical_nodes": config.data.num_canonical_nodes,
+        "shuffle_block_size": config.data.shuffle_block_size,
+        "train_split": config.data.train_split,
         "data_fingerprint": read_fingerprint(config.data),
     }

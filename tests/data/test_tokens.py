@@ -119,3 +119,13 @@ def test_a_tokenizer_without_special_tokens_is_refused() -> None:
 
     with pytest.raises(UsageError, match="BERT-like"):
         ReportTokenizer(Bare(), 64, 4)
+
+
+def test_who_reads_a_tokenizer_while_it_is_saved_again_sees_the_old_one_whole(tmp_path: Path) -> None:
+    build().save(tmp_path / "tokenizer")
+    before = (tmp_path / "tokenizer" / "tokenizer.json").read_text()
+    with (tmp_path / "tokenizer" / "tokenizer.json").open() as reader:
+        train_tokenizer(["Other words."], 500, 64, 4).save(tmp_path / "tokenizer")
+        assert reader.read() == before
+    assert "words" in ReportTokenizer.load(tmp_path / "tokenizer").hf.get_vocab()
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]

@@ -44,12 +44,16 @@ class StubEngine:
         self.loaded = folder
 
 
-def write_steps(run_dir: Path, steps: list[int], keep: int = 9, best: int | None = None) -> None:
-    """Checkpoints of these steps, in this order."""
+def write_steps(
+    run_dir: Path, steps: list[int], keep: int = 9, best: int | None = None, without: tuple[str, ...] = ()
+) -> None:
+    """Checkpoints of these steps, in this order; their state lacks the keys `without`."""
     writer = Saver(run_dir, StubEngine(), keep, 60)
     for step in steps:
         state = {"step": step, "best_val": None, "world": 1, "global_batch": 8, "seed": 0}
         state |= {"num_canonical_nodes": 2, "data_fingerprint": "same"}
+        state |= {"shuffle_block_size": 1 << 18, "train_split": "train"}
+        state = {key: value for key, value in state.items() if key not in without}
         writer.save({**state, "best_step": best if best and best <= step else None})
         writer.wait()
 
@@ -171,7 +175,7 @@ def test_a_resume_starts_at_the_newest_complete_checkpoint(tmp_path: Path) -> No
     (tmp_path / "checkpoints" / "step_00000005" / "state.json").unlink()
     config, plan = build_state(tmp_path)
     engine = StubEngine()
-    progress, notes = _resume(config, engine, plan)
+    progress, notes = _resume(config, engine, plan, *agree_on_checkpoint(tmp_path))
     assert progress["step"] == 2
     assert engine.loaded.name == "step_00000002"
     assert len(notes) == 2
@@ -185,6 +189,8 @@ def test_a_resume_starts_at_the_newest_complete_checkpoint(tmp_path: Path) -> No
         ({"train": {"global_batch": 4}}, "global_batch=8, this run has 4"),
         ({"run": {"seed": 7}}, "seed=0, this run has 7"),
         ({"data": {"num_canonical_nodes": 4}}, "num_canonical_nodes=2, this run has 4"),
+        ({"data": {"shuffle_block_size": 512}}, "shuffle_block_size=262144, this run has 512"),
+        ({"data": {"train_split": "val"}}, "train_split=train, this run has val"),
     ],
 )
 def test_a_resume_with_other_numbers_is_wrong_use(changed: dict, said: str, tmp_path: Path) -> None:
@@ -192,7 +198,7 @@ def test_a_resume_with_other_numbers_is_wrong_use(changed: dict, said: str, tmp_
     config, plan = build_state(tmp_path, **changed)
     engine = StubEngine()
     with pytest.raises(UsageError) as caught:
-        _resume(config, engine, plan)
+        _resume(config, engine, plan, *agree_on_checkpoint(tmp_path))
     assert said in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert engine.loaded == Path()
@@ -201,8 +207,16 @@ def test_a_resume_with_other_numbers_is_wrong_use(changed: dict, said: str, tmp_
 def test_a_resume_with_other_workers_says_so(tmp_path: Path) -> None:
     write_steps(tmp_path, [2])
     config, plan = build_state(tmp_path)
-    _, notes = _resume(config, StubEngine(), plan.model_copy(update={"world": 2}))
+    found = agree_on_checkpoint(tmp_path)
+    _, notes = _resume(config, StubEngine(), plan.model_copy(update={"world": 2}), *found)
     assert notes[0] == "step_00000002 was written by 1 workers, 2 go on"
+
+
+def test_a_checkpoint_from_before_more_was_asked_of_it_goes_on(tmp_path: Path) -> None:
+    write_steps(tmp_path, [2], without=("shuffle_block_size", "train_split"))
+    config, plan = build_state(tmp_path, data={"shuffle_block_size": 512})
+    progress, _ = _resume(config, StubEngine(), plan, *agree_on_checkpoint(tmp_path))
+    assert progress["step"] == 2
 
 
 def test_a_resume_makes_the_pointers_say_what_it_goes_on_from(tmp_path: Path) -> None:
@@ -233,6 +247,26 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     engine = TorchEngine(model, build_tiny_config(), CPU)
     with pytest.raises(RunError, match="lacks exp_avg_sq of weight; resume with the model that wrote it"):
         engine.load(tmp_path / "checkpoints" / "step_00000002", {"optimizer_step": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model": {"joint_width": 16}}, r"has \S+ of shape \[24, 32\], this model has it of shape \[16, 32\]"),
+        ({"model": {"joint_width": 32}}, r"has \S+ of shape \[24, 32\], this model has it of shape \[32, 32\]"),
+        ({"model": {"observations": {"num_queries": 4}}}, r"has observe.queries of shape .* of shape \[4, 32\]"),
+        ({"loss": {"tokens": {"weight": 1.0}}}, r"has no project_region\S+, this model has it of shape \["),
+    ],
+)
+def test_a_model_of_other_shapes_is_refused_in_one_line(
+    changed: dict, said: str, run_dir: tuple[Path, dict[str, Tensor]]
+) -> None:
+    engine = build_engine(build_tiny_config(**changed), 0)
+    before = engine.copy_share().weights
+    with pytest.raises(UsageError, match=said + r".*; resume with the model and loss sections that wrote it") as caught:
+        engine.load(run_dir[0] / "checkpoints" / "step_00000001", {"optimizer_step": 0.0})
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(run, before[key]) for key, run in engine.copy_share().weights.items())
 
 
 def test_parameters_that_no_loss_reaches_leave_the_count_of_steps_alone(tmp_path: Path) -> None:

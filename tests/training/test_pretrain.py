@@ -16,11 +16,13 @@ from training import runs
 from training.runs import run_place, start_place, wait_until, write_config
 
 from place import cli
-from place.config import build_config
+from place.config import UsageError, build_config
+from place.data.tokens import ReportTokenizer, train_tokenizer
 from place.node import note_path
 from place.runlog import read_jsonl, read_surviving
 from place.training import loop
 from place.training.checkpoint import find_fault
+from place.training.pretrain import run_worker
 
 TERMS = ("total", "instance", "pathology", "correlation", "grad_norm", "lr")
 LONG = {"train": {"epochs": 12, "checkpoint_every_steps": 7, "evaluate_every_epochs": 4}}
@@ -114,6 +116,10 @@ def assert_same_curve(run: Path, undisturbed: Path) -> None:
     assert [(record["step"], record["ids"]) for record in ours] == [
         (record["step"], record["ids"]) for record in theirs
     ]
+
+
+def read_folder(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def flip_byte(shard: Path) -> Path:
@@ -342,7 +348,35 @@ def test_too_little_disk_is_one_line(
 def test_a_run_on_other_data_is_refused_in_one_line(pretrain: Any, resumable: Path, prepared: Path) -> None:
     other = shutil.copytree(prepared, resumable.parent / "other")
     card = json.loads((other / "card.json").read_text())
+    card["image"]["mean"] += 0.1
     (other / "card.json").write_text(json.dumps({**card, "fingerprint": "0" * 64}))
+    before = read_folder(resumable.parent / "run")
     ended = pretrain(resumable, f"data.path={other}")
     assert (ended.code, len(ended.err)) == (2, 1), ended.err
     assert "this run has " + "0" * 64 in ended.err[0]
+    assert read_folder(resumable.parent / "run") == before, "evaluation would take the refused data's figures"
+
+
+def test_a_run_that_a_worker_refuses_keeps_the_definition_of_its_model(resumable: Path) -> None:
+    definition = read_folder(resumable.parent / "run" / "model")
+    config = build_config(resumable, ["data.shuffle_block_size=512", "model.text.depth=2"])
+    with pytest.raises(UsageError, match="shuffle_block_size=262144, this run has 512"):
+        run_worker(config, "launch")
+    assert read_folder(resumable.parent / "run" / "model") == definition
+
+
+def test_a_tokenizer_of_a_start_that_failed_is_made_anew(pretrain: Any, prepared: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "tokenizer"
+    train_tokenizer(["Words of other data."], 100, 160, 16).save(folder)
+    with (folder / "tokenizer.json").open("r+") as file:
+        file.truncate(40)  # and the start was killed while it wrote
+    config = write_config(tmp_path, prepared, train={"epochs": 1, "max_steps": 1})
+    assert pretrain(config, "data.val_split=none").code == 0
+    assert "pneumothorax" in ReportTokenizer.load(folder).hf.get_vocab()
+
+
+def test_a_resumed_run_leaves_its_tokenizer_alone(pretrain: Any, resumable: Path) -> None:
+    files = sorted((resumable.parent / "run" / "tokenizer").iterdir())
+    before = [(path, path.stat().st_ino, path.stat().st_mtime_ns) for path in files]
+    assert pretrain(resumable).code == 0
+    assert [(path, path.stat().st_ino, path.stat().st_mtime_ns) for path in files] == before
