@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -24,6 +25,7 @@ from pydantic import Field, field_validator
 from scipy.stats import t as student
 
 from place.config import RunError, Section, UsageError, build_config, dump_config, read_section
+from place.data.prepared import read_card
 from place.kept import read_kept, run_logged, write_kept
 from place.runlog import read_jsonl
 
@@ -127,13 +129,16 @@ def plan_jobs(experiment: Experiment, base: Path) -> list[Job]:
             if seed >= (row.seeds or experiment.seeds):
                 continue
             folder = Path(experiment.folder) / name / f"seed{seed}"
-            own = (f"data.path={experiment.data}", f"run.dir={folder / 'run'}", f"run.seed={seed}")
+            data = (f"data.path={experiment.data}", "data.streams=[]")
+            own = (*data, f"run.dir={folder / 'run'}", f"run.seed={seed}")
             jobs.append(Job(name, seed, folder, dump_config(build_config(base, [*row.config, *own]))))
     return jobs
 
 
 def run_job(job: Job, experiment: Experiment) -> dict[str, float]:
     """Train and judge one run in processes of their own, or read what an earlier call found.
+
+    A run that was stopped goes on; one of another configuration or of other data is removed.
 
     Returns: figure by `TASK:METRIC`.
     Raises:
@@ -146,6 +151,7 @@ def run_job(job: Job, experiment: Experiment) -> dict[str, float]:
     config = job.folder / "config.yaml"
     config.write_text(job.config)
     run = job.folder / "run"
+    _clear(run, job.folder / "trained.json", _hash(read_card(experiment.data)["fingerprint"], job.config))
     _call(job, "pretrain", "--config", str(config))
     judged = ("--data", experiment.data, "--tasks", experiment.tasks, "--split", experiment.split)
     _call(job, "evaluate", "--run", str(run), *judged)
@@ -163,7 +169,7 @@ def pair_job(job: Job, reference: Job, experiment: Experiment) -> dict[str, list
 
     Returns: by `TASK:METRIC` the difference and the ends of its 95 % interval.
     Raises:
-        RunError: a result is damaged or was removed.
+        RunError: a result is damaged. UsageError: it was removed.
     """
     # Here, because it brings torch, which those who only plan do without.
     from place.evaluation.compare import run_compare
@@ -171,10 +177,7 @@ def pair_job(job: Job, reference: Job, experiment: Experiment) -> dict[str, list
     found, key = job.folder / "paired.json", build_key(experiment, reference, job)
     if (known := read_kept(found, key)) is not None:
         return known
-    try:
-        compared = run_compare(reference.folder / "run", job.folder / "run", Path(experiment.data))
-    except UsageError as error:
-        raise RunError(str(error)) from None
+    compared = run_compare(reference.folder / "run", job.folder / "run", Path(experiment.data))
     gaps = {
         f"{task}:{name}": [gap for gap in item.difference if gap is not None]
         for task, differences in compared.tasks.items()
@@ -186,8 +189,20 @@ def pair_job(job: Job, reference: Job, experiment: Experiment) -> dict[str, list
 
 def build_key(experiment: Experiment, *jobs: Job) -> str:
     """What a result that is kept depends on, hashed."""
-    configs = "".join(job.config for job in jobs)
-    return hashlib.sha256(f"{configs}{experiment.tasks}{experiment.split}".encode()).hexdigest()
+    fingerprint = read_card(experiment.data)["fingerprint"]
+    return _hash(fingerprint, experiment.tasks, experiment.split, *(job.config for job in jobs))
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _clear(run: Path, noted: Path, key: str) -> None:
+    """Remove figures that were judged before, and the whole run where it was trained under another key."""
+    if read_kept(noted, key) is None:
+        shutil.rmtree(run, ignore_errors=True)
+        write_kept(noted, key, True)
+    shutil.rmtree(run / "evaluation", ignore_errors=True)
 
 
 def read_figures(run: Path) -> dict[str, float]:
@@ -269,7 +284,7 @@ def run_experiment(experiment: Experiment, base: Path, parallel: int, say: Calla
     for job, reference in list_pairs(experiment, jobs, figures):
         try:
             gaps.setdefault(job.row, {})[job.seed] = pair_job(job, reference, experiment)
-        except RunError as error:
+        except (RunError, UsageError) as error:
             say(f"{job.row}, seed {job.seed}: not paired with {reference.row}: {error}")
     _write(experiment, figures, gaps)
     return failed

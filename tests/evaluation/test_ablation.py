@@ -13,6 +13,7 @@ from tiny import TINY, merge
 from place.config import RunError, UsageError
 from place.evaluation import ablation
 from place.evaluation.ablation import Experiment, build_table, compute_half_width, load_experiment, plan_jobs
+from place.runlog import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 TREE = {
@@ -150,3 +151,11 @@ def test_an_experiment_of_real_runs_ends_in_a_table_and_does_nothing_twice(
     assert ablation.main([str(path)]) == 0
     assert (tmp_path / "out/table.md").read_text() == first
     assert not (tmp_path / "out/a/seed0/run").exists()
+    run = tmp_path / "out/b/seed0/run"
+    (run / "evaluation/grounding.json").write_text('{"task": "retrieval", "metrics": {"r1": {"value": 2.0}}}')
+    tree["rows"]["b"]["config"] = ["train.max_steps=2"]
+    path.write_text(yaml.safe_dump(tree))
+    assert ablation.main([str(path)]) == 0
+    steps = [(record["step"], record["attempt"]) for record in read_jsonl(run / "metrics.jsonl") if "total" in record]
+    assert steps == [(1, 0), (2, 0)], "the run of another configuration is not gone on with"
+    assert "retrieval:r1" not in ablation.read_figures(run)
