@@ -81,7 +81,7 @@ class DeepSpeedEngine:
         zero = self.engine.optimizer
         if self.stage == 3:
             zero.checkpoint_event_prologue()
-        load_share(folder, self.model, self._list_pieces(), self._read_adam(), numbers)
+        load_share(folder, self.model, self.layout, self._list_pieces(), self._read_adam(), numbers)
         if self.stage in (1, 2):
             zero.update_lp_params()
         if self.stage == 3:

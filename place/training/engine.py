@@ -132,4 +132,4 @@ class TorchEngine:
 
     def load(self, folder: Path, numbers: dict[str, float]) -> None:
         self.scale.load(numbers)
-        load_share(folder, self.model, list_whole(self.model), self.optimizer, numbers)
+        load_share(folder, self.model, self.layout, list_whole(self.model), self.optimizer, numbers)

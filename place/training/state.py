@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from place.config import RunError
+from place.config import RunError, UsageError
 from place.distributed import read_world
 
 WEIGHTS = "model.safetensors"
@@ -71,15 +71,22 @@ def copy_share(model: nn.Module, pieces: Iterable[Piece], optimizer: Optimizer, 
 
 
 def load_share(
-    folder: Path, model: nn.Module, pieces: list[Piece], optimizer: Optimizer, numbers: dict[str, float]
+    folder: Path,
+    model: nn.Module,
+    layout: Layout,
+    pieces: list[Piece],
+    optimizer: Optimizer,
+    numbers: dict[str, float],
 ) -> None:
     """Fill pieces, AdamW's moments and the model's buffers from a checkpoint that any number of ranks wrote.
 
     Raises:
+        UsageError: another model wrote the checkpoint.
         RunError: the checkpoint holds no optimiser state, or not all of it.
     """
     moments = MomentReader(folder)
     with torch.no_grad(), safe_open(folder / WEIGHTS, framework="pt") as weights:
+        _check_layout(folder, weights, layout)
         for owner in {id(piece.owner): piece.owner for piece in pieces}.values():
             # The fused AdamW counts its steps on the device.
             device = owner.device if optimizer.defaults.get("fused") else None
@@ -92,6 +99,19 @@ def load_share(
             for kind in MOMENTS:
                 run = moments.read(kind, piece.name, piece.start, piece.length)
                 _cut(optimizer.state[piece.owner][kind], piece).copy_(run)
+
+
+def _check_layout(folder: Path, weights: Any, layout: Layout) -> None:
+    """A tensor of another shape would be filled with what lies at its place."""
+    there = set(weights.keys())
+    for key, (_, shape) in layout.items():
+        stored = tuple(weights.get_slice(key).get_shape()) if key in there else None
+        if stored != shape:
+            has = f"has {key} of shape {list(stored)}" if stored is not None else f"has no {key}"
+            raise UsageError(
+                f"checkpoint {folder} {has}, this model has it of shape {list(shape)}; resume with the model and loss "
+                "sections that wrote it, or choose another run.dir"
+            )
 
 
 def read_buffers(model: nn.Module) -> dict[str, Tensor]:

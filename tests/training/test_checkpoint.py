@@ -258,13 +258,14 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         ({"loss": {"tokens": {"weight": 1.0}}}, r"has no project_region\S+, this model has it of shape \["),
     ],
 )
-def test_a_model_of_other_shapes_is_refused_in_one_line(
-    changed: dict, said: str, run_dir: tuple[Path, dict[str, Tensor]]
-) -> None:
+def test_a_model_of_other_shapes_is_refused_in_one_line(changed: dict, said: str, tmp_path: Path) -> None:
+    writer = Saver(tmp_path, build_engine(build_tiny_config(), 0), 5, 60)
+    writer.save({"step": 1, "best_step": None})
+    writer.wait()
     engine = build_engine(build_tiny_config(**changed), 0)
     before = engine.copy_share().weights
     with pytest.raises(UsageError, match=said + r".*; resume with the model and loss sections that wrote it") as caught:
-        engine.load(run_dir[0] / "checkpoints" / "step_00000001", {"optimizer_step": 0.0})
+        engine.load(tmp_path / "checkpoints" / "step_00000001", {"optimizer_step": 0.0})
     assert "\n" not in str(caught.value)
     assert all(torch.equal(run, before[key]) for key, run in engine.copy_share().weights.items())
 
