@@ -81,7 +81,8 @@ class DataConfig(Section):
     image_size_px: int = Field(224, ge=16)
     """Side of the square image the model sees, in pixels; divisible by the patch size."""
     max_tokens: int = Field(160, ge=8)
-    """Report tokens kept, special tokens included; the cut is at the end of a sentence where one fits."""
+    """Report tokens kept, special tokens included; the cut is at the end of a sentence where one fits. At most the
+    positions of the report encoder, 512 for BERT; `scratch` makes as many as are asked for."""
     max_sentences: int = Field(16, ge=1)
     """Report sentences kept."""
     views_per_study: Literal["all", "one"] = "all"

@@ -184,7 +184,9 @@ def build_model(
     Source: ours.
     """
     vision = build_image_encoder(config.model.vision, config.data.image_size_px, with_weights=definition is None)
-    text = build_report_encoder(config.model.text, vocab_size, config.model.attention, definition)
+    text = build_report_encoder(
+        config.model.text, vocab_size, config.data.max_tokens, config.model.attention, definition
+    )
     heads = config.model.observations.num_heads, config.model.correlation.num_heads
     head_sizes = {*vision.head_sizes, text.head_size, *(vision.width // count for count in heads)}
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.engine.precision]

@@ -104,33 +104,51 @@ def _read_first_position(config: PretrainedConfig) -> int | None:
 
 
 def build_report_encoder(
-    config: TextConfig, vocab_size: int, attention: str, definition: PretrainedConfig | None = None
+    config: TextConfig, vocab_size: int, max_tokens: int, attention: str, definition: PretrainedConfig | None = None
 ) -> ReportEncoder:
     """Build the report encoder.
 
     Args:
         vocab_size: of the tokenizer; must fit the encoder.
+        max_tokens: of a report; the encoder must have as many positions.
         attention: as asked for; `eager` takes transformers' own, all others the `sdpa` that is routed to ours.
         definition: builds this architecture alone: a checkpoint is loaded next.
     Raises:
-        UsageError: the source holds no encoder or not all of its weights, or the tokenizer does not fit it.
+        UsageError: the source holds no encoder or not all of its weights, or tokenizer or reports do not fit it.
     Source: ours.
     """
     patch_torchvision()
     attention = "eager" if attention == "eager" else "sdpa"
-    encoder = _build_encoder(config, vocab_size, attention, definition)
+    encoder = _build_encoder(config, vocab_size, max_tokens, attention, definition)
     if vocab_size > encoder.config.vocab_size:
         raise UsageError(
             f"model.text.source={config.source}: the tokenizer has {vocab_size} entries, the encoder "
             f"{encoder.config.vocab_size}; take both from one folder"
+        )
+    positions = _count_positions(encoder)
+    if definition is None and positions is not None and max_tokens > positions:
+        raise UsageError(
+            f"data.max_tokens={max_tokens}: the report encoder {config.source} has {positions} positions; "
+            f"lower it to {positions} or less"
         )
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # its weights would never get a gradient
     return ReportEncoder(encoder, config.pooling)
 
 
+def _count_positions(encoder: PreTrainedModel) -> int | None:
+    """Longest report, in tokens, that the encoder has positions for; None where it learned none.
+
+    Source: inferred (transformers: RoBERTa and its kin count from after the padding's index).
+    """
+    for name, part in encoder.named_modules():
+        if name.rpartition(".")[2] == "position_embeddings" and isinstance(part, nn.Embedding):
+            return part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
+    return None
+
+
 def _build_encoder(
-    config: TextConfig, vocab_size: int, attention: str, definition: PretrainedConfig | None
+    config: TextConfig, vocab_size: int, max_tokens: int, attention: str, definition: PretrainedConfig | None
 ) -> PreTrainedModel:
     from transformers import AutoModel, BertConfig
 
@@ -145,6 +163,7 @@ def _build_encoder(
             intermediate_size=4 * config.width,
             hidden_dropout_prob=config.dropout,
             attention_probs_dropout_prob=config.dropout,
+            max_position_embeddings=max(512, max_tokens),
         )
         return _build_from_scratch(small, attention)
     return _read_encoder(config.source, attention)

@@ -197,7 +197,7 @@ def _build_without_weights(config: Config) -> tuple[PlaceModel, list[str]]:
     definition, vocab_size, assumed = find_report_encoder(config)
     with torch.device("meta"):
         vision = build_image_encoder(config.model.vision, config.data.image_size_px, with_weights=False)
-        text = build_report_encoder(config.model.text, vocab_size, "sdpa", definition)
+        text = build_report_encoder(config.model.text, vocab_size, config.data.max_tokens, "sdpa", definition)
         # Full reports are as long packed as padded; how long others are, fake tensors do not know.
         text.first_position = None
         return PlaceModel(config, vision, text, "sdpa"), assumed

@@ -11,7 +11,7 @@ import timm
 import torch
 from tiny import VOCAB, build_batch, build_tiny_config
 from torch import Tensor
-from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
 from place.batch import Batch, Outputs
 from place.config import TextConfig, UsageError, VisionConfig, dump_config
@@ -256,7 +256,7 @@ def test_images_are_pooled_as_configured(pooling: str) -> None:
 def test_reports_are_pooled_as_configured(pooling: str) -> None:
     torch.manual_seed(0)
     encoder = build_report_encoder(
-        build_tiny_config(model={"text": {"pooling": pooling}}).model.text, VOCAB, "sdpa"
+        build_tiny_config(model={"text": {"pooling": pooling}}).model.text, VOCAB, 160, "sdpa"
     ).eval()
     batch = build_batch(3)
     seen = encoder(batch.token_ids_BT, batch.attention_BT)
@@ -292,7 +292,7 @@ def test_a_hugging_face_folder_gives_its_weights_features_and_tokenizer(bert_fol
     tokenizer = ReportTokenizer.load(bert_folder)
     report = tokenizer.encode(["There is a small left effusion.", "No pneumothorax."])
     ids_BT, attention_BT, _, _ = tokenizer.collate([report])
-    encoder = build_report_encoder(TextConfig(source=str(bert_folder)), tokenizer.vocab_size, "sdpa").eval()
+    encoder = build_report_encoder(TextConfig(source=str(bert_folder)), tokenizer.vocab_size, 160, "sdpa").eval()
     theirs = BertModel.from_pretrained(bert_folder, add_pooling_layer=False).eval()
     for name, weight in theirs.state_dict().items():
         assert torch.equal(encoder.encoder.state_dict()[name], weight), name
@@ -356,7 +356,7 @@ def test_a_spoilt_image_encoder_is_wrong_use(how: str, vit_folder: Path, tmp_pat
 def test_a_spoilt_report_encoder_is_wrong_use(how: str, bert_folder: Path, tmp_path: Path) -> None:
     source = str(spoil(bert_folder, tmp_path / "bert", how))
     with pytest.raises(UsageError, match=r"^model\.text\.source=.*/bert") as caught:
-        build_report_encoder(TextConfig(source=source), 10, "sdpa")
+        build_report_encoder(TextConfig(source=source), 10, 160, "sdpa")
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -373,7 +373,7 @@ def test_weights_of_another_report_architecture_are_wrong_use(bert_folder: Path,
     DistilBertModel(other).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / "model.safetensors", source)
     with pytest.raises(UsageError, match="the weights do not fit config.json"):
-        build_report_encoder(TextConfig(source=str(source)), 10, "sdpa")
+        build_report_encoder(TextConfig(source=str(source)), 10, 160, "sdpa")
 
 
 @pytest.mark.parametrize("change", [{"num_hidden_layers": 3}, {"hidden_size": 64}])
@@ -382,12 +382,32 @@ def test_a_config_that_is_larger_than_its_weights_is_wrong_use(change: dict, ber
     path = source / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UsageError, match=r"^model\.text\.source="):
-        build_report_encoder(TextConfig(source=str(source)), 10, "sdpa")
+        build_report_encoder(TextConfig(source=str(source)), 10, 160, "sdpa")
 
 
 def test_a_tokenizer_larger_than_the_encoder_is_wrong_use(bert_folder: Path) -> None:
     with pytest.raises(UsageError, match="the tokenizer has 5000 entries"):
-        build_report_encoder(TextConfig(source=str(bert_folder)), 5000, "sdpa")
+        build_report_encoder(TextConfig(source=str(bert_folder)), 5000, 160, "sdpa")
+
+
+@pytest.mark.parametrize(("kind", "positions"), [("bert", 20), ("distilbert", 20), ("roberta", 18)])
+def test_reports_longer_than_the_encoder_has_positions_are_wrong_use(kind: str, positions: int, tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    small = AutoConfig.for_model(kind, vocab_size=VOCAB, max_position_embeddings=20, **shape)
+    AutoModel.from_config(small).save_pretrained(tmp_path)
+    config = TextConfig(source=str(tmp_path))
+    encoder = build_report_encoder(config, VOCAB, positions, "sdpa")
+    longest_BT = torch.full((1, positions), 7)
+    assert encoder(longest_BT, longest_BT > 0).tokens_BTD.shape[1] == positions
+    with pytest.raises(UsageError, match=f"data.max_tokens={positions + 1}: .* has {positions} positions; lower it"):
+        build_report_encoder(config, VOCAB, positions + 1, "sdpa")
+
+
+def test_an_encoder_from_scratch_has_as_many_positions_as_reports_have_tokens() -> None:
+    text = build_tiny_config().model.text
+    longest_BT = torch.full((1, 600), 7)
+    assert build_report_encoder(text, VOCAB, 600, "sdpa")(longest_BT, longest_BT > 0).tokens_BTD.shape[1] == 600
+    assert build_report_encoder(text, VOCAB, 100, "sdpa").encoder.config.max_position_embeddings == 512
 
 
 def test_a_conv_stem_is_refused_where_it_cannot_be(vit_folder: Path) -> None:
