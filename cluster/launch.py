@@ -16,14 +16,13 @@ from place.cluster.hosts import NODE_LABEL, Hosts, clean_hosts, describe_lack, f
 from place.config import Config, RunError, UsageError, check_config
 from place.runlog import count_attempts, read_newest_step, write_attempt
 from place.training.pretrain import check_disk
-from place.training.stop import ask_to_stop, read_stop, withdraw_stop
+from place.training.stop import RESIZE, ask_to_stop, read_stop, withdraw_resize
 from place.training.watchdog import describe_stacks
 
 # Ray's controller hears of a dead worker when it polls; its default is 2 s.
 HEALTH_CHECK_INTERVAL_S = "0.5"
 # A host that dies while workers start would hold them up for this long.
 START_TIMEOUT_S = "30"
-RESIZE = "more hosts are there"
 _DIED, _LOST_A_PEER = "died", "lost the connection to another rank"
 
 
@@ -71,7 +70,7 @@ def _run_to_the_end(config: Config, launch_name: str, start_wait_s: float) -> st
         outcome = read_outcome(run_dir, launch_name)
         if fault is None and not (outcome == "stopped" and read_stop(run_dir) == RESIZE):
             return outcome
-        withdraw_stop(run_dir, RESIZE)
+        withdraw_resize(run_dir)
         if fault is not None:
             check_disk(run_dir, need_mib=1)
             before, saved = saved, read_newest_step(run_dir)
