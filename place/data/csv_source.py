@@ -22,7 +22,8 @@ def open_csv(config: PrepareConfig) -> Table:
     """A table with a column mapping, one row an image.
 
     An image is known by its path: the second row of the same one is rejected as `duplicate_id`. A row without a study
-    is a study of its own, and one without a patient has its study for a patient.
+    is a study of its own. One without a patient has that of its study's other rows; where they name several it is
+    rejected as `patient_mismatch`, where they name none its study is its patient.
     Raises:
         UsageError: unknown column or field, no such image root.
         RunError: unreadable table, a patient in two official splits.
@@ -60,11 +61,25 @@ def _fill_identities(frame: pd.DataFrame) -> list[str]:
     frame["identity"] = paths.where(paths != "", "row " + frame["number"].astype(str))
     mark_rejects(frame, frame["identity"].duplicated(), "duplicate_id")
     notes = fill_field(frame, "study", "image " + frame["identity"], "each image is a study of its own")
+    notes += _share_patients(frame)
     alone = "each study is a patient of its own, so one person may be in two splits"
     notes += fill_field(frame, "patient", "study " + frame["study"], alone)
     # Studies are often numbered within a patient.
     frame["study"] = frame["patient"] + "/" + frame["study"]
     return notes
+
+
+def _share_patients(frame: pd.DataFrame) -> list[str]:
+    """Give rows without a patient the one that their study's other rows name. Returns notes for the card."""
+    if "patient" not in frame:
+        return []
+    named = frame["patient"].where(frame["patient"] != "").groupby(frame["study"])
+    missing, count = frame["patient"] == "", named.transform("nunique")
+    # Studies that are numbered within a patient: nobody can say which one's this is.
+    mark_rejects(frame, missing & (count > 1), "patient_mismatch")
+    found = missing & (count == 1)
+    frame["patient"] = frame["patient"].where(~found, named.transform("first"))
+    return [f"{int(found.sum())} rows without a patient: that of their study's other rows"] if found.any() else []
 
 
 def _check_views(frame: pd.DataFrame) -> None:

@@ -169,6 +169,23 @@ def test_shares_of_the_hash_split_are_met():
     )
 
 
+def test_a_row_without_a_patient_has_the_one_that_its_study_names(tmp_path):
+    config = write_csv_source(tmp_path, count=8)
+    set_column(config, "exam", ["S1", "S1", "S1", "S2", "S2", "7", "7", "7"])
+    set_column(config, "who", ["Ann", "", "Ann", "", "", "Bob", "Cem", ""])
+    table = open_source(config)
+    rows = sorted(table.rows, key=lambda row: row.number)
+    patients, studies = [row.patient for row in rows], [row.study for row in rows]
+    assert len({*patients[:3]}) == len({*studies[:3]}) == 1
+    assert patients[3] == patients[4] != patients[0], "a study that names nobody is a patient"
+    assert len({*studies[5:7]}) == 2, "studies that are numbered within a patient stay apart"
+    assert [row.reject for row in rows] == [*[""] * 7, "patient_mismatch"]
+    assert table.notes == [
+        "1 rows without a patient: that of their study's other rows",
+        "3 rows without a patient: each study is a patient of its own, so one person may be in two splits",
+    ]
+
+
 def test_without_a_patient_the_study_keeps_images_together_and_the_card_is_told(tmp_path):
     config = write_csv_source(tmp_path, columns={"image": "file", "text": "note", "study": "who"})
     table = open_source(config)
