@@ -157,8 +157,8 @@ def _join(frame: pd.DataFrame, reports: pd.DataFrame, keys: list[str]) -> list[s
         unique = reports[reports[key] != ""].drop_duplicates([key, *told])
         position = pd.Series(unique.index, index=unique[key])
         twice = position.index[position.index.duplicated()]
+        torn |= (row < 0) & frame[key].isin(twice)
         row = row.where(row >= 0, frame[key].map(position[~position.index.duplicated()]).fillna(-1).astype(int))
-        torn |= frame[key].isin(twice)
     missing = row < 0
     mark_rejects(frame, missing, "no_report")
     mark_rejects(frame, torn, "report_mismatch")

@@ -461,6 +461,19 @@ def test_a_folder_of_dicom_is_joined_with_its_reports_by_study(tmp_path):
     assert [json.loads(row["labels"])["edema"] for row in read_manifest(config)] == [1, 1, None, None]
 
 
+def test_studies_that_share_an_accession_number_are_told_apart_by_their_uid(tmp_path):
+    lay_out_tree(tmp_path / "pacs")
+    for number in range(6):
+        edit_dicom(tmp_path / "pacs" / f"DIR{number % 2}" / f"IM{number}", AccessionNumber="A0", PatientID="P0")
+    texts = ["The heart is normal.", "The lungs are clear."]
+    table = {"StudyInstanceUID": ["1.2.0", "1.2.1"], "AccessionNumber": ["A0", "A0"], "Report": texts}
+    pd.DataFrame(table).to_csv(tmp_path / "pacs" / "reports.csv", index=False)
+    config = settings("dicom-tree", tmp_path / "pacs")
+    run_prepare(config)
+    assert [row["sentences"][0]["text"] for row in read_manifest(config)] == [texts[0]] * 2 + [texts[1]] * 2
+    assert read_reasons(config) == {2: "report_mismatch", 5: "report_mismatch"}, "the third study has the number alone"
+
+
 def test_files_of_a_tree_that_cannot_be_trusted_are_rejected_by_reason(tmp_path):
     tree = tmp_path / "pacs"
     lay_out_tree(tree, 8)
