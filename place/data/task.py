@@ -185,7 +185,8 @@ def read_sample(row: Row, config: PrepareConfig) -> Sample:
     if row.view:
         check_view(row.view, kept_views)
     sections = (*row.sections, *(read_report(row.report_path) if row.report_path else ()))
-    sentences = read_sentences(sections, config.min_words, config.case == "lower")
+    written = read_sentences(sections, config.min_words)
+    sentences = lower_sentences(written) if config.case == "lower" else written
     data = row.image if isinstance(row.image, bytes) else read_file(row.image)
     source_YX, info = decode_image(data)
     view = row.view or info.view
@@ -203,7 +204,7 @@ def read_sample(row: Row, config: PrepareConfig) -> Sample:
         "boxes": [_scale_box(box, source_YX.shape, scale) for box in row.boxes],
     }
     record = _build_record(row, stored, info, source_YX.shape, image_YX.shape)
-    record["warnings"] = list(_find_warnings(sentences, info, source_YX))
+    record["warnings"] = list(_find_warnings(written, info, source_YX))
     masks = [
         {
             "sample_id": row.sample_id,
@@ -244,8 +245,8 @@ def _build_record(
     }
 
 
-def read_sentences(sections: Iterable[tuple[str, str]], min_words: int, lower: bool = False) -> list[dict[str, str]]:
-    """Sentences of a report with their section, on request in small letters.
+def read_sentences(sections: Iterable[tuple[str, str]], min_words: int) -> list[dict[str, str]]:
+    """Sentences of a report with their section.
 
     Raises Rejected: `long_report`, `empty_report`, `short_report`, `contradictory_report`. Source: ours.
     """
@@ -262,9 +263,12 @@ def read_sentences(sections: Iterable[tuple[str, str]], min_words: int, lower: b
     torn = find_contradiction((item["section"], item["text"]) for item in sentences)
     if torn:
         raise Rejected("contradictory_report", f"one of findings and impression has {torn}, the other has none")
-    if lower:
-        sentences = [{**item, "text": item["text"].lower()} for item in sentences]
     return sentences
+
+
+def lower_sentences(sentences: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The same in small letters."""
+    return [{**item, "text": item["text"].lower()} for item in sentences]
 
 
 def _find_warnings(sentences: list[dict[str, str]], info: ImageInfo, image_YX: GreyImage) -> Iterator[str]:

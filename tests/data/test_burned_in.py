@@ -51,7 +51,8 @@ def test_text_is_found_in_real_radiographs_and_in_most_that_it_is_drawn_into(rea
     assert sum(drawn) / len(drawn) > 0.9
 
 
-def test_warnings_are_in_the_manifest_and_counted_on_the_card(tmp_path):
+@pytest.mark.parametrize("case", ["keep", "lower"])
+def test_warnings_are_in_the_manifest_and_counted_on_the_card(case, tmp_path):
     for number in range(3):
         write_dicom(
             tmp_path / "pacs" / f"IM{number}",
@@ -67,7 +68,7 @@ def test_warnings_are_in_the_manifest_and_counted_on_the_card(tmp_path):
         f"A{number},{report}" if "," not in report else f'A{number},"{report}"' for number, report in enumerate(reports)
     ]
     (tmp_path / "pacs" / "reports.csv").write_text("\n".join(["AccessionNumber,report", *lines]))
-    config = settings("dicom-tree", tmp_path / "pacs")
+    config = settings("dicom-tree", tmp_path / "pacs", case=case)
     card = run_prepare(config)
     assert card["warnings"] == {"burned_in_annotation": 1, "name_in_report": 1}
     rows = pq.read_table(Path(config.output) / "manifest.parquet").to_pylist()

@@ -10,7 +10,7 @@ from place.data.privacy import has_name
 from place.data.report import hash_near, split_sentences
 from place.data.report_files import decode_text, parse_openi, read_report
 from place.data.sections import parse_report, split_sections
-from place.data.task import MAX_REPORT_CHARS, read_sentences
+from place.data.task import MAX_REPORT_CHARS, lower_sentences, read_sentences
 
 WET_READ = """ WET READ: ___ ___ ___ 9:33 PM
   Low lung volumes. Possible pneumonia.
@@ -98,8 +98,9 @@ def test_odd_and_missing_headings_are_understood(text, sections):
 
 def test_letters_are_kept_unless_small_ones_are_wanted():
     sections = [("findings", "Heart is NORMAL. XXXX Ümlaut stays.")]
-    assert [item["text"] for item in read_sentences(sections, 1)] == ["Heart is NORMAL.", "XXXX Ümlaut stays."]
-    assert [item["text"] for item in read_sentences(sections, 1, True)] == ["heart is normal.", "xxxx ümlaut stays."]
+    sentences = read_sentences(sections, 1)
+    assert [item["text"] for item in sentences] == ["Heart is NORMAL.", "XXXX Ümlaut stays."]
+    assert [item["text"] for item in lower_sentences(sentences)] == ["heart is normal.", "xxxx ümlaut stays."]
 
 
 @pytest.mark.parametrize(
