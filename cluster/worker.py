@@ -67,8 +67,11 @@ def join_torchrun(config: Config) -> World:
         raise UsageError(
             "cluster.launcher=torchrun: no RANK in the environment; start with torchrun -m place pretrain ..."
         )
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.cluster.timeout_s))
+    use_gpu = torch.cuda.is_available()
+    if use_gpu:
+        # Before the first collective, which would begin on GPU 0 of every rank.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(seconds=config.cluster.timeout_s))
     return read_world()
 
 
@@ -76,6 +79,7 @@ def run_alone(config: Config) -> str:
     """Run this process's worker without Ray; a process alone gets a group of one where DeepSpeed wants one."""
     launch = broadcast_text(new_launch()) or ""
     torch.set_num_threads(config.cluster.cpus_per_worker)
+    _bind_cores(config)
     with tempfile.TemporaryDirectory() as folder:
         alone = config.engine.kind == "deepspeed" and not is_distributed()
         if alone:
