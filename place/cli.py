@@ -309,6 +309,8 @@ def _pretrain_by_torchrun(config: Config) -> int:
     world = join_torchrun(config)
     if not world.is_first:
         barrier()
+        # torchrun passes what it gets on to every rank: one that died of it would take the checkpoint with it.
+        _catch_signals(Path(config.run.dir))
         return STOPPED if run_alone(config) == "stopped" else DONE
     plan = prepare_run(config, world.world)
     barrier()

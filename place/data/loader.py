@@ -189,4 +189,6 @@ class Collate:
 
 
 def _start_worker(_: int) -> None:
+    # torchrun sends SIGTERM to a rank's process group: without its loader the rank could not end its step.
+    os.setpgid(0, 0)
     torch.set_num_threads(1)

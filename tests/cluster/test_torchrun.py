@@ -1,8 +1,10 @@
-"""Workers that torchrun started: a GPU and cores of their own."""
+"""Workers that torchrun started: a GPU and cores of their own, and a checkpoint when torchrun is told to end."""
 
 from __future__ import annotations
 
 import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,11 @@ import torch.distributed as dist
 from place.cluster import worker
 from place.cluster.topology import read_sockets, share_cores
 from tiny import build_tiny_config
+from training.runs import start_place, wait_until, write_config
 
 from place.distributed import World
+from place.runlog import read_jsonl
+from place.training.checkpoint import find_checkpoint
 
 
 @pytest.fixture
@@ -47,3 +52,20 @@ def test_ranks_with_gpus_keep_to_cores_of_their_own(
     config = build_tiny_config(cluster={"bind_cores": binds, "cpus_per_worker": torch.get_num_threads()})
     assert worker.run_alone(config) == "done"
     assert bound == ([share_cores(read_sockets(), 1, 2)] if binds else [])
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_leaves_a_checkpoint(number: signal.Signals, prepared: Path, tmp_path: Path) -> None:
+    train = {"epochs": 400, "checkpoint_every_steps": 10_000}
+    config = write_config(tmp_path, prepared, cluster={"launcher": "torchrun"}, train=train)
+    run = tmp_path / "run"
+    process = start_place("pretrain", "--config", str(config), "data.num_workers=1", processes=2)
+    wait_until(lambda: any(record["step"] >= 3 for record in read_jsonl(run / "metrics.jsonl")), process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "[rank" not in err, f"a rank failed:\n{err}"
+    *_, ended = read_jsonl(run / "attempts.jsonl")
+    assert ended == {**ended, "outcome": "stopped", "why": number.name}
+    assert find_checkpoint(run)[0] is not None
