@@ -62,40 +62,32 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
     fields = PrepareConfig.model_fields
+    # What is not given is not there: a protocol's value comes after what was given and before a default.
+    parser.argument_default = argparse.SUPPRESS
     parser.add_argument("--source", choices=get_args(SourceName), help=fields["source"].description)
     parser.add_argument("--protocol", metavar="FILE", help=fields["protocol"].description)
-    parser.add_argument(
-        "--allow-counts", nargs="+", default=(), metavar="NAME", help=fields["allow_counts"].description
-    )
+    parser.add_argument("--allow-counts", nargs="+", metavar="NAME", help=fields["allow_counts"].description)
     parser.add_argument("--output", required=True, help=fields["output"].description)
     parser.add_argument("--input", help=fields["input"].description)
     parser.add_argument("--image-root", help=fields["image_root"].description)
     parser.add_argument("--reports", help=fields["reports"].description)
     parser.add_argument(
-        "--column", nargs="+", action="extend", default=[], metavar="FIELD=NAME", help=fields["columns"].description
+        "--column", nargs="+", action="extend", metavar="FIELD=NAME", help=fields["columns"].description
     )
-    parser.add_argument("--labels", nargs="+", default=[], metavar="NAME", help=fields["label_columns"].description)
-    parser.add_argument("--masks", nargs="+", default=[], metavar="FINDING=PATTERN", help=fields["masks"].description)
+    parser.add_argument("--labels", nargs="+", metavar="NAME", help=fields["label_columns"].description)
+    parser.add_argument("--masks", nargs="+", metavar="FINDING=PATTERN", help=fields["masks"].description)
     parser.add_argument("--boxes", metavar="FILE", help=fields["boxes"].description)
     parser.add_argument("--only", metavar="FILE", help=fields["only"].description)
-    parser.add_argument("--views", nargs="+", default=[], metavar="VIEW", help=fields["views"].description)
-    parser.add_argument("--case", choices=("keep", "lower"), default="keep", help=fields["case"].description)
-    parser.add_argument(
-        "--split", nargs=3, type=float, default=[0.8, 0.1, 0.1], metavar="SHARE", help=fields["split"].description
-    )
-    parser.add_argument(
-        "--phantom-format", choices=("jpeg", "dicom"), default="jpeg", help=fields["phantom_format"].description
-    )
-    parser.add_argument(
-        "--launcher", choices=("ray", "local"), default=fields["launcher"].default, help=fields["launcher"].description
-    )
+    parser.add_argument("--views", nargs="+", metavar="VIEW", help=fields["views"].description)
+    parser.add_argument("--case", choices=("keep", "lower"), help=fields["case"].description)
+    parser.add_argument("--split", nargs=3, type=float, metavar="SHARE", help=fields["split"].description)
+    parser.add_argument("--phantom-format", choices=("jpeg", "dicom"), help=fields["phantom_format"].description)
+    parser.add_argument("--launcher", choices=("ray", "local"), help=fields["launcher"].description)
     parser.add_argument("--address", metavar="HOST:PORT", help=fields["address"].description)
     numbers = ("count", "seed", "size-px", "jpeg-quality", "min-words", "num-workers", "rows-per-task", "shard-mib")
     for name, kind in (*((name, int) for name in numbers), ("salt-file", str)):
         field = fields[name.replace("-", "_")]
-        parser.add_argument(
-            f"--{name}", type=kind, default=field.default, help=f"{field.description} Default {field.default}."
-        )
+        parser.add_argument(f"--{name}", type=kind, help=f"{field.description} Default {field.default}.")
 
 
 def _add_pretrain(parser: argparse.ArgumentParser) -> None:
@@ -231,32 +223,24 @@ def build_prepare_config(arguments: argparse.Namespace) -> PrepareConfig:
     """What `place prepare` was told, checked."""
     from pydantic import ValidationError
 
-    given = {key: value for key, value in vars(arguments).items() if key not in ("verb", "column", "labels", "masks")}
-    columns = _split_pairs("column", arguments.column, "FIELD=NAME, such as image=filename")
-    given["masks"] = _split_pairs("masks", arguments.masks, "FINDING=PATTERN, such as lungs=masks/{stem}.png") or None
-    given |= {"columns": columns, "label_columns": tuple(arguments.labels)}
-    if arguments.protocol:
-        given = _add_protocol(given)
-    elif arguments.source is None:
+    given = {key: value for key, value in vars(arguments).items() if key != "verb"}
+    if "column" in given:
+        given["columns"] = _split_pairs("column", given.pop("column"), "FIELD=NAME, such as image=filename")
+    if "masks" in given:
+        given["masks"] = _split_pairs("masks", given["masks"], "FINDING=PATTERN, such as lungs=masks/{stem}.png")
+    if "labels" in given:
+        given["label_columns"] = given.pop("labels")
+    if "protocol" in given:
+        from place.data.protocol import fill_options, read_protocol
+
+        given = fill_options(given, read_protocol(given["protocol"]))
+    elif "source" not in given:
         raise UsageError(f"say --source {'|'.join(get_args(SourceName))}, or --protocol configs/eval/NAME.yaml")
     try:
         return PrepareConfig.model_validate(given)
     except ValidationError as error:
         fault = error.errors()[0]
         raise UsageError(f"--{'.'.join(map(str, fault['loc'])).replace('_', '-')}: {fault['msg'].lower()}") from None
-
-
-def _add_protocol(given: dict[str, Any]) -> dict[str, Any]:
-    """Options of the protocol, where the user left the default."""
-    from place.data.protocol import fill_options, read_protocol
-
-    fields = PrepareConfig.model_fields
-    said = {name: value for name, value in given.items() if not _is_same(value, fields[name].default)}
-    return fill_options(said, read_protocol(given["protocol"]))
-
-
-def _is_same(value: Any, default: Any) -> bool:
-    return tuple(value) == tuple(default or ()) if isinstance(value, list | tuple) else value in (None, default)
 
 
 def _split_pairs(option: str, items: list[str], form: str) -> dict[str, str]:

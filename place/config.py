@@ -544,7 +544,8 @@ class PrepareConfig(Section):
     """csv: our field (image, text, findings, impression, patient, study, view, split) to the table's column.
     dicom-tree: accession, study, text, findings, impression, patient or split to the column of the reports."""
     label_columns: tuple[str, ...] = ()
-    """Columns with 1 positive, 0 negative, -1 uncertain, empty unknown; or text classes, one-hot by class."""
+    """csv, dicom-tree, mimic-cxr: columns with 1 positive, 0 negative, -1 uncertain, empty unknown; or text classes,
+    one-hot by class."""
     count: int = Field(2000, ge=1)
     """phantom: studies made."""
     seed: int = 0

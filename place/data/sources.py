@@ -26,7 +26,16 @@ SOURCES: dict[str, Callable[[PrepareConfig], Table]] = {
 }
 
 TAKE_MASKS = ("csv",)
-TAKE_BOXES = ("mimic-cxr", "mimic-cxr-jpg")
+_MIMIC = ("mimic-cxr", "mimic-cxr-jpg")
+TAKEN_BY = {
+    "columns": ("column", ("csv", "dicom-tree")),
+    "label_columns": ("labels", ("csv", "dicom-tree", *_MIMIC)),
+    "image_root": ("image-root", ("csv", "openi", "r2gen-json")),
+    "reports": ("reports", ("dicom-tree", "openi", *_MIMIC)),
+    "boxes": ("boxes", _MIMIC),
+    "only": ("only", _MIMIC),
+}
+"""Settings that not every source looks at: the option, and the sources that do."""
 
 
 def open_source(config: PrepareConfig) -> Table:
@@ -41,8 +50,8 @@ def open_source(config: PrepareConfig) -> Table:
             f"--masks {' '.join(config.masks)}: source {config.source} takes no mask files, only "
             f"{', '.join(TAKE_MASKS)} does; leave it out, or prepare a table of these images with --source csv"
         )
-    for name in ("boxes", "only"):
-        if getattr(config, name) and config.source not in TAKE_BOXES:
-            told = f"source {config.source} takes none, only {', '.join(TAKE_BOXES)} do; leave it out"
-            raise UsageError(f"--{name}: {told}")
+    for name, (option, sources) in TAKEN_BY.items():
+        if getattr(config, name) and config.source not in sources:
+            told = f"source {config.source} takes none, only {', '.join(sources)} do; leave it out"
+            raise UsageError(f"--{option}: {told}")
     return SOURCES[config.source](config)

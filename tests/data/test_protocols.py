@@ -137,6 +137,8 @@ def test_what_the_user_says_comes_before_the_protocol(tmp_path: Path) -> None:
     config = parse_prepare(*words, "--split", 0.7, 0.1, 0.2, "--size-px", 512, "--allow-counts", "all.images")
     assert (config.split, config.size_px, config.min_words) == ((0.7, 0.1, 0.2), 512, 0)
     assert config.allow_counts == ("all.images",)
+    config = parse_prepare(*words, "--split", 0.8, 0.1, 0.1, "--min-words", 3)
+    assert (config.split, config.min_words) == ((0.8, 0.1, 0.1), 3), "said, though they are the defaults"
     with pytest.raises(UsageError, match="--source csv: protocol rsna is prepared with --source table"):
         parse_prepare(*words, "--source", "csv")
     with pytest.raises(UsageError, match="say --source phantom|.*, or --protocol"):

@@ -13,7 +13,8 @@ from small_sets import edit_table, write_csv_source
 from place.config import PrepareConfig, RunError, UsageError
 from place.data.identity import IdHasher, compute_split, default_salt_path, read_salt
 from place.data.report import split_sentences
-from place.data.sources import SOURCES
+from place.data.sources import SOURCES, TAKEN_BY
+from place.data.sources import open_source as open_checked
 
 
 def open_source(config: PrepareConfig):
@@ -47,6 +48,18 @@ def test_an_unknown_column_is_answered_with_the_nearest_name_and_the_list(tmp_pa
 def test_a_mapping_that_cannot_work_is_one_clear_line(tmp_path, columns, line):
     with pytest.raises(UsageError, match=line):
         open_source(write_csv_source(tmp_path, columns=columns))
+
+
+@pytest.mark.parametrize("name", TAKEN_BY)
+def test_an_option_that_a_source_does_not_look_at_is_refused(tmp_path, name):
+    option, takers = TAKEN_BY[name]
+    value = {"columns": {"image": "file"}, "label_columns": ("edema",)}.get(name, str(tmp_path))
+    for source in SOURCES:
+        config = PrepareConfig(source=source, output=str(tmp_path / "out"), count=1, **{name: value})
+        line = f"--{option}: source {source} takes none, only {', '.join(takers)} do; leave it out"
+        with pytest.raises(UsageError) as caught:
+            open_checked(config)
+        assert (str(caught.value) == line) == (source not in takers)
 
 
 def test_files_and_folders_that_are_not_there_are_named(tmp_path):
