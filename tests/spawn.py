@@ -57,10 +57,21 @@ def can_leave_machine() -> bool:
 
 def _leave_machine(shared: Path) -> None:
     """Shared memory and temporary files of its own, all but the folder that results go to."""
-    new_mounts, private_mounts = 0x00020000, 0x44000  # CLONE_NEWNS; MS_REC | MS_PRIVATE
-    libc, private = ctypes.CDLL(None), tempfile.mkdtemp(dir=shared)
-    assert not libc.unshare(new_mounts)
-    assert not libc.mount(b"none", b"/", None, private_mounts, None)
+    libc, private = _unshare_mounts(), tempfile.mkdtemp(dir=shared)
     for folder in ("/dev/shm", private):
         assert not libc.mount(b"none", folder.encode(), b"tmpfs", 0, None)
     tempfile.tempdir = private
+
+
+def join_machine(memory: Path) -> None:
+    """Let a folder be this process's shared memory, as it is of all others that join it."""
+    bind = 0x1000  # MS_BIND
+    assert not _unshare_mounts().mount(str(memory).encode(), b"/dev/shm", None, bind, None)
+
+
+def _unshare_mounts() -> ctypes.CDLL:
+    new_mounts, private_mounts = 0x00020000, 0x44000  # CLONE_NEWNS; MS_REC | MS_PRIVATE
+    libc = ctypes.CDLL(None)
+    assert not libc.unshare(new_mounts)
+    assert not libc.mount(b"none", b"/", None, private_mounts, None)
+    return libc

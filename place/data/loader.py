@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import random
 import tempfile
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +23,7 @@ from place.config import DataConfig, RunError, UsageError
 from place.data.mixture import find_fault
 from place.data.streaming import Pair, ReportPairs
 from place.data.tokens import ReportTokenizer
-from place.distributed import Node, barrier, read_node, read_world
+from place.distributed import Node, gather_objects, read_node, read_world
 
 AHEAD = 2
 """Batches that are taken over from the loader's workers while another trains."""
@@ -152,18 +154,34 @@ def _read_ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
 
 @contextmanager
 def _alone_on_node(node: Node) -> Iterator[None]:
-    """Hold this node's shared memory while streaming picks names in it: two runs starting at once would clash.
+    """Hold the shared memory of all nodes while streaming picks names in it: two runs starting at once would clash.
 
-    The lock is on the folder itself: temporary folders, where a lock file would be, differ between runs.
+    All or none, and again after a while: a run that kept its one node while it waits for another could wait for ever
+    for a run that does the same. The lock is on the folder itself: temporary folders, where a lock file would be,
+    differ between runs.
     """
     folder = os.open("/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir(), os.O_RDONLY)
     try:
-        if node.is_first:
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        barrier()
+        while not _lock_all(folder, node):
+            # Not of the seeds of a run, which two may share.
+            time.sleep(random.SystemRandom().uniform(0.05, 0.5))
         yield
     finally:
         os.close(folder)
+
+
+def _lock_all(folder: int, node: Node) -> bool:
+    """Try to lock the folder on every node: a collective call, which locks none where one is taken."""
+    is_free = True
+    if node.is_first:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_free = False
+    if all(answer["is_free"] for answer in gather_objects({"is_free": is_free})):
+        return True
+    fcntl.flock(folder, fcntl.LOCK_UN)
+    return False
 
 
 class Collate:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from spawn import can_leave_machine, run_ranks
+from spawn import can_leave_machine, join_machine, run_ranks
 
 from place.batch import Batch
 from place.config import DataConfig, RunError, UsageError
-from place.data.loader import PairLoader
+from place.data.loader import PairLoader, _alone_on_node
 from place.data.prepared import count_samples, find_split_faults, list_splits, read_card, read_samples
 from place.data.shards import COLUMNS
 from place.data.streaming import select_sentences
 from place.data.tokens import ReportTokenizer, train_tokenizer
-from place.distributed import barrier, broadcast_text, read_world
+from place.distributed import Node, barrier, broadcast_text, read_world
 
 GLOBAL_BATCH, STEPS = 24, 5
 Step = dict[int, tuple[float, int]]
@@ -105,6 +107,34 @@ def single(prepared: Path, tokenizer: str) -> list[Step]:
 def double(prepared: Path, tokenizer: str) -> dict[str, list[Step]]:
     ranks = run_ranks(read_cases, 2, str(prepared), tokenizer)
     return {name: join([rank[name] for rank in ranks]) for name in ranks[0]}
+
+
+def start_on_both(folder: str, first: int) -> bool:
+    """One rank of a run on two nodes, which comes to node `first` a little earlier than to the other."""
+    signal.alarm(40)  # a deadlock ends this process
+    rank, root = read_world().rank, Path(folder)
+    join_machine(root / f"node{rank}")
+    (root / f"ready{first}{rank}").touch()
+    while len(list(root.glob("ready*"))) < 4:
+        time.sleep(0.01)
+    time.sleep(0.0 if rank == first else 0.5)
+    with _alone_on_node(Node(0, 1, rank)):
+        taken = Path("/dev/shm/taken")
+        taken.touch(exist_ok=False)
+        time.sleep(0.2)
+        taken.unlink()
+    signal.alarm(0)
+    return True
+
+
+def test_two_runs_that_start_together_on_the_same_nodes_take_turns(tmp_path: Path) -> None:
+    if not can_leave_machine():
+        pytest.skip("no mount namespaces here")
+    for rank in range(2):
+        (tmp_path / f"node{rank}").mkdir()
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(run_ranks, start_on_both, 2, str(tmp_path), first) for first in range(2)]
+        assert [run.result() for run in runs] == [[True, True]] * 2
 
 
 def test_every_step_brings_other_samples(single: list[Step]) -> None:
