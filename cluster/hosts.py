@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from place.cluster.topology import Topology, count_rooms, place_workers, read_ray
 
 from place.config import Config, UsageError
+from place.training.plan import build_plan
 
 NODE_LABEL = "ray.io/node-id"
 _CLEAN_TIMEOUT_S = 20.0
@@ -77,12 +79,23 @@ def clean_hosts(run_dir: Path) -> None:
 
 def _lay_out_fewer(topology: Topology, config: Config) -> Hosts | None:
     cluster = config.cluster
-    rooms = count_rooms(topology, cluster.cpus_per_worker)
-    if cluster.min_nodes is None or sum(room > 0 for room in rooms) < cluster.min_nodes:
+    if cluster.min_nodes is None:
         return None
-    sizes = range(min(cluster.num_workers, sum(rooms)), 0, -1)
-    divisors = (size for size in sizes if config.train.global_batch % size == 0)
-    return next((found for size in divisors if (found := _lay_out(topology, config, size))), None)
+    room = sum(count_rooms(topology, cluster.cpus_per_worker))
+    plan = json.loads((Path(config.run.dir) / "run.json").read_text())["plan"]
+    for size in range(min(cluster.num_workers, room), 0, -1):
+        found = _lay_out(topology, config, size) if _can_share(config, plan, size) else None
+        if found is not None and len({*found.ray_ids}) >= cluster.min_nodes:
+            return found
+    return None
+
+
+def _can_share(config: Config, plan: dict[str, Any], num_workers: int) -> bool:
+    """Whether so many workers can share out the batches of a run with this plan."""
+    with contextlib.suppress(UsageError):
+        build_plan(config, num_workers, plan["num_samples"], plan["num_val_samples"])
+        return True
+    return False
 
 
 def _lay_out(topology: Topology, config: Config, num_workers: int) -> Hosts | None:

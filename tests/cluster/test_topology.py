@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+from place.cluster.hosts import _lay_out_fewer
 from place.cluster.topology import (
     Node,
     Topology,
@@ -17,8 +19,10 @@ from place.cluster.topology import (
     read_sockets,
     share_cores,
 )
+from tiny import build_tiny_config
 
 from place.config import UsageError
+from place.training.plan import build_plan
 
 TWO_SOCKETS = [[0, 1, 2, 3], [4, 5, 6, 7]]
 
@@ -116,6 +120,34 @@ def test_workers_go_to_few_nodes_with_gpus_and_to_many_without(sizes: list, work
 def test_workers_that_do_not_fit_equally_are_refused_in_one_line() -> None:
     with pytest.raises(UsageError, match=r"num_workers=7 .* room for \[4, 4\]"):
         place_workers(build_topology((8, 4), (8, 4)), 7, 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "val", "min_nodes", "layout"),
+    [
+        ([(4, 4), (4, 4), (4, 4)], 96, 1, {"h0": 4, "h1": 4, "h2": 4}),
+        # 16 pairs of validation, in one batch: 12 workers could not share them, 8 can.
+        ([(4, 4), (4, 4), (4, 4)], 16, 1, {"h0": 4, "h1": 4}),
+        ([(4, 4), (4, 4), (4, 4)], 16, 3, None),
+        # There is room on two nodes, but 8 workers go to one.
+        ([(8, 8), (2, 2)], 16, 1, {"h0": 8}),
+        ([(8, 8), (2, 2)], 16, 2, None),
+        ([(8, 8)], 16, None, None),
+    ],
+)
+def test_fewer_hosts_get_as_many_workers_as_can_share_the_batches(
+    sizes: list, val: int, min_nodes: int | None, layout: dict[str, int] | None, tmp_path: Path
+) -> None:
+    config = build_tiny_config(
+        train={"global_batch": 48},
+        cluster={"num_workers": 16, "min_nodes": min_nodes, "cpus_per_worker": 1},
+        run={"dir": str(tmp_path)},
+    )
+    (tmp_path / "run.json").write_text(json.dumps({"plan": build_plan(config, 16, 1000, val).model_dump()}))
+    topology = build_topology(*sizes)
+    nodes = [node._replace(ray_id=f"{node.name}-id") for node in topology.nodes]
+    found = _lay_out_fewer(topology._replace(nodes=nodes), config)
+    assert (found and {name: found.names.count(name) for name in found.names}) == layout
 
 
 @pytest.mark.parametrize(
