@@ -381,6 +381,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def _evaluate_encoder(arguments: argparse.Namespace) -> int:
     from place.evaluation.suite import print_results, run_encoder_evaluation
+    from place.pretrained.load import is_export, read_evaluation
     from place.screen import build_console
 
     if arguments.output is None:
@@ -390,7 +391,8 @@ def _evaluate_encoder(arguments: argparse.Namespace) -> int:
     output, console = Path(arguments.output), build_console()
     if arguments.random_weights:
         console.print(f"{arguments.encoder}: random weights, seed 0; nothing has been learned", style="yellow")
-    evaluation = build_config(None, arguments.overrides).evaluation if arguments.overrides else None
+    own = read_evaluation(arguments.encoder) if is_export(arguments.encoder) else {}
+    evaluation = build_config(None, [f"evaluation={json.dumps(own)}", *arguments.overrides]).evaluation
     results = run_encoder_evaluation(
         arguments.encoder,
         Path(arguments.data),

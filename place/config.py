@@ -475,7 +475,7 @@ class EvaluationConfig(Section):
     allow_leaks: list[str] = []
     """Overlaps that are allowed, and then written into the results, such as pretraining.image."""
     pretraining: list[str] = []
-    """Folders of the pretraining data that the judged split may not overlap with; empty takes those of the run."""
+    """Folders of the pretraining data that the judged images may not overlap with; empty takes those of the run."""
     other_tests: list[str] = []
     """Folders of other prepared data sets, whose test images may not be among those judged or trained on here."""
     id_map: str | None = None

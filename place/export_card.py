@@ -83,9 +83,9 @@ def build_card(config: PlaceConfig, results: dict[str, dict[str, Any]], has_timm
 
 
 def _show_result(result: dict[str, Any]) -> str:
-    split = result["protocol"].get("split", "")
+    split, unit = result["protocol"].get("split", ""), "phrases" if result["task"] == "grounding" else "images"
     lines = [
-        f"### {result['task']}: {result['num_samples']} images, split '{split}'",
+        f"### {result['task']}: {result['num_samples']} {unit}, split '{split}'",
         "",
         f"Data `{result['data_fingerprint']}`, commit `{result['commit']}`; all: evaluation/{result['task']}.json.",
         "",

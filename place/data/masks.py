@@ -117,9 +117,15 @@ def list_mask_files(image: str, root: str, patterns: dict[str, str]) -> tuple[So
     return tuple(SourceMask(finding, os.path.join(root, path)) for finding, path in filled.items())
 
 
-def has_masks(data_dir: str | Path) -> bool:
-    """Whether a prepared folder has masks."""
-    return (Path(data_dir) / MASKS_FILE).is_file()
+def list_masked(data_dir: str | Path) -> tuple[set[str], set[str]]:
+    """Splits with images that were looked at for masks, and those of them with a mask that is not empty."""
+    path = Path(data_dir) / MASKS_FILE
+    if not path.is_file():
+        return set(), set()
+    everywhere = pq.read_table(path, columns=["split"])
+    masked = pq.read_table(path, columns=["split"], filters=[("mask", "!=", b"")])
+    looked, full = (set(rows["split"].unique().to_pylist()) for rows in (everywhere, masked))
+    return looked, full
 
 
 def read_masks(data_dir: str | Path, split: str) -> dict[int, dict[str, Mask | None]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from place.config import UsageError
+from place.distributed import choose_device
 from place.evaluation.labeler import NEGATIVE, OBSERVATIONS, POSITIVE, UNCERTAIN
 from place.evaluation.metrics import Array
 
@@ -52,7 +53,8 @@ class CheXbert(nn.Module):
                 f"evaluation.generation.chexbert={folder}: {' '.join(str(error).split())[:200]}; give a folder with "
                 f"{WEIGHTS} and the config.json and tokenizer of bert-base-uncased"
             ) from None
-        self.eval()
+        self.device = choose_device()
+        self.eval().to(self.device)
         self._known: dict[str, list[bool]] = {}
 
     def forward(self, ids_BT: Tensor, attention_BT: Tensor) -> list[Tensor]:
@@ -67,7 +69,7 @@ class CheXbert(nn.Module):
         for start in range(0, len(reports), BATCH):
             texts = [" ".join(text.split()) for text in reports[start : start + BATCH]]
             read = self.tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-            logits = self(read["input_ids"], read["attention_mask"])
+            logits = self(read["input_ids"].to(self.device), read["attention_mask"].to(self.device))
             best_BF = torch.stack([head.argmax(1) for head in logits], 1).tolist()
             found += [dict(zip(HEADS, (CLASSES[best] for best in row), strict=True)) for row in best_BF]
         return found

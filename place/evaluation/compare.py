@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from place.config import RunError, UsageError, read_tree
+from place.config import RunError, UsageError, build_config
 from place.data.identity import SPLITS
 from place.data.prepared import read_card
 from place.evaluation.encoder import get_units, read_units
@@ -100,11 +100,13 @@ def find_data(run: Path, data_dir: Path | None, fingerprint: str) -> Path:
     config = run / "config.yaml"
     if data_dir is None and not config.is_file():
         raise UsageError(f"{run} is no run folder and does not say where its data set lies; give --data")
-    folder = data_dir or Path(read_tree(config)["data"]["path"])
-    own = read_card(folder)["fingerprint"]
-    if own != fingerprint:
-        raise UsageError(f"{folder} has fingerprint {own[:12]}, judged was {fingerprint[:12]}; give that one by --data")
-    return folder
+    folders = [data_dir] if data_dir else [Path(stream.path) for stream in build_config(config).data.list_streams()]
+    prints = {folder: read_card(folder)["fingerprint"] for folder in folders}
+    for folder, own in prints.items():
+        if own == fingerprint:
+            return folder
+    there = ", ".join(f"{folder} has fingerprint {own[:12]}" for folder, own in prints.items())
+    raise UsageError(f"{there}, judged was {fingerprint[:12]}; give that one by --data")
 
 
 def read_judged(folder: Path) -> dict[str, Judged]:
@@ -150,6 +152,8 @@ def _list_keys(columns: dict[str, Array]) -> set[tuple[Any, ...]]:
 
 def list_notes(name: str, first: dict[str, Any], second: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """What a reader of a task's differences has to know."""
+    if name == "generation":
+        return ["generation: texts are not compared report by report; see TASK.json of both"]
     if not found:
         return [f"{name}: no figures of single images are there, in TASK.parquet; evaluate again, or see TASK.json"]
     scores = [result["protocol"].get("score") for result in (first, second)]

@@ -54,6 +54,7 @@ def run_detection(task: Task) -> TaskResult:
         task.encoder.size_px,
         len(names),
         on_progress=lambda at: task.report("detector", at, SCHEDULE.max_steps),
+        device=task.encoder.device,
     )
     guesses = detector.predict(test.split.tokens_BND)
     unit_B = get_units(read_units(task.data_dir, task.split), test.sample_ids)
@@ -79,9 +80,15 @@ def run_detection(task: Task) -> TaskResult:
 
 
 def list_boxed(task: Task, split: str) -> set[str]:
-    """Findings with a box in a split."""
-    rows = pq.read_table(task.data_dir / "manifest.parquet", columns=["boxes"], filters=[("split", "==", split)])
-    return {box["finding"] for cell in rows["boxes"].to_pylist() for box in json.loads(cell)}
+    """Findings with a box in a split that the encoder sees a part of."""
+    columns = ["boxes", "height_px", "width_px"]
+    rows = pq.read_table(task.data_dir / "manifest.parquet", columns=columns, filters=[("split", "==", split)])
+    return {
+        box["finding"]
+        for cell, *shape in zip(*(rows[name].to_pylist() for name in columns), strict=True)
+        for box in json.loads(cell)
+        if move_box(box["box_xyxy"], tuple(shape))
+    }
 
 
 def choose_boxed(there: dict[str, set[str]], wanted: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from place.compat import permit_nms
-from place.evaluation.heads import Schedule, build_seeded, train_on_tokens
+from place.evaluation.heads import CPU, Schedule, build_seeded, train_on_tokens
 
 permit_nms()
 from torchvision.models.detection.anchor_utils import AnchorGenerator  # noqa: E402
@@ -102,6 +102,11 @@ class Detector(nn.Module):
             topk_candidates=MOST_CANDIDATES,
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(self.parameters()).device
+
     def _read(self, tokens_BND: Tensor) -> tuple[dict[str, Tensor], list[Tensor], list[int]]:
         """Outputs of the head, the anchors of each image, and how many each level has."""
         maps = self.fcos.backbone(tokens_BND)
@@ -114,21 +119,22 @@ class Detector(nn.Module):
 
     def compute_loss(self, tokens_BND: Tensor, boxes: Sequence[Boxes]) -> Tensor:
         """Sum of FCOS's three losses: focal, generalised IoU, centredness."""
-        outputs, anchors, counts = self._read(tokens_BND)
-        targets = [{"boxes": truth.box_P4, "labels": truth.finding_P} for truth in boxes]
+        device = self.device
+        outputs, anchors, counts = self._read(tokens_BND.to(device))
+        targets = [{"boxes": truth.box_P4.to(device), "labels": truth.finding_P.to(device)} for truth in boxes]
         losses = self.fcos.compute_loss(targets, outputs, anchors, counts)
         return torch.stack(list(losses.values())).sum()
 
     @torch.no_grad()
     def predict(self, tokens_BND: Tensor) -> list[Boxes]:
-        """Boxes of each image, the surest first, after suppression of overlaps."""
+        """Boxes of each image on the CPU, the surest first, after suppression of overlaps."""
         found: list[Boxes] = []
         for part_BND in tokens_BND.split(64):
-            outputs, anchors, counts = self._read(part_BND)
+            outputs, anchors, counts = self._read(part_BND.to(self.device))
             levels = {name: list(output.split(counts, dim=1)) for name, output in outputs.items()}
             cut: list[Any] = [list(anchor.split(counts)) for anchor in anchors]
             guesses = self.fcos.postprocess_detections(levels, cut, self._list_sizes(part_BND))
-            found += [Boxes(guess["boxes"], guess["labels"], guess["scores"]) for guess in guesses]
+            found += [Boxes(*(guess[name].cpu() for name in ("boxes", "labels", "scores"))) for guess in guesses]
         return found
 
 
@@ -149,14 +155,17 @@ def train_detector(
     num_findings: int,
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
+    device: torch.device = CPU,
 ) -> tuple[Detector, int]:
     """Train a detector by `SCHEDULE`; the weights with the least validation loss are kept.
 
+    Args:
+        device: of the detector; the splits stay where they are.
     Returns:
         The detector in eval mode, and the step that its weights are of.
     """
     _, num_patches, width = train.tokens_BND.shape
-    detector = build_seeded(lambda: Detector(width, num_patches, size_px, num_findings), seed)
+    detector = build_seeded(lambda: Detector(width, num_patches, size_px, num_findings), seed).to(device)
 
     def compute_train_loss(rows: Tensor) -> Tensor:
         return detector.compute_loss(train.tokens_BND[rows], [train.boxes[row] for row in rows.tolist()])

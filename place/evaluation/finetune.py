@@ -48,7 +48,7 @@ class Tuned(nn.Module):
         """`build_head` is given the tokens of a blank image."""
         super().__init__()
         self.vision = copy.deepcopy(encoder.vision).requires_grad_(True)
-        self.size_px, self.device = encoder.size_px, next(self.vision.parameters()).device
+        self.size_px, self.device = encoder.size_px, encoder.device
         with torch.no_grad():
             blank = torch.zeros(1, encoder.channels, self.size_px, self.size_px, device=self.device)
             self.head = build_head(self.vision(blank)).to(self.device)

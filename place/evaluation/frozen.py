@@ -89,6 +89,11 @@ class FrozenEncoder:
         ]
         return images, torch.from_numpy(np.array(rows))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder is, and what is trained on its tokens."""
+        return next(self.vision.parameters()).device
+
     @cached_property
     def weights(self) -> str:
         """xxh64 of all weights, by name."""
@@ -110,8 +115,7 @@ class FrozenEncoder:
 
     @torch.inference_mode()
     def _encode(self, jpegs: Sequence[bytes]) -> VisionTokens:
-        device = next(self.vision.parameters()).device
-        return self.vision(self.read_images(jpegs).to(device))
+        return self.vision(self.read_images(jpegs).to(self.device))
 
 
 def wrap_run(run: LoadedRun, name: str) -> FrozenEncoder:

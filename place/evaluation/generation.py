@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -62,12 +64,17 @@ def run_generation(task: Task) -> TaskResult:
         for split, limit in ((task.train_split, config.max_train), (task.val_split, MAX_VAL), (task.split, None))
     )
     decoder, origin, step = train_decoder(
-        config, train.pairs, val.pairs, lambda at: task.report("report decoder", at, config.steps)
+        config,
+        train.pairs,
+        val.pairs,
+        lambda at: task.report("report decoder", at, config.steps),
+        task.encoder.device,
     )
     reference = test.pairs.reports
     written = {"generated": _write_all(task, decoder, test.pairs.visual)} | write_baselines(train, test)
     judged = {"shuffled": np.roll(written["generated"], 1).tolist(), **written}
-    units = get_units(read_units(task.data_dir, task.split), test.sample_ids)
+    patients = read_units(task.data_dir, task.split)
+    units = get_units(patients, test.sample_ids)
     scores = {
         name: score_reports(texts, reference, units, task.evaluation.bootstrap, judges=judges)
         for name, texts in judged.items()
@@ -77,6 +84,7 @@ def run_generation(task: Task) -> TaskResult:
         f"stopped on '{task.val_split}' at step {step} of {config.steps}"
     )
     protocol = {"decoder": origin, "trained_on": trained_on, "settings": config.model_dump()} | _describe(task, scores)
+    protocol["without_report"] = len(patients) - len(test.sample_ids)
     protocol |= {name: text for name, text in JUDGED_BY.items() if getattr(judges, name) is not None}
     rows = {"sample_id": test.sample_ids, "reference": reference, **written}
     return TaskResult("generation", merge_scores(scores), protocol, len(reference), rows)
@@ -113,11 +121,11 @@ def _write_all(task: Task, decoder: ReportDecoder, visual: Visual) -> list[str]:
 
 
 def _read_split(task: Task, split: str, limit: int | None) -> Read:
-    """The first `limit` images by sample_id, which is a hash, in that order."""
-    units = read_units(task.data_dir, split)
-    if not units:
-        raise UsageError(f"generation: the data set has no split '{split}'; it takes train, val and test patients")
-    wanted, parts, studies = set(sorted(units)[:limit]), [], []
+    """The first `limit` images that have a report by sample_id, which is a hash, in that order."""
+    worded = read_ids(task.data_dir / "manifest.parquet", split)
+    if not worded:
+        raise UsageError(f"generation: split '{split}' has no reports; it takes train, val and test patients with some")
+    wanted, parts, studies = set(sorted(worded)[:limit]), [], []
     chosen = (sample for sample in read_samples(task.data_dir, split) if sample["sample_id"] in wanted)
     for samples in take(chosen, task.evaluation.batch_size):
         parts.append(_encode(task, [sample["image"] for sample in samples]))
@@ -127,6 +135,12 @@ def _read_split(task: Task, split: str, limit: int | None) -> Read:
     patches, observations, image = (torch.cat(part)[order] for part in zip(*parts, strict=True))
     reports = [" ".join(studies[row].sentences) for row in order]
     return Read(Pairs(Visual(patches, observations), reports), image, [studies[row].sample_id for row in order])
+
+
+def read_ids(manifest: Path, split: str) -> list[int]:
+    """sample_id of the images of a split that have a report."""
+    rows = pq.read_table(manifest, columns=["sample_id"], filters=[("split", "==", split), ("num_words", ">", 0)])
+    return rows["sample_id"].to_pylist()
 
 
 def _encode(task: Task, jpegs: Sequence[bytes]) -> VisualFeatures:

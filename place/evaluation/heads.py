@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+CPU = torch.device("cpu")
 Head = TypeVar("Head", bound=nn.Module)
 
 

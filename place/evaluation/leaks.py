@@ -4,7 +4,7 @@ Relations that are checked, each by `patient` and by `image`; an overlap is an e
 names it as RELATION.KIND:
 
 - splits: the splits of the judged data set, of each other.
-- pretraining: the judged split, and what the run was trained on and chose its checkpoint by.
+- pretraining: the judged splits, and what the run was trained on and chose its checkpoint by.
 - NAME (a folder of `evaluation.other_tests`): all splits of the judged data set, and that data set's test split.
 """
 
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from place.config import Config, DataConfig, EvaluationConfig, RunError, UsageError
+from place.config import Config, DataConfig, EvaluationConfig, RunError, StreamConfig, UsageError
 from place.data.identity import IdHasher, read_salt
 from place.data.manifest import MANIFEST_FILE
 from place.data.mixture import read_fingerprint
@@ -76,11 +76,11 @@ class Pretraining(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """The data set that is evaluated: folder, card, the split that is judged."""
+    """The data set that is evaluated: folder, card, the splits whose images are judged."""
 
     data_dir: Path
     card: dict[str, Any]
-    split: str
+    splits: tuple[str, ...]
 
 
 def read_pretraining(run_dir: Path, config: Config, evaluation: EvaluationConfig) -> Pretraining:
@@ -93,6 +93,25 @@ def read_pretraining(run_dir: Path, config: Config, evaluation: EvaluationConfig
         moved = tuple(stream.model_copy(update={"path": path}) for stream, path in zip(streams, folders, strict=True))
         data = data.model_copy(update={"path": folders[0], "streams": moved if data.streams else ()})
     return Pretraining(data, json.loads((run_dir / "run.json").read_text())["data_fingerprint"])
+
+
+def trace_pretraining(data: DataConfig, fingerprint: str | None, evaluation: EvaluationConfig) -> Pretraining | None:
+    """What an encoder that names no folder was trained on: the user says where it lies, by `evaluation.pretraining`.
+
+    Args:
+        data: the splits that it was trained on.
+        fingerprint: of the data set, which an export of ours knows; of other encoders none, and the user is believed.
+    Returns: none where neither is there.
+    Raises:
+        UsageError: a folder that is no prepared data set, where the fingerprint is not known.
+    """
+    folders = evaluation.pretraining
+    if not folders and fingerprint is None:
+        return None
+    streams = tuple(StreamConfig(path=path) for path in folders)
+    path = folders[0] if folders else "the pretraining data"
+    data = data.model_copy(update={"path": path, "streams": streams if len(folders) > 1 else ()})
+    return Pretraining(data, fingerprint or read_fingerprint(data))
 
 
 def check_leaks(
@@ -111,7 +130,7 @@ def check_leaks(
         RunError: an overlap that is not allowed, or an id map that names no image of the data set.
     Source: ours.
     """
-    same, not_checked = _find_same_data(judged, pretraining)
+    same, others, not_checked = _find_same_data(judged, pretraining)
     names = ["splits", "pretraining", *(Path(folder).name for folder in evaluation.other_tests)]
     known = [f"{name}.{kind}" for name in names for kind in KINDS]
     for name in evaluation.allow_leaks:
@@ -121,7 +140,7 @@ def check_leaks(
     id_map = read_id_map(evaluation, own) if evaluation.id_map else []
     found: dict[str, int] = {}
     faults = []
-    for name, left, right in _list_relations(own, judged, evaluation, pretraining, same, not_checked, report):
+    for name, left, right in _list_relations(own, judged, evaluation, pretraining, same, others, report):
         for kind, count in (
             ("patient", len(find_patients(left, right))),
             ("image", len(find_images(left, right, id_map))),
@@ -136,26 +155,28 @@ def check_leaks(
         raise RunError(f"leak: {told}; judge other images, or allow it by name: 'evaluation.allow_leaks=[{keys}]'")
     allowed = [name for name in evaluation.allow_leaks if found.get(name)]
     notes = []
-    if same and pretraining and judged.split == pretraining.data.val_split:
+    if same and pretraining and pretraining.data.val_split in judged.splits:
         notes.append("the judged split chose the checkpoint")
     return {"found": found, "allowed": allowed, "not_checked": not_checked, "notes": notes, "rule": RULE}
 
 
-def _find_same_data(judged: Judged, pretraining: Pretraining | None) -> tuple[bool, dict[str, str]]:
-    """Whether the data set is the one trained on, and why the pretraining data cannot be compared, if so."""
+def _find_same_data(judged: Judged, pretraining: Pretraining | None) -> tuple[bool, list[str], dict[str, str]]:
+    """Whether the data set was trained on, folders of other data that was, and why that cannot be compared, if so."""
     if pretraining is None:
-        return False, {"pretraining": "nobody knows what this encoder was trained on"}
+        return False, [], {"pretraining": "nobody knows what this encoder was trained on"}
     if judged.card["fingerprint"] == pretraining.fingerprint:
-        return True, {}
-    where = " and ".join(stream.path for stream in pretraining.data.list_streams())
-    advice = "give the folder of the pretraining data with 'evaluation.pretraining=[DIR]'"
+        return True, [], {}
+    folders = [stream.path for stream in pretraining.data.list_streams()]
+    where, advice = " and ".join(folders), "give the folder of the pretraining data with 'evaluation.pretraining=[DIR]'"
     try:
         fingerprint = read_fingerprint(pretraining.data)
     except UsageError:
-        return False, {"pretraining": f"{where} is not there; {advice}"}
+        return False, [], {"pretraining": f"{where} is not there; {advice}"}
     if fingerprint != pretraining.fingerprint:
-        return False, {"pretraining": f"{where} is not what the run was trained on (another fingerprint); {advice}"}
-    return False, {}
+        reason = f"{where} is not what the run was trained on (another fingerprint); {advice}"
+        return False, [], {"pretraining": reason}
+    others = [folder for folder in folders if read_card(folder)["fingerprint"] != judged.card["fingerprint"]]
+    return len(others) < len(folders), others, {}
 
 
 def _list_relations(
@@ -164,21 +185,19 @@ def _list_relations(
     evaluation: EvaluationConfig,
     pretraining: Pretraining | None,
     same: bool,
-    not_checked: dict[str, str],
+    others: Sequence[str],
     report: Report,
 ) -> Iterator[tuple[str, Rows, Rows]]:
     """Relation and the two sides that may not overlap."""
     for one, other in combinations(sorted(set(own.split_N.tolist())), 2):
         yield "splits", own.take([one]), own.take([other])
-    mine = own.take([judged.split])
-    if pretraining and not not_checked:
-        used = (pretraining.data.train_split, pretraining.data.val_split)
-        if same:
-            if judged.split == used[0]:
-                yield "pretraining", mine, mine._replace(label="the split that the run was trained on")
-        else:
-            for stream in pretraining.data.list_streams():
-                yield "pretraining", mine, read_rows(stream.path, report).take(used)
+    if pretraining:
+        trained, chosen = pretraining.data.train_split, pretraining.data.val_split
+        if same and trained in judged.splits:
+            mine = own.take([trained])
+            yield "pretraining", mine, mine._replace(label="the split that the run was trained on")
+        for folder in others:
+            yield "pretraining", own.take(judged.splits), read_rows(folder, report).take((trained, chosen))
     for folder in evaluation.other_tests:
         yield Path(folder).name, own, read_rows(folder, report).take(["test"])
 

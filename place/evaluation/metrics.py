@@ -24,8 +24,8 @@ class TaskResult(NamedTuple):
     """What one task found.
 
     `metrics` by name, the headline first; `protocol` says how they came about, chance levels included; `num_samples`
-    counts the images that were judged. `rows` are columns of what each figure was computed from, written as
-    TASK.parquet: with sample_id, finding, label and score the page draws curves.
+    counts the images that were judged, or the phrases. `rows` are columns of what each figure was computed from,
+    written as TASK.parquet: with sample_id, finding, label and score the page draws curves.
     """
 
     task: str

@@ -16,7 +16,9 @@ MAX_TRAIN = 8000
 
 
 def run_pixel_probe(task: Task) -> TaskResult:
-    """Probe standardised pixels with the subsets, choices and figures of `run_classification`.
+    """Probe standardised pixels with the choices and figures of `run_classification`.
+
+    Shares are of the first `MAX_TRAIN` training images, and subsets those of `run_classification` where these are all.
 
     Raises:
         UsageError: the data set has no training or no validation split.
@@ -29,6 +31,9 @@ def run_pixel_probe(task: Task) -> TaskResult:
         "score": f"L2 logistic regression on {side_px} x {side_px} standardised pixels",
         "trained_on": f"{len(train.labels)} images of '{task.train_split}', at most {MAX_TRAIN}, first by hash",
     }
+    total = len(require_units(task, "pixel_probe", task.train_split))
+    if total > MAX_TRAIN:
+        protocol["notes"] = [f"pixels: shares are of {MAX_TRAIN} training images, of {total} that the encoder's are of"]
     return TaskResult("pixel_probe", judged.metrics, protocol, judged.num_images, judged.rows)
 
 

@@ -69,7 +69,7 @@ def write_report(task: Task, folder: Path, title: str, order: Sequence[str]) -> 
         curves=[(show_name(name), *draw_curves(rows)) for name, rows in tables.items() if "score" in rows],
         found=[show_found(row, samples) for row in found],
         written=[row | {"thumbnail": show_square(samples[row["sample_id"]])} for row in written],
-        pictures=list(read_pictures(folder, ["explain", *tables])),
+        pictures=list(read_pictures(folder, [*(["explain"] if task.has_reports else []), *tables])),
     )
     return write_page(folder / PAGE, page, "give a folder that can be written")
 

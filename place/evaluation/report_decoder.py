@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from place.config import GenerationConfig, UsageError
+from place.evaluation.heads import CPU
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,10 @@ class Visual(NamedTuple):
     def take(self, rows: Tensor) -> Visual:
         """Some of the images."""
         return Visual(*(part[rows] for part in self))
+
+    def to(self, device: torch.device) -> Visual:
+        """The same on a device."""
+        return Visual(*(part.to(device) for part in self))
 
 
 class Pairs(NamedTuple):
@@ -64,9 +69,14 @@ class ReportDecoder(nn.Module):
         self.read_observations = nn.Sequential(nn.LayerNorm(observation_width), nn.Linear(observation_width, width))
         self.begin_id, self.end_id, self.pad_id = find_special(language.tokenizer)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is; images and words come from anywhere."""
+        return next(self.read_patches.parameters()).device
+
     def forward(self, visual: Visual, ids_BT: Tensor, attention_BT: Tensor) -> Tensor:
         """Mean cross-entropy of the next token."""
-        hidden = self._attend(visual)
+        hidden, ids_BT, attention_BT = self._attend(visual), ids_BT.to(self.device), attention_BT.to(self.device)
         logits_BTV = self.model(input_ids=ids_BT, attention_mask=attention_BT.long(), **hidden).logits
         target_BT = ids_BT.masked_fill(~attention_BT, IGNORED)
         return nn.functional.cross_entropy(
@@ -87,7 +97,7 @@ class ReportDecoder(nn.Module):
     @torch.no_grad()
     def write(self, visual: Visual, beams: int) -> list[str]:
         """Reports by beam search."""
-        start_B1 = torch.full((len(visual.patches_BND), 1), self.begin_id)
+        start_B1 = torch.full((len(visual.patches_BND), 1), self.begin_id, device=self.device)
         ids_BT = self.model.generate(
             start_B1,
             attention_mask=torch.ones_like(start_B1),
@@ -105,10 +115,10 @@ class ReportDecoder(nn.Module):
         return [tidy(self.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
 
     def _attend(self, visual: Visual) -> dict[str, Tensor]:
-        hidden_BMH = torch.cat(
-            [self.read_patches(visual.patches_BND), self.read_observations(visual.observations_BKE)], 1
-        )
-        return {"encoder_hidden_states": hidden_BMH, "encoder_attention_mask": torch.ones(hidden_BMH.shape[:2]).long()}
+        patches_BND, observations_BKE = visual.to(self.device)
+        hidden_BMH = torch.cat([self.read_patches(patches_BND), self.read_observations(observations_BKE)], 1)
+        attention_BM = torch.ones(hidden_BMH.shape[:2], dtype=torch.long, device=self.device)
+        return {"encoder_hidden_states": hidden_BMH, "encoder_attention_mask": attention_BM}
 
 
 def tidy(text: str) -> str:
@@ -199,10 +209,16 @@ def build_words(reports: Sequence[str]) -> PreTrainedTokenizerBase:
 
 
 def train_decoder(
-    config: GenerationConfig, train: Pairs, val: Pairs, on_progress: Callable[[int], None] | None = None
+    config: GenerationConfig,
+    train: Pairs,
+    val: Pairs,
+    on_progress: Callable[[int], None] | None = None,
+    device: torch.device = CPU,
 ) -> tuple[ReportDecoder, str, int]:
     """Train a decoder for `config.steps`; the weights with the least validation loss are kept.
 
+    Args:
+        device: of the decoder; the pairs stay where they are.
     Returns:
         The decoder in eval mode, where its language model comes from, and the step that its weights are of.
     Raises:
@@ -215,7 +231,7 @@ def train_decoder(
         torch.manual_seed(config.seed)
         language = build_language(config, train.reports)
         patch_width, observation_width = (part.shape[-1] for part in train.visual)
-        decoder = ReportDecoder(language, patch_width, observation_width, config.max_words)
+        decoder = ReportDecoder(language, patch_width, observation_width, config.max_words).to(device)
         optimizer = torch.optim.AdamW(decoder.parameters(), lr=config.lr, weight_decay=WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: compute_rate(step, config.steps))
         best, best_step, kept = math.inf, 0, decoder.state_dict()

@@ -29,6 +29,7 @@ from place.evaluation.task import Task
 RANKS = (1, 5, 10)
 PRECISIONS = (5, 10)
 MAX_CELLS = 1 << 26
+NO_REPORT = -1
 SCORES = {
     "instance": "cosine of image and report",
     "pathology": "mean over the report's sentences (T-PORs) of the largest cosine with an observation (V-POR)",
@@ -54,7 +55,8 @@ def run_retrieval(task: Task) -> TaskResult:
     Source: inferred (CXR-CLIP, identical texts once); pessimistic ties, intervals and the late interaction are ours.
     """
     split = task.encoded
-    gallery = build_gallery([study.report_group for study in split.studies], task.evaluation.gallery_size)
+    groups = [study.report_group if study.sentences else NO_REPORT for study in split.studies]
+    gallery = build_gallery(groups, task.evaluation.gallery_size)
     names = task.evaluation.findings or task.labels
     label_BF = build_targets([study.labels for study in split.studies], names) if names else None
     scores = score_gallery(split, gallery)
@@ -66,19 +68,21 @@ def run_retrieval(task: Task) -> TaskResult:
     metrics = judged.pop(headline)
     metrics |= {f"{mode}.{name}": metric for mode, other in judged.items() for name, metric in other.items()}
     rows = list_found(split, gallery, scores[headline].numpy())
-    return TaskResult("retrieval", metrics, _describe(headline, gallery, label_BF), len(gallery.query_Q), rows)
+    protocol = _describe(headline, gallery, label_BF) | {"without_report": groups.count(NO_REPORT)}
+    return TaskResult("retrieval", metrics, protocol, len(gallery.query_Q), rows)
 
 
 def build_gallery(groups: list[int], size: int | None) -> Gallery:
     """Take the first unique reports by hash, and every image that carries one of them.
 
     Args:
-        groups: report group of each study, studies in sample_id order.
+        groups: report group of each study, studies in sample_id order; `NO_REPORT` takes no part.
         size: unique reports; none takes all.
     """
     group_B = np.asarray(groups)
     group_G, report_G = np.unique(group_B, return_index=True)
-    group_G, report_G = group_G[:size], report_G[:size]
+    is_told_G = group_G != NO_REPORT
+    group_G, report_G = group_G[is_told_G][:size], report_G[is_told_G][:size]
     query_Q = np.flatnonzero(np.isin(group_B, group_G))
     return Gallery(query_Q, report_G, np.searchsorted(group_G, group_B[query_Q]))
 

@@ -85,6 +85,7 @@ def _fit_head(task: Task, train: Read, val: Read, test: Read) -> tuple[Tensor, i
         task.encoder.patch_px,
         on_progress=lambda at: task.report("segmentation head", at, SCHEDULE.max_steps),
         kind=task.evaluation.segmentation_head,
+        device=task.encoder.device,
     )
     return predict(head, test.split.tokens_BND, task.encoder.size_px) > 0, step
 
@@ -92,7 +93,8 @@ def _fit_head(task: Task, train: Read, val: Read, test: Read) -> tuple[Tensor, i
 def _train_and_judge(task: Task, way: Way) -> Judged:
     """One head, trained on the training split, stopped on the validation split."""
     masks = {name: read_masks(task.data_dir, name) for name in (task.train_split, task.val_split, task.split)}
-    names, left_out = choose_classes(masks, task.evaluation.findings, (task.split, task.train_split))
+    need, size_px = (task.split, task.train_split), task.encoder.size_px
+    names, left_out = choose_classes(masks, task.evaluation.findings, need, size_px)
     most = task.evaluation.max_train_images
     train, val, test = (
         _read_split(task, split, masks[split], names, limit, way.reads_tokens)
@@ -112,7 +114,7 @@ def _cross_validate(task: Task, way: Way) -> Judged:
     splits = [name for name in SPLITS if read_masks(task.data_dir, name)]
     masks = {name: read_masks(task.data_dir, name) for name in splits}
     pooled = {"all splits": {key: study for studies in masks.values() for key, study in studies.items()}}
-    names, left_out = choose_classes(pooled, task.evaluation.findings, tuple(pooled))
+    names, left_out = choose_classes(pooled, task.evaluation.findings, tuple(pooled), task.encoder.size_px)
     reads = [_read_split(task, name, masks[name], names, None, way.reads_tokens) for name in splits]
     whole = Read(
         MaskedSplit(*(torch.cat(parts) for parts in zip(*(read.split for read in reads), strict=True))),
@@ -124,13 +126,14 @@ def _cross_validate(task: Task, way: Way) -> Judged:
     shown_BFYX, steps = torch.zeros_like(whole.split.mask_BFYX), []
     for fold in range(task.evaluation.folds):
         val_B, test_B = fold_B == (fold + 1) % task.evaluation.folds, fold_B == fold
-        train, val, test = (_take_rows(whole, rows_B) for rows_B in (~val_B & ~test_B, val_B, test_B))
+        limits = ((~val_B & ~test_B, task.evaluation.max_train_images), (val_B, MAX_VAL), (test_B, None))
+        train, val, test = (_take_rows(whole, rows_B, limit) for rows_B, limit in limits)
         shown_BFYX[torch.from_numpy(test_B)], step = way.fit(task, train, val, test)
         steps.append(step)
         task.report("segmentation folds", fold + 1, task.evaluation.folds)
     trained_on = (
         f"{task.evaluation.folds} folds of patients over splits {', '.join(splits)}: one judged, the next one stops, "
-        f"the others train; stopped at steps {steps}"
+        f"the others train, {describe_limit(task.evaluation.max_train_images)}; stopped at steps {steps}"
     )
     return Judged(whole, shown_BFYX.numpy(), names, left_out, unit_B, trained_on)
 
@@ -149,21 +152,29 @@ def deal_folds(unit_B: Array, folds: int) -> Array:
     return number_B.ravel() % folds
 
 
-def _take_rows(read: Read, rows_B: Array) -> Read:
-    split = MaskedSplit(*(part[torch.from_numpy(rows_B)] for part in read.split))
+def _take_rows(read: Read, rows_B: Array, limit: int | None) -> Read:
+    """The first `limit` of some images by sample_id, in the order that they are in."""
     rows = rows_B.nonzero()[0].tolist()
+    rows = sorted(sorted(rows, key=lambda row: read.sample_ids[row])[:limit])
+    split = MaskedSplit(*(part[torch.tensor(rows)] for part in read.split))
     ids, jpegs, stored = read.sample_ids, read.jpegs, read.stored
     return Read(split, [ids[row] for row in rows], [jpegs[row] for row in rows], [stored[row] for row in rows])
 
 
 def choose_classes(
-    masks: dict[str, dict[int, dict[str, Mask | None]]], findings: Sequence[str], need: Sequence[str]
+    masks: dict[str, dict[int, dict[str, Mask | None]]], findings: Sequence[str], need: Sequence[str], size_px: int
 ) -> tuple[list[str], dict[str, str]]:
-    """Findings that are judged, and why others are not: each needs a mask in the splits `need`. Raises UsageError."""
+    """Findings that are judged, and why others are not.
+
+    Args:
+        need: splits in each of which a finding needs a mask that the encoder, which sees `size_px`, sees a part of.
+    Raises:
+        UsageError: a split without masks, or no finding is left.
+    """
     for split, studies in masks.items():
         if not studies:
             raise UsageError(f"segmentation: split '{split}' has no masks; it takes train, val and test patients")
-    counts = {split: _count(studies.values()) for split, studies in masks.items()}
+    counts = {split: _count(studies.values(), size_px) for split, studies in masks.items()}
     there = sorted({name for found in counts.values() for name in found})
     wanted = findings or there
     empty = {name: split for name in wanted for split in need if not counts[split].get(name)}
@@ -173,12 +184,12 @@ def choose_classes(
     return names, {name: f"no mask in split '{split}'" for name, split in empty.items()}
 
 
-def _count(studies: Iterable[dict[str, Mask | None]]) -> dict[str, int]:
-    """Images of each finding whose mask is not empty."""
+def _count(studies: Iterable[dict[str, Mask | None]], size_px: int) -> dict[str, int]:
+    """Images of each finding whose mask is not empty as the encoder sees it."""
     counts: dict[str, int] = {}
     for study in studies:
         for name, mask_YX in study.items():
-            counts[name] = counts.get(name, 0) + (mask_YX is not None and bool(mask_YX.any()))
+            counts[name] = counts.get(name, 0) + bool(fit_mask(mask_YX, size_px).any())
     return counts
 
 

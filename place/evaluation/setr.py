@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from place.evaluation.heads import Schedule, build_seeded, train_on_tokens
+from place.evaluation.heads import CPU, Schedule, build_seeded, train_on_tokens
 from place.evaluation.upernet import UperNet
 
 WIDTH, NARROWEST = 512, 16
@@ -79,20 +79,23 @@ def train_head(
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
     kind: str = "setr",
+    device: torch.device = CPU,
 ) -> tuple[nn.Module, int]:
     """Train a head by `SCHEDULE`; the weights with the least validation loss are kept.
 
     Args:
         kind: a key of `HEADS`.
+        device: of the head; the splits stay where they are.
     Returns:
         The head in eval mode, and the step that its weights are of.
     """
     size_px = train.mask_BFYX.shape[-1]
     _, num_patches, width = train.tokens_BND.shape
-    head = build_seeded(lambda: HEADS[kind](width, num_patches, train.mask_BFYX.shape[1], patch_px), seed)
+    head = build_seeded(lambda: HEADS[kind](width, num_patches, train.mask_BFYX.shape[1], patch_px), seed).to(device)
 
     def compute_train_loss(rows: Tensor) -> Tensor:
-        return compute_loss(head(train.tokens_BND[rows], size_px), train.mask_BFYX[rows], train.known_BF[rows])
+        tokens_BND, mask_BFYX, known_BF = (part[rows].to(device) for part in train)
+        return compute_loss(head(tokens_BND, size_px), mask_BFYX, known_BF)
 
     def compute_val_loss() -> float:
         return float(compute_loss(predict(head, val.tokens_BND, size_px), val.mask_BFYX, val.known_BF))
@@ -104,6 +107,6 @@ def train_head(
 
 @torch.no_grad()
 def predict(head: nn.Module, tokens_BND: Tensor, size_px: int) -> Tensor:
-    """Logits (B,F,size_px,size_px); no image's prediction depends on another's."""
-    head.eval()
-    return torch.cat([head(part, size_px) for part in tokens_BND.split(64)])
+    """Logits (B,F,size_px,size_px) on the CPU; no image's prediction depends on another's."""
+    device = next(head.eval().parameters()).device
+    return torch.cat([head(part.to(device), size_px).cpu() for part in tokens_BND.split(64)])

@@ -11,9 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from place.config import EvaluationConfig, RunError, UsageError
-from place.data.masks import has_masks
+from place.config import DataConfig, EvaluationConfig, RunError, UsageError
+from place.data.identity import SPLITS
+from place.data.masks import list_masked
 from place.data.prepared import read_card
+from place.distributed import choose_device
 from place.evaluation.classification import run_classification
 from place.evaluation.detection import run_detection
 from place.evaluation.explain import write_explanation
@@ -23,7 +25,7 @@ from place.evaluation.foreign import find_kind, load_foreign
 from place.evaluation.frozen import name_run, wrap_run
 from place.evaluation.generation import run_generation
 from place.evaluation.grounding import run_grounding
-from place.evaluation.leaks import Judged, Pretraining, check_leaks, read_pretraining
+from place.evaluation.leaks import Judged, Pretraining, check_leaks, read_pretraining, trace_pretraining
 from place.evaluation.metrics import TaskResult
 from place.evaluation.pixel_probe import run_pixel_probe
 from place.evaluation.report import write_report
@@ -33,7 +35,7 @@ from place.evaluation.table import print_results
 from place.evaluation.task import StepProgress, Task, TaskInput
 from place.evaluation.zero_shot import run_zero_shot
 from place.kept import write_text
-from place.pretrained.load import load_export
+from place.pretrained.load import load_export, read_trained
 from place.training.checkpoint import load_run
 
 TASKS: dict[str, Callable[[Task], TaskResult]] = {
@@ -51,15 +53,17 @@ TASKS: dict[str, Callable[[Task], TaskResult]] = {
 FROZEN = {"finetune": "classification", "finetune_segmentation": "segmentation"}
 """Tasks that train the encoder: by name only, for each takes as long as all others together. Beside it the name of
 the same with a frozen encoder, under which protocol files tell the scores of others."""
+IN_FOLDS = {"segmentation", "finetune_segmentation"}
+"""Tasks that judge the images of all splits where `evaluation.folds` is set."""
 NEEDS = {
     "zero_shot": "labels",
     "retrieval": "reports",
-    "classification": "labels",
-    "finetune": "labels",
-    "pixel_probe": "labels",
+    "classification": "training labels",
+    "finetune": "training labels",
+    "pixel_probe": "training labels",
     "grounding": "phrases with boxes",
-    "segmentation": "masks",
-    "finetune_segmentation": "masks",
+    "segmentation": "training masks",
+    "finetune_segmentation": "training masks",
     "detection": "training boxes",
     "generation": "training reports",
 }
@@ -67,10 +71,11 @@ NEED_REPORTS = ("zero_shot", "retrieval", "grounding")
 IMAGE_TASKS = [name for name in TASKS if name not in NEED_REPORTS]
 ADVICE = {
     "labels": "prepare it with label columns or take retrieval",
+    "training labels": "prepare it with label columns, train and val patients, and judge another split than train",
     "reports": "it is a set of images alone: take tasks on labels, boxes or masks",
     "phrases with boxes": "take one whose sentences have boxes, such as phantoms",
-    "masks": "take one with masks.parquet, such as phantoms prepared anew",
-    "training boxes": "take one with boxes in its train, val and judged split, such as phantoms",
+    "training masks": "take one with masks in its train, val and judged split, or evaluation.folds=5 with masks in any",
+    "training boxes": "take one with boxes in its train, val and judged split, and judge another split than train",
     "training reports": "prepare it with train and val patients, and judge another split than train",
 }
 
@@ -100,11 +105,11 @@ def run_evaluation(
         RunError: a damaged run or data set, or an overlap with what was trained on (`place.evaluation.leaks`).
     Source: ours.
     """
-    card = read_card(data_dir)
-    names = choose_tasks(tasks, find_offers(data_dir, card, split))
-    run = load_run(run_dir, which)
+    card, run = read_card(data_dir), load_run(run_dir, which)
+    evaluation = evaluation or run.config.evaluation
+    names = choose_tasks(tasks, find_offers(data_dir, card, split, evaluation.folds))
     folder = output or run_dir / "evaluation"
-    given = TaskInput(run, data_dir, card, split, evaluation or run.config.evaluation, on_progress, folder)
+    given = TaskInput(run, data_dir, card, split, evaluation, on_progress, folder)
     task = Task(given._replace(encoder=wrap_run(run, name_run(run_dir))))
     pretraining = read_pretraining(run_dir, run.config, task.evaluation)
     return judge(task, names, folder, which, pretraining)
@@ -131,25 +136,25 @@ def run_encoder_evaluation(
         UsageError: as `run_evaluation`, or a task by name that needs a report encoder.
     Source: ours.
     """
-    card = read_card(data_dir)
-    names = choose_tasks(tasks, find_offers(data_dir, card, split))
-    given = TaskInput(None, data_dir, card, split, evaluation or EvaluationConfig(), on_progress, output)
-    if find_kind(source)[0] == "place":
-        if random_weights:
-            raise UsageError("--random-weights is for timm and Hugging Face; pretrain with train.max_steps=1 instead")
-        run = load_export(source)
+    card, is_ours = read_card(data_dir), find_kind(source)[0] == "place"
+    if is_ours and random_weights:
+        raise UsageError("--random-weights is for timm and Hugging Face; pretrain with train.max_steps=1 instead")
+    run = load_export(source) if is_ours else None
+    evaluation = evaluation or (run.config.evaluation if run else EvaluationConfig())
+    names = choose_tasks(tasks, find_offers(data_dir, card, split, evaluation.folds))
+    given = TaskInput(run, data_dir, card, split, evaluation, on_progress, output)
+    data, fingerprint = (run.config.data, read_trained(source)["data_fingerprint"]) if run else (DataConfig(), None)
+    pretraining = trace_pretraining(data, fingerprint, evaluation)
+    if run:
         name = f"export {Path(source).resolve().name}"
-        task = Task(
-            given._replace(run=run, evaluation=evaluation or run.config.evaluation, encoder=wrap_run(run, name))
-        )
-        return judge(task, names, output, name)
+        return judge(Task(given._replace(encoder=wrap_run(run, name))), names, output, name, pretraining)
     apart = [name for name in names if name in NEED_REPORTS]
     if apart and "all" not in tasks:
         raise UsageError(
             f"task '{apart[0]}' needs a report encoder and {source} has none; take {', '.join(IMAGE_TASKS)}"
         )
     task = Task(given._replace(encoder=load_foreign(source, random_weights)))
-    results = judge(task, [name for name in names if name not in apart], output, task.encoder.name)
+    results = judge(task, [name for name in names if name not in apart], output, task.encoder.name, pretraining)
     protocol = {"not_applicable": f"needs a report encoder, which {task.encoder.name} has not"}
     return results | {name: TaskResult(name, {}, protocol, 0) for name in apart}
 
@@ -157,8 +162,10 @@ def run_encoder_evaluation(
 def judge(
     task: Task, names: Sequence[str], folder: Path, which: str, pretraining: Pretraining | None = None
 ) -> dict[str, TaskResult]:
-    """Look for leaks, run tasks and write what they found; nobody knows what foreign encoders were trained on."""
-    leaks = check_leaks(Judged(task.data_dir, task.card, task.split), task.evaluation, pretraining, task.report)
+    """Look for leaks, run tasks and write what they found."""
+    splits = SPLITS if task.evaluation.folds and IN_FOLDS & {*names} else (task.split,)
+    (task.run.model if task.has_reports else task.encoder.vision).to(choose_device())
+    leaks = check_leaks(Judged(task.data_dir, task.card, splits), task.evaluation, pretraining, task.report)
     results = {}
     for name in names:
         result = TASKS[name](task)
@@ -178,22 +185,33 @@ def list_peers(card: dict[str, Any], task: str) -> dict[str, list[dict[str, Any]
     return {"peers": peers} if peers else {}
 
 
-def find_offers(data_dir: Path, card: dict[str, Any], split: str) -> set[str]:
-    """What a data set has of that which some tasks need: labels, masks, reports, boxes, and such to train on."""
-    offers = {"labels"} if card["labels"] else set()
-    offers |= {"masks"} if has_masks(data_dir) else set()
+def find_offers(data_dir: Path, card: dict[str, Any], split: str, folds: int = 0) -> set[str]:
+    """What a data set has of that which some tasks need: labels, reports, phrases, and such to train on.
+
+    Args:
+        folds: of `evaluation.folds`, which take masks of any split.
+    """
+    looked, masked = list_masked(data_dir)
+    can_train, needed = split != "train", {"train", "val", split}
+    offers = {
+        "labels": bool(card["labels"]),
+        "training masks": bool(folds and masked) or (can_train and "val" in looked and {"train", split} <= masked),
+    }
     manifest = data_dir / "manifest.parquet"
     if manifest.is_file():
         columns = ("split", "boxes", "num_words")
         rows = list(zip(*(pq.read_table(manifest, columns=[key])[key].to_pylist() for key in columns)))
         boxed = {name for name, boxes, _ in rows if boxes != "[]"}
         worded = {name for name, _, words in rows if words}
-        phrased = any(box.get("phrase") or box.get("sentence") is not None for box in _list_boxes(rows, split))
-        offers |= {"reports"} if split in worded else set()
-        offers |= {"training reports"} if split != "train" and {"train", "val", split} <= worded else set()
-        offers |= {"phrases with boxes"} if phrased else set()
-        offers |= {"training boxes"} if {"train", "val", split} <= boxed else set()
-    return offers
+        phrased = (box.get("phrase") or box.get("sentence") is not None for box in _list_boxes(rows, split))
+        offers |= {
+            "training labels": offers["labels"] and can_train and needed <= {name for name, *_ in rows},
+            "reports": split in worded,
+            "training reports": can_train and needed <= worded,
+            "phrases with boxes": any(phrased),
+            "training boxes": can_train and needed <= boxed,
+        }
+    return {name for name, is_there in offers.items() if is_there}
 
 
 def _list_boxes(rows: Sequence[tuple[str, str, int]], split: str) -> Iterator[dict[str, Any]]:

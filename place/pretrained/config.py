@@ -6,13 +6,17 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from place.config import Config, check_config
+from place.config import Config, EvaluationConfig, GenerationConfig, check_config
 
+_OF_A_MACHINE = {"prompts", "allow_leaks", "pretraining", "other_tests", "id_map", "salt_file", "generation"}
 KEPT: dict[str, Any] = {
-    "data": {"image_size_px", "max_tokens", "max_sentences", "sections", "train_split", "val_split"},
+    "data": {"image_size_px", "max_tokens", "max_sentences", "sections", "train_split", "val_split", "views_per_study"},
     "model": True,
     "loss": True,
-    "evaluation": {"gallery_size", "bootstrap", "batch_size", "findings"},
+    "evaluation": {
+        **{name: True for name in EvaluationConfig.model_fields if name not in _OF_A_MACHINE},
+        "generation": GenerationConfig.model_fields.keys() - {"decoder", "chexbert", "radgraph"},
+    },
 }
 """What of a run's configuration goes into the export: no path of the machine that trained it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from place.config import RunError, UsageError
 from place.data.tokens import ReportTokenizer
@@ -17,6 +18,16 @@ def is_export(folder: str | Path) -> bool:
         return json.loads(path.read_text()).get("model_type") == "place"
     except (OSError, ValueError, AttributeError):
         return False
+
+
+def read_trained(folder: str | Path) -> dict[str, Any]:
+    """What an export says of its training: step, commit, data_fingerprint and so on."""
+    return json.loads((Path(folder) / "config.json").read_text())["trained"]
+
+
+def read_evaluation(folder: str | Path) -> dict[str, Any]:
+    """How an export is judged where nothing else is said: its `evaluation` section."""
+    return json.loads((Path(folder) / "config.json").read_text())["place"].get("evaluation", {})
 
 
 def load_export(folder: str | Path) -> LoadedRun:

@@ -6,13 +6,24 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from small_sets import draw_image, encode, write_csv_source
 
 from place.config import PrepareConfig, RunError, UsageError
 from place.data.images import Rejected
-from place.data.masks import SourceMask, decode_mask, encode_mask, has_masks, read_masks, resize_mask, store_mask
+from place.data.masks import (
+    MASKS,
+    MASKS_FILE,
+    SourceMask,
+    decode_mask,
+    encode_mask,
+    list_masked,
+    read_masks,
+    resize_mask,
+    store_mask,
+)
 from place.data.phantom import generate_study
 from place.data.prepare import run_prepare
 from place.data.prepared import read_samples
@@ -132,8 +143,12 @@ def test_absent_is_no_mask_and_masks_are_lossless_and_the_same_each_time():
 
 
 def test_a_data_set_without_masks_says_so(data_dir, tmp_path):
-    assert has_masks(data_dir)
-    assert not has_masks(tmp_path)
+    assert list_masked(data_dir) == ({"train", "val", "test"}, {"train", "val", "test"})
+    assert list_masked(tmp_path) == (set(), set())
+    rows = pq.read_table(data_dir / MASKS_FILE).to_pylist()
+    rows = [row | {"mask": None if row["split"] == "val" else row["mask"]} for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows, schema=MASKS), tmp_path / MASKS_FILE)
+    assert list_masked(tmp_path) == ({"train", "val", "test"}, {"train", "test"})
 
 
 def test_mask_files_of_a_table_are_told_apart_from_absent_and_unknown(tmp_path):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from contextlib import redirect_stdout
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from pycocotools.cocoeval import COCOeval
@@ -14,7 +18,7 @@ from torchmetrics.detection import MeanAveragePrecision
 
 from place.config import EvaluationConfig, UsageError
 from place.evaluation import detector
-from place.evaluation.detection import choose_boxed, fit_boxes, run_detection
+from place.evaluation.detection import choose_boxed, fit_boxes, list_boxed, run_detection
 from place.evaluation.detection_metrics import (
     FIELD_IOUS,
     IOUS,
@@ -193,3 +197,17 @@ def test_the_schedule_ends_where_validation_no_longer_falls(monkeypatch):
     assert step == seen[-1] - 2
     assert isinstance(found, Detector)
     assert not found.training
+
+
+def test_a_finding_whose_boxes_lie_outside_what_the_encoder_sees_is_left_out(run_dir, data_dir, tmp_path):
+    copy = shutil.copytree(data_dir, tmp_path / "copy")
+    rows = pq.read_table(copy / "manifest.parquet").to_pylist()
+    boxed = [row for row in rows if row["boxes"] != "[]"]
+    for row in boxed:
+        box = json.loads(row["boxes"])[0]
+        above = box | {"finding": "edema", "box_xyxy": [0, 0, 64, 3] if row["split"] == "test" else [0, 0, 64, 30]}
+        row["boxes"] = json.dumps([box, above])
+    pq.write_table(pa.Table.from_pylist(rows), copy / "manifest.parquet")
+    given = TaskInput(load_run(run_dir), copy, {"labels": []}, "test", EvaluationConfig(bootstrap=0))
+    there = {split: list_boxed(Task(given), split) for split in ("train", "val", "test")}
+    assert choose_boxed(there, []) == (["effusion"], {"edema": "no box in split 'test'"})

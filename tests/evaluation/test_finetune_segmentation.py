@@ -102,7 +102,7 @@ def test_the_head_learns_fastest_and_every_weight_once(kind: str, run_dir: Path,
 
 
 def test_it_runs_by_name_only_and_has_a_table_and_a_picture(run_dir: Path, data_dir: Path, tmp_path: Path) -> None:
-    assert "finetune_segmentation" not in choose_tasks(["all"], {"masks"})
+    assert "finetune_segmentation" not in choose_tasks(["all"], {"training masks"})
     few = EvaluationConfig(bootstrap=20, finetune=FinetuneConfig(max_steps=4))
     run_evaluation(run_dir, data_dir, ["finetune_segmentation"], evaluation=few, output=tmp_path)
     assert {"finetune_segmentation.json", "finetune_segmentation.parquet", "finetune_segmentation.png"} <= {

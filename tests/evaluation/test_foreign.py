@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from place.cli import main
 from place.compat import patch_torchvision
-from place.config import EvaluationConfig, UsageError
+from place.config import EvaluationConfig, RunError, UsageError
 from place.data.prepared import read_samples
 from place.evaluation import detector, setr
 from place.evaluation.foreign import find_kind, load_foreign
@@ -20,6 +22,7 @@ from place.evaluation.frozen import wrap_run
 from place.evaluation.heads import Schedule
 from place.evaluation.suite import run_encoder_evaluation, run_evaluation
 from place.export import run_export
+from place.pretrained.load import load_export
 from place.training.checkpoint import load_run
 
 SIZE_PX = 64
@@ -234,3 +237,35 @@ def test_a_report_task_by_name_is_wrong_use(timm_vit, data_dir, tmp_path):
 def test_options_that_do_not_go_together_are_one_line(words, message, capsys):
     assert main(["evaluate", *words, "--data", "data"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_options_of_an_export_are_laid_over_its_own_way_to_be_judged(run_dir, data_dir, tmp_path, capsys):
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    own = {"findings": ["edema"], "label_shares": [1.0], "segmentation_head": "upernet", "prompts": "/secret/p.yaml"}
+    config["evaluation"] |= own | {"generation": {"width": 64, "decoder": "/secret/gpt"}}
+    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    folder = run_export(copy, tmp_path / "export").folder
+    assert "/secret" not in (folder / "config.json").read_text()
+    kept = load_export(folder).config.evaluation
+    assert (kept.label_shares, kept.segmentation_head, kept.generation.width) == ((1.0,), "upernet", 64)
+    words = ["evaluate", "--encoder", str(folder), "--data", str(data_dir), "--output", str(tmp_path / "out")]
+    assert main([*words, "--tasks", "zero_shot", "evaluation.batch_size=8"]) == 0
+    metrics = json.loads((tmp_path / "out" / "zero_shot.json").read_text())["metrics"]
+    assert "auroc.edema" in metrics
+    assert "auroc.effusion" not in metrics
+
+
+def test_the_split_that_an_export_was_trained_on_is_refused(run_dir, data_dir, tmp_path):
+    folder = run_export(run_dir, tmp_path / "export").folder
+    with pytest.raises(RunError, match=r"allow_leaks=\[pretraining.patient,pretraining.image\]"):
+        run_encoder_evaluation(str(folder), data_dir, ["retrieval"], tmp_path / "out", "train", OPTIONS)
+
+
+def test_a_page_shows_no_attention_of_another_encoder(run_dir, timm_vit, data_dir, tmp_path):
+    title, page = "Where the observation (V-POR) that a sentence is paired with looks", tmp_path / "report.html"
+    run_evaluation(run_dir, data_dir, ["retrieval"], evaluation=OPTIONS, output=tmp_path)
+    assert title in page.read_text()
+    run_encoder_evaluation(str(timm_vit[0]), data_dir, ["pixel_probe"], tmp_path, evaluation=OPTIONS)
+    assert (tmp_path / "explain.png").is_file()
+    assert title not in page.read_text()

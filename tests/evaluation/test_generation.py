@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -254,3 +256,15 @@ def test_a_folder_that_cannot_write_is_one_line(tmp_path):
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValidationError, match="must divide width=128"):
         EvaluationConfig(generation={"num_heads": 3})
+
+
+def test_images_without_a_report_are_left_out_and_counted(run_dir, data_dir, tmp_path):
+    copy = shutil.copytree(data_dir, tmp_path / "copy")
+    rows = pq.read_table(copy / "manifest.parquet").to_pylist()
+    silent = sorted(row["sample_id"] for row in rows if row["split"] == "test")[::2]
+    rows = [row | {"num_words": 0 if row["sample_id"] in silent else row["num_words"]} for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows), copy / "manifest.parquet")
+    found = run_generation(build_task(run_dir, copy, steps=2))
+    assert found.protocol["without_report"] == len(silent) == 21
+    assert not {*silent} & {*found.rows["sample_id"]}
+    assert found.num_samples == 20

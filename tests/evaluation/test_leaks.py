@@ -13,12 +13,21 @@ import pyarrow.parquet as pq
 import pytest
 
 from place.config import Config, EvaluationConfig, PrepareConfig, RunError, UsageError, check_config
+from place.data.identity import SPLITS
 from place.data.manifest import HASHES_FILE
+from place.data.mixture import read_fingerprint
 from place.data.perceptual import find_similar, hash_image, measure_error, read_hashes, shrink_to_thumbnail
 from place.data.phantom import generate_study
 from place.data.prepare import run_prepare
 from place.data.prepared import read_card
-from place.evaluation.leaks import Judged, Pretraining, check_leaks, list_leak_notes, read_pretraining
+from place.evaluation.leaks import (
+    Judged,
+    Pretraining,
+    check_leaks,
+    list_leak_notes,
+    read_pretraining,
+    trace_pretraining,
+)
 from place.evaluation.suite import run_evaluation
 
 SALT = "a secret of sixteen bytes or more"
@@ -73,7 +82,7 @@ def check(data_dir: Path, trained: Path | None, split: str = "test", **evaluatio
     if trained:
         config = check_config({"data": {"path": str(trained)}})
         pretraining = Pretraining(config.data, read_card(trained)["fingerprint"])
-    return check_leaks(Judged(data_dir, card, split), EvaluationConfig(**evaluation), pretraining, quiet)
+    return check_leaks(Judged(data_dir, card, (split,)), EvaluationConfig(**evaluation), pretraining, quiet)
 
 
 def squeeze(image_YX: np.ndarray) -> np.ndarray:
@@ -186,7 +195,7 @@ def test_an_allowed_leak_is_written_into_the_results_and_unknown_names_are_told(
 def test_pretraining_data_that_is_gone_or_another_is_told(trained, tmp_path):
     data_dir = write_set(tmp_path / "other", build_rows(20, "b"))
     gone = Pretraining(check_config({"data": {"path": str(tmp_path / "gone")}}).data, "0")
-    judged = Judged(data_dir, read_card(data_dir), "test")
+    judged = Judged(data_dir, read_card(data_dir), ("test",))
     leaks = check_leaks(judged, EvaluationConfig(), gone, quiet)
     assert "gone is not there; give the folder" in leaks["not_checked"]["pretraining"]
     assert list_leak_notes(leaks)[0].startswith("no check against pretraining: ")
@@ -237,3 +246,40 @@ def test_an_evaluation_says_what_was_checked_and_stops_at_a_leak(run_dir, data_d
     with pytest.raises(RunError, match="the split that the run was trained on"):
         run_evaluation(run_dir, data_dir, ["retrieval"], "train", output=tmp_path / "train")
     assert not (tmp_path / "train").exists()
+
+
+def test_folds_that_judge_the_images_trained_on_are_refused(trained, tmp_path):
+    card = read_card(trained)
+    pretraining = Pretraining(check_config({"data": {"path": str(trained)}}).data, card["fingerprint"])
+    with pytest.raises(RunError, match=r"allow_leaks=\[pretraining.patient,pretraining.image\]"):
+        check_leaks(Judged(trained, card, SPLITS), EvaluationConfig(folds=3), pretraining, quiet)
+    other = write_set(tmp_path / "other", [*build_rows(20, "b"), ("b9", "train", encode(draw(0), "PNG"))])
+    check(other, trained)
+    with pytest.raises(RunError, match=r"1 images of split 'train, val, test' of .*allow_leaks=\[pretraining.image\]"):
+        check_leaks(Judged(other, read_card(other), SPLITS), EvaluationConfig(folds=3), pretraining, quiet)
+
+
+@pytest.mark.parametrize("data", [{"views_per_study": "one"}, {"streams": [{"path": "own", "repeat": 2}]}])
+def test_the_data_set_is_known_again_however_an_epoch_goes_through_it(trained, data):
+    data = {"path": str(trained)} | json.loads(json.dumps(data).replace("own", str(trained)))
+    config = check_config({"data": data}).data
+    pretraining = Pretraining(config, read_fingerprint(config))
+    leaks = check_leaks(Judged(trained, read_card(trained), ("val",)), EvaluationConfig(), pretraining, quiet)
+    assert leaks["notes"] == ["the judged split chose the checkpoint"]
+    assert leaks["not_checked"] == {}
+
+
+def test_an_encoder_that_names_no_folder_is_looked_up_where_the_user_says(trained, tmp_path):
+    other = write_set(tmp_path / "other", [*build_rows(20, "b"), ("b9", "test", encode(draw(0), "PNG"))])
+    told = EvaluationConfig(pretraining=[str(trained)])
+    own = read_card(trained)["fingerprint"]
+    for fingerprint in (None, own):
+        pretraining = trace_pretraining(check_config({}).data, fingerprint, told)
+        with pytest.raises(RunError, match=r"allow_leaks=\[pretraining.image\]"):
+            check_leaks(Judged(other, read_card(other), ("test",)), told, pretraining, quiet)
+    untold = trace_pretraining(check_config({}).data, own, EvaluationConfig())
+    leaks = check_leaks(Judged(other, read_card(other), ("test",)), EvaluationConfig(), untold, quiet)
+    assert leaks["not_checked"]["pretraining"].startswith("the pretraining data is not there; give the folder")
+    with pytest.raises(RunError, match="the split that the run was trained on"):
+        check_leaks(Judged(trained, read_card(trained), ("train",)), EvaluationConfig(), untold, quiet)
+    assert trace_pretraining(check_config({}).data, None, EvaluationConfig()) is None

@@ -8,6 +8,7 @@ import torch
 from torchmetrics.functional.retrieval import retrieval_hit_rate, retrieval_precision, retrieval_reciprocal_rank
 
 from place.evaluation.retrieval import (
+    NO_REPORT,
     build_gallery,
     compute_chance,
     compute_precision,
@@ -121,3 +122,10 @@ def test_late_interaction_is_the_mean_over_sentences_of_the_best_observation(mon
     torch.testing.assert_close(score_sentences(observations, sentences, mask), expected)
     monkeypatch.setattr("place.evaluation.retrieval.MAX_CELLS", 1)
     torch.testing.assert_close(score_sentences(observations, sentences, mask), expected)
+
+
+def test_an_image_without_a_report_takes_no_part():
+    gallery = build_gallery([5, NO_REPORT, 3, NO_REPORT, 5], 2)
+    assert gallery.query_Q.tolist() == [0, 2, 4]
+    assert gallery.report_G.tolist() == [2, 0]
+    assert gallery.answer_Q.tolist() == [1, 0, 1]

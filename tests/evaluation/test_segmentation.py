@@ -11,11 +11,14 @@ from torchmetrics.functional.segmentation import dice_score, mean_iou
 from place.config import EvaluationConfig, UsageError
 from place.evaluation.heads import Schedule
 from place.evaluation.segmentation import (
+    Way,
+    choose_classes,
     compute_overlaps,
     deal_folds,
     fit_mask,
     is_known,
     judge_masks,
+    judge_way,
     run_segmentation,
 )
 from place.evaluation.setr import MaskedSplit, SetrPup, compute_loss, predict, train_head
@@ -137,3 +140,26 @@ def test_cross_validation_judges_every_image_once_with_no_patient_on_two_sides(r
     assert fold_B.tolist() == [2, 0, 1, 0, 2, 0]
     with pytest.raises(UsageError, match=r"expected 3 \(train, stop, judge\) to 4"):
         deal_folds(unit_B, 5)
+
+
+def test_a_finding_whose_masks_lie_outside_what_the_encoder_sees_is_left_out():
+    seen, unseen = np.zeros((72, 64), bool), np.zeros((72, 64), bool)
+    seen[40:60, 4:24] = unseen[:3] = True
+    masks = {"train": {1: {"a": seen, "b": seen}}, "test": {2: {"a": seen, "b": unseen}}}
+    names, left_out = choose_classes(masks, [], ("test", "train"), 32)
+    assert (names, left_out) == (["a"], {"b": "no mask in split 'test'"})
+
+
+def test_each_fold_trains_on_at_most_so_many_images(run_dir, data_dir):
+    sizes = []
+
+    def fit(task, train, val, test):
+        sizes.append(len(train.sample_ids))
+        return torch.zeros(test.split.mask_BFYX.shape, dtype=torch.bool), 1
+
+    found = judge_way(
+        build_task(run_dir, data_dir, folds=3, max_train_images=30), Way("segmentation", "", "", True, fit)
+    )
+    assert sizes == [30] * 3
+    assert found.num_samples == 161
+    assert "at most 30, first by hash" in found.protocol["trained_on"]

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from place.config import EvaluationConfig, RunError, UsageError
+from place.data.masks import MASKS_FILE
 from place.data.prepared import read_card
 from place.evaluation.suite import TASKS, choose_tasks, find_offers, print_results, run_evaluation
 
@@ -124,7 +125,7 @@ def test_a_data_set_without_labels_permits_what_reports_alone_can_tell(run_dir, 
 
 def test_images_without_reports_permit_what_needs_none(run_dir, wordless_dir, tmp_path):
     offers = find_offers(wordless_dir, read_card(wordless_dir), "test")
-    assert offers == {"labels", "masks", "training boxes"}
+    assert offers == {"labels", "training labels", "training masks", "training boxes"}
     chosen = choose_tasks(["all"], offers)
     assert {"zero_shot", "classification", "segmentation", "detection"} <= {*chosen}
     assert not {"retrieval", "generation", "grounding"} & {*chosen}
@@ -142,7 +143,7 @@ def test_images_without_reports_permit_what_needs_none(run_dir, wordless_dir, tm
 )
 def test_wrong_task_names_say_what_there_is(names, message):
     with pytest.raises(UsageError, match=message):
-        choose_tasks(names, {"labels", "boxes", "masks"})
+        choose_tasks(names, {"labels", "training boxes", "training masks"})
 
 
 def test_a_probe_without_a_training_split_says_so(run_dir, data_dir, tmp_path):
@@ -150,8 +151,26 @@ def test_a_probe_without_a_training_split_says_so(run_dir, data_dir, tmp_path):
     pq.write_table(
         pq.read_table(copy / "manifest.parquet", filters=[("split", "==", "test")]), copy / "manifest.parquet"
     )
-    with pytest.raises(UsageError, match="no split 'train'"):
+    with pytest.raises(UsageError, match="'pixel_probe' needs training labels.*train and val patients"):
         run_evaluation(run_dir, copy, ["pixel_probe"], output=tmp_path)
+    rows = pq.read_table(copy / MASKS_FILE, filters=[("split", "==", "test")])
+    pq.write_table(rows, copy / MASKS_FILE)
+    card = read_card(copy)
+    chosen = choose_tasks(["all"], find_offers(copy, card, "test"))
+    assert chosen == ["zero_shot", "retrieval", "grounding"], "what only a test split permits"
+    assert choose_tasks(["all"], find_offers(copy, card, "test", folds=3)) == [*chosen, "segmentation"]
+
+
+def test_folds_judge_the_training_images_too_which_the_run_may_not_know(run_dir, data_dir, tmp_path):
+    folded = EvaluationConfig(bootstrap=0, folds=3)
+    with pytest.raises(RunError, match=r"allow_leaks=\[pretraining.patient,pretraining.image\]"):
+        run_evaluation(run_dir, data_dir, ["segmentation"], evaluation=folded, output=tmp_path)
+    run_evaluation(run_dir, data_dir, ["retrieval"], evaluation=folded, output=tmp_path)
+
+
+def test_the_split_that_heads_are_trained_on_is_not_offered_to_them(data_dir):
+    offers = find_offers(data_dir, read_card(data_dir), "train")
+    assert choose_tasks(["all"], offers) == ["zero_shot", "retrieval", "grounding"]
 
 
 def test_a_folder_that_cannot_be_written_is_named(run_dir, data_dir, tmp_path):
