@@ -6,6 +6,7 @@ row with its reason; a ladder that was stopped goes on with what is missing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -31,6 +32,7 @@ from place.cluster.slurm_job import run_slurm_job
 from pydantic import Field
 
 from place.config import Config, RunError, Section, UsageError, build_config, dump_config, read_section
+from place.data.mixture import read_fingerprint
 from place.kept import read_kept, run_logged, write_kept
 from place.runlog import read_jsonl
 from place.training.footprint import Footprint, measure_footprint
@@ -205,8 +207,7 @@ def run_job(job: Job, scale: ScaleConfig, say: Callable[[str], None]) -> dict[st
     Returns: `reason` (empty where it went well) and, step by step behind the warm-up, `samples_per_s`, `step_s`,
         `phase_s`, `lag_s`, `sent_mib`, `power_w`, `loss`; `memory_mib`, `start_s`.
     """
-    key = hashlib.sha256(f"{dump_config(job.config)}{scale.steps}{scale.warmup_steps}".encode()).hexdigest()
-    path = job.folder / "measured.json"
+    key, path = compute_key(job, scale), job.folder / "measured.json"
     known = read_kept(path, key)
     if known and not known["reason"]:
         return known
@@ -230,6 +231,15 @@ def run_job(job: Job, scale: ScaleConfig, say: Callable[[str], None]) -> dict[st
         record["reason"] = f"no step behind the warm-up was logged ({log})"
     write_kept(path, key, record)
     return record
+
+
+def compute_key(job: Job, scale: ScaleConfig) -> str:
+    """What a measurement hangs on, as a hash: configuration, launcher, nodes, and the data where they are seen here."""
+    data = ""
+    with contextlib.suppress(UsageError, RunError):
+        data = read_fingerprint(job.config.data)
+    parts = [dump_config(job.config), scale.steps, scale.warmup_steps, scale.launcher, job.rung.nodes, data]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def build_batch(job: Job, scale: ScaleConfig, config: Path) -> list[str]:
@@ -288,7 +298,7 @@ def build_rows(
         if good:
             row |= _summarize(good, job.config.cluster.num_workers)
             if job.probe != "loader":
-                shape = f"{job.config.model} {job.config.engine}"
+                shape = f"{job.config.data} {job.config.model} {job.config.loss} {job.config.engine}"
                 if shape not in footprints:
                     footprints[shape] = measure_footprint(job.config)
                 row |= _describe_work(job, footprints[shape], row["step_s"], scale)

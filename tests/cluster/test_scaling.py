@@ -105,6 +105,34 @@ def test_a_ladder_goes_on_with_what_is_missing(
     assert (folder / "1_worker" / "full0" / "measured.json").stat().st_mtime_ns == before
 
 
+def test_what_was_measured_counts_for_the_same_nodes_launcher_and_data_alone(tmp_path: Path) -> None:
+    def compute(**options: Any) -> str:
+        scale = load_scale(write_ladder(tmp_path, **options), [f"data.path={tmp_path}"])
+        return scaling.compute_key(plan_jobs(scale, Path(TINY))[0], scale)
+
+    rung = {"workers": 4, "nodes": 2}
+    unseen = compute(rungs=[rung])
+    (tmp_path / "card.json").write_text('{"fingerprint": "a"}')
+    first = compute(rungs=[rung])
+    keys = [unseen, first, compute(rungs=[rung | {"nodes": 4}]), compute(rungs=[rung], launcher="slurm")]
+    (tmp_path / "card.json").write_text('{"fingerprint": "b"}')
+    keys.append(compute(rungs=[rung]))
+    assert len(set(keys)) == 5
+    (tmp_path / "card.json").write_text('{"fingerprint": "a"}')
+    assert compute(rungs=[rung]) == first
+
+
+def test_each_rung_has_the_work_of_its_own_images_and_losses(tmp_path: Path) -> None:
+    changes = [], ["data.image_size_px=128"], ["loss.correlation.weight=0"]
+    rungs = [{"workers": 1, "config": change} for change in changes]
+    scale = load_scale(write_ladder(tmp_path, rungs=rungs), ["data.image_size_px=64", "engine.kind=torch"])
+    jobs = plan_jobs(scale, Path(TINY))
+    record = {"reason": "", "samples_per_s": [8.0], "step_s": [1.0], "phase_s": [], "lag_s": [], "sent_mib": []}
+    record |= {"loss": [1.0], "memory_mib": 1, "start_s": 1.0}
+    rows = scaling.build_rows(scale, jobs, {(job.name, "full"): [record] for job in jobs})
+    assert len({row["flop_worker"] for row in rows}) == 3
+
+
 def test_energy_is_that_of_the_gpus_for_a_million_pairs(scaled: tuple[Path, list[str], int], tmp_path: Path) -> None:
     results = json.loads((scaled[0] / "scaling.json").read_text())
     record = json.loads((scaled[0] / "1_worker" / "full0" / "measured.json").read_text())["result"]
