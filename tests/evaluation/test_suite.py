@@ -9,12 +9,13 @@ import shutil
 import cv2
 import pyarrow.parquet as pq
 import pytest
+import torch
 from rich.console import Console
 
-from place.config import EvaluationConfig, RunError, UsageError
+from place.config import EvaluationConfig, FinetuneConfig, GenerationConfig, RunError, UsageError
 from place.data.masks import MASKS_FILE
 from place.data.prepared import read_card
-from place.evaluation.suite import TASKS, choose_tasks, find_offers, print_results, run_evaluation
+from place.evaluation.suite import IN_FOLDS, TASKS, choose_tasks, find_offers, print_results, run_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +178,20 @@ def test_a_folder_that_cannot_be_written_is_named(run_dir, data_dir, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="give a folder that can be written"):
         run_evaluation(run_dir, data_dir, ["retrieval"], output=tmp_path / "file" / "below")
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_figures_of_the_cpu_and_trains_every_head(run_dir, data_dir, tmp_path, monkeypatch):
+    few = EvaluationConfig(
+        bootstrap=0,
+        finetune=FinetuneConfig(max_steps=4),
+        generation=GenerationConfig(width=32, steps=20, beams=2),
+    )
+    frozen = ["zero_shot", "retrieval", "classification", "grounding"]
+    on_gpu = run_evaluation(run_dir, data_dir, ["all", "finetune", *IN_FOLDS], evaluation=few, output=tmp_path / "gpu")
+    monkeypatch.setattr("place.evaluation.suite.choose_device", lambda: torch.device("cpu"))
+    on_cpu = run_evaluation(run_dir, data_dir, frozen, evaluation=few, output=tmp_path / "cpu")
+    for name in frozen:
+        shown, expected = ({key: m.value for key, m in found[name].metrics.items()} for found in (on_gpu, on_cpu))
+        assert shown == pytest.approx(expected, abs=0.02, nan_ok=True)
+    assert {"finetune", "finetune_segmentation", "segmentation", "detection", "generation"} <= on_gpu.keys()
