@@ -65,7 +65,7 @@ def compute_memory(footprint: Footprint, plan: RunPlan, config: Config, setting:
         "buckets": _count_buckets(footprint, config, plan, stage, setting.on_gpu),
         "activations": sum(held.values()),
         "features": inputs + (2 * plan.local_batch * footprint.output_bytes if chunked else 0),
-        "losses": _count_losses(config, plan),
+        "losses": _count_losses(footprint, config, plan),
         # The gradient of the widest activation, and of what it was made from.
         "working": 2 * micro * footprint.largest_bytes,
     }
@@ -143,21 +143,39 @@ def read_zero(config: Config, plan: RunPlan, stage: int) -> dict[str, Any]:
     ]
 
 
-def _count_losses(config: Config, plan: RunPlan) -> int:
-    """Logits of the two contrastive losses, and the features gathered for them with their gradients."""
+def _count_losses(footprint: Footprint, config: Config, plan: RunPlan) -> int:
+    """What each contrastive loss of the run holds, and the features gathered for it with their gradients."""
+    loss, width = config.loss, config.model.joint_width
+    instance = _count_logits(plan.local_batch, plan.global_batch) + 4 * plan.global_batch * width * FP32
+    return (
+        (instance if loss.instance.weight else 0)
+        + (_count_pathology(config, plan) if loss.pathology.weight else 0)
+        + (_count_words(footprint, config, plan) if loss.tokens.weight else 0)
+    )
+
+
+def _count_pathology(config: Config, plan: RunPlan) -> int:
     width, sentences = config.model.joint_width, config.data.max_sentences
-    instance = _count_logits(plan.local_batch, plan.global_batch)
-    gathered = 4 * plan.global_batch * width * FP32
-    if not config.loss.pathology.weight:
-        return instance + gathered
     columns = plan.global_batch if config.loss.pathology.negatives == "global" else plan.local_batch
     pathology = _count_logits(plan.local_batch * sentences, columns * sentences)
-    gathered += 4 * columns * sentences * width * FP32
+    gathered = 4 * columns * sentences * width * FP32
     if config.loss.pathology.search:
         queries = config.model.observations.num_queries
         pathology += 2 * _count_logits(plan.local_batch * sentences, plan.global_batch * queries)
         gathered += 2 * plan.global_batch * (sentences + queries) * width * FP32
-    return instance + pathology + gathered
+    return pathology + gathered
+
+
+def _count_words(footprint: Footprint, config: Config, plan: RunPlan) -> int:
+    """Every word's attention over the patches of every image of this rank, and what it reads there.
+
+    At the most the attention with six tensors as wide as the joint space, or, later in the backward pass, the attention
+    with its gradient and that of its logits. Source: ours; tests/cluster/test_memory_plan.py measures.
+    """
+    width, words = config.model.joint_width, plan.global_batch * config.data.max_tokens
+    pairs = plan.local_batch * words
+    held = max(footprint.patches + 6 * width, 3 * footprint.patches)
+    return FP32 * (pairs * held + 4 * words * width)
 
 
 def _count_logits(rows: int, columns: int) -> int:
@@ -184,11 +202,14 @@ def compute_traffic(footprint: Footprint, plan: RunPlan, config: Config, stage: 
         gathered = size / 2 if engine.wire_precision == engine.precision == "bf16" else size
         gradients, weights = wire * rounds, passes * gathered
     width, sentences = config.model.joint_width, config.data.max_sentences
-    per_pair = 2 * width * FP32
+    per_pair = 2 * width * FP32 if config.loss.instance.weight else 0
     if config.loss.pathology.weight and config.loss.pathology.negatives == "global":
         per_pair += 2 * sentences * width * FP32
     if config.loss.pathology.weight and config.loss.pathology.search:
         per_pair += (sentences + config.model.observations.num_queries) * width * FP32
+    if config.loss.tokens.weight:
+        # Words, and the scores of an image with every report.
+        per_pair += (config.data.max_tokens * width + plan.global_batch) * FP32
     # Gathered forward, and their gradients summed and scattered backward.
     features = 2 * share * plan.global_batch * per_pair
     return {"gradients": int(gradients), "weights": int(weights), "features": int(features)}
@@ -203,10 +224,12 @@ def compute_flops(footprint: Footprint, plan: RunPlan, config: Config) -> int:
     encoders = footprint.parts["vision"].pair_flops + footprint.parts["text"].pair_flops
     again = (model if plan.accumulation > 1 else 0) + (encoders if config.engine.activation_checkpointing else 0)
     width, rows = config.model.joint_width, plan.global_batch
-    logits = 4 * rows * rows * width
+    logits = 4 * rows * rows * width if config.loss.instance.weight else 0
     if config.loss.pathology.weight:
         columns = {"global": rows, "rank": plan.local_batch, "study": 1}[config.loss.pathology.negatives]
         logits += 4 * rows * columns * config.data.max_sentences**2 * width
         if config.loss.pathology.search:
             logits += 4 * rows * rows * config.data.max_sentences * config.model.observations.num_queries * width
+    if config.loss.tokens.weight:
+        logits += 4 * rows * rows * config.data.max_tokens * footprint.patches * width
     return plan.global_batch * (3 * model + again) + 3 * logits

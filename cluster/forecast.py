@@ -99,7 +99,8 @@ def _read_plan(config: Config, question: Question) -> tuple[RunPlan, dict[str, A
     from place.training.pretrain import build_run_plan
 
     plan = build_run_plan(config, world)
-    shards = read_shard_list(config.data.path, config.data.train_split)
+    streams = config.data.list_streams()
+    shards = [shard for stream in streams for shard in read_shard_list(stream.path, config.data.train_split)]
     stored = sum((shard["zip_data"] or shard["raw_data"])["bytes"] for shard in shards)
     raw = sum(shard["raw_data"]["bytes"] for shard in shards)
     return plan, {"shards": len(shards), "stored_gib": stored / GIB, "cache_gib": raw / GIB}

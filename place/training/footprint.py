@@ -41,7 +41,7 @@ class Part(NamedTuple):
 class Footprint(NamedTuple):
     """`parts` by name of PARTS; bytes of one pair: of inputs, of outputs, of the largest tensor held.
 
-    `sizes` holds the elements of each parameter.
+    `sizes` holds the elements of each parameter, `patches` counts those of an image.
     """
 
     parts: dict[str, Part]
@@ -49,6 +49,7 @@ class Footprint(NamedTuple):
     output_bytes: int
     largest_bytes: int
     sizes: list[int]
+    patches: int
     assumed: list[str]
 
     @property
@@ -91,7 +92,8 @@ def measure_footprint(config: Config) -> Footprint:
         )
         parts[name] = Part(*numbers)
     sizes = [parameter.numel() for parameter in model.parameters()]
-    return Footprint(parts, one.input_bytes, one.output_bytes, one.largest_bytes, sizes, assumed)
+    patches = (config.data.image_size_px // model.vision.patch_px) ** 2
+    return Footprint(parts, one.input_bytes, one.output_bytes, one.largest_bytes, sizes, patches, assumed)
 
 
 class _Pass(NamedTuple):

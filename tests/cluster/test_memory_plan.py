@@ -19,7 +19,7 @@ from training.runs import write_config
 from place import cli
 from place.batch import Batch
 from place.config import Config, build_config
-from place.losses import search
+from place.losses import search, tokens
 from place.losses.objective import compute_losses
 from place.model.place import build_model
 from place.training.footprint import measure_footprint
@@ -192,6 +192,53 @@ def test_the_search_multiplies_and_sends_what_is_counted(vitb16: Any, monkeypatc
     assert memory[0] > memory[1]
 
 
+def weigh(config: Config, **terms: dict[str, Any]) -> Config:
+    """The config with settings laid over terms of its loss."""
+    changed = {name: getattr(config.loss, name).model_copy(update=values) for name, values in terms.items()}
+    return config.model_copy(update={"loss": config.loss.model_copy(update=changed)})
+
+
+def test_the_token_loss_multiplies_sends_and_holds_what_is_counted(
+    vitb16: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, footprint, plan = vitb16
+    with_words, batch = weigh(config, tokens={"weight": 1.0}), 8
+    small = plan.model_copy(update={"global_batch": batch, "local_batch": batch})
+    width, length = config.model.joint_width, config.data.max_tokens
+    regions_BNE = torch.randn(batch, footprint.patches, width).requires_grad_()
+    words_BTE = torch.randn(batch, length, width).requires_grad_()
+    sent = []
+    monkeypatch.setattr(tokens, "gather_with_grad", lambda part: sent.append(part.numel() * 4) or part)
+
+    def run() -> None:
+        is_word_BT, group_B = torch.ones(batch, length).bool(), torch.arange(batch)
+        tokens.token_loss(regions_BNE, words_BTE, is_word_BT, group_B, with_words.loss.tokens).backward()
+
+    with FlopCounterMode(display=False) as counter:
+        run()
+    regions_BNE.grad = words_BTE.grad = None
+    assert measure_peak(run) == pytest.approx(
+        sum(
+            sign * compute_memory(footprint, small, one, Setting(1, False, 1)).losses
+            for sign, one in ((1, with_words), (-1, config))
+        ),
+        rel=TOLERANCE,
+    )
+    extra = compute_flops(footprint, small, with_words) - compute_flops(footprint, small, config)
+    assert counter.get_total_flops() == pytest.approx(extra, rel=0.01)
+    traffic = [compute_traffic(footprint, small, one, 1)["features"] for one in (with_words, config)]
+    assert traffic[0] - traffic[1] == 2 * 7 / 8 * sum(sent[:2])
+
+
+def test_a_term_of_weight_0_costs_nothing(vitb16: Any) -> None:
+    config, footprint, plan = vitb16
+    bare = weigh(config, instance={"weight": 0.0}, pathology={"weight": 0.0})
+    assert compute_memory(footprint, plan, bare, Setting(1, False, 1)).losses == 0
+    assert compute_traffic(footprint, plan, bare, 1)["features"] == 0
+    forward = plan.global_batch * sum(part.pair_flops for part in footprint.parts.values())
+    assert compute_flops(footprint, plan, bare) == 3 * forward
+
+
 def test_zero_shares_out_what_it_says_and_recomputation_and_chunks_cut_activations(vitb16: Any) -> None:
     config, footprint, plan = vitb16
     size = 4 * footprint.parameters
@@ -235,6 +282,17 @@ def test_the_forecast_of_prepared_data_is_printed_and_marks_this_config(
     assert "* ZeRO-2" in out
     assert "assumed:" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_the_forecast_counts_the_shards_of_every_stream(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, told = write_config(tmp_path, prepared), []
+    streams = json.dumps([{"path": str(prepared)}, {"path": str(prepared), "repeat": 2}])
+    for words in ([], ["data.path=nowhere", f"data.streams={streams}"]):
+        assert cli.main(["plan", "--config", str(config), "--json", *words]) == 0
+        told.append(json.loads(capsys.readouterr().out)["data"])
+    assert told[1] == {name: pytest.approx(2 * value) for name, value in told[0].items()}
 
 
 def test_a_small_gpu_does_not_hold_a_large_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
