@@ -15,7 +15,7 @@ from place.cluster.deepspeed_engine import DeepSpeedEngine
 from place.cluster.metrics import RayMetrics
 from place.cluster.topology import read_sockets, share_cores
 
-from place.config import Config, RunError, UsageError
+from place.config import Config, PassingError, RunError, UsageError
 from place.distributed import World, broadcast_text, is_distributed, read_world
 from place.kept import write_text
 from place.training.engine import TorchEngine
@@ -37,6 +37,8 @@ def run_guarded(config: Config, launch: str) -> None:
     _bind_cores(config)
     try:
         outcome = {"outcome": run_worker(config, launch, ENGINES[config.engine.kind], [RayMetrics(path.parent)])}
+    except PassingError:
+        raise  # a worker group that starts anew may not meet it
     except (UsageError, RunError) as error:
         kind = "UsageError" if isinstance(error, UsageError) else "RunError"
         write_text(path, json.dumps({"launch": launch, "outcome": "failed", "kind": kind, "message": str(error)}))

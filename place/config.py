@@ -17,6 +17,10 @@ class RunError(ValueError):
     """A run, a data set or a checkpoint is not as it should be: one line on the screen, exit code 1."""
 
 
+class PassingError(RunError):
+    """What the next try may find as it should be, such as storage that did not answer; Ray's launcher makes one."""
+
+
 class Section(BaseModel):
     """A strict, frozen group of knobs."""
 

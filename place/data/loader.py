@@ -19,9 +19,9 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from place.batch import Batch
-from place.config import DataConfig, RunError, UsageError
+from place.config import DataConfig, PassingError, RunError, UsageError
 from place.data.mixture import find_fault
-from place.data.streaming import Pair, ReportPairs
+from place.data.streaming import THREAD_FAILED, Pair, ReportPairs
 from place.data.tokens import ReportTokenizer
 from place.distributed import Node, gather_objects, read_node, read_world
 
@@ -91,7 +91,7 @@ class PairLoader:
         """Batches [first_step, last_step) of an epoch.
 
         Raises:
-            RunError: a shard is damaged or missing; the line names it.
+            RunError: a shard is damaged or missing; the line names it. PassingError: one cannot be read now.
         """
         global_batch = world * (self.loader.batch_size or 1)
         self.dataset.start_at(epoch, first_step * global_batch)
@@ -104,17 +104,17 @@ class PairLoader:
             if isinstance(error, RunError):
                 raise
             self._raise_fault(error)
-            raise
-        # streaming ends an epoch early, without a word, when its background thread fails.
+            if THREAD_FAILED not in str(error):
+                raise
         if steps < last_step:
-            self._raise_fault(None)
             where = f"at step {steps} of {last_step} of epoch {epoch}"
-            raise RunError(f"split '{self.split}' ended {where}; start the run again")
+            raise PassingError(f"split '{self.split}' ended {where}; start the run again")
 
-    def _raise_fault(self, error: Exception | None) -> None:
+    def _raise_fault(self, error: Exception) -> None:
         """Name the shard at fault, if one is."""
-        if fault := find_fault(self.data, self.split):
-            raise RunError(f"{fault}; prepare the data set again or copy the shard anew") from error
+        for path, number in self.dataset.list_failed():
+            if fault := find_fault(path, self.split, number):
+                raise RunError(f"{fault}; prepare the data set again or copy the shard anew") from error
         if "thrashing" in str(error):
             raise RunError(
                 f"data.cache_limit={self.data.cache_limit} is too small: shards are thrown out before they are read; "

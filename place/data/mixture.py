@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from place.config import DataConfig, RunError, StreamConfig, UsageError
+from place.config import DataConfig, PassingError, RunError, StreamConfig, UsageError
 from place.data.manifest import MANIFEST_FILE, read_batches
 from place.data.prepared import (
     count_samples,
@@ -106,18 +106,12 @@ def read_training_samples(data: DataConfig) -> Iterator[dict[str, Any]]:
     return chain.from_iterable(read_samples(stream.path, data.train_split) for stream in data.list_streams())
 
 
-def find_fault(data: DataConfig, split: str) -> str:
-    """The first fault of a shard of any data set, empty where there is none. Raises RunError for an unreachable one."""
-    for stream in data.list_streams():
-        try:
-            store = open_store(stream.path)
-            if split in list_splits(stream.path):
-                for info in read_shard_list(stream.path, split):
-                    if fault := find_shard_fault(store, split, info):
-                        return fault
-        except OSError as error:
-            raise RunError(f"{stream.path} cannot be read: {error.strerror or error}; start the run again") from None
-    return ""
+def find_fault(path: str, split: str, number: int) -> str:
+    """The fault of one shard of a data set, empty where it has none. Raises PassingError: it cannot be read now."""
+    try:
+        return find_shard_fault(open_store(path), split, read_shard_list(path, split)[number])
+    except OSError as error:
+        raise PassingError(f"{path} cannot be read: {error.strerror or error}; start the run again") from None
 
 
 def draw_samples(parts: list[Part], seed: int, epoch: int) -> list[NDArray[np.int64]]:

@@ -9,6 +9,7 @@ from time import sleep
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from place.compat import patch_torchvision
 from place.config import DataConfig
@@ -31,6 +32,7 @@ COLUMNS = ("image", "sentences", "report_group", "sample_id")
 """Of a stored sample, what training reads."""
 MOST_MAPPED = 256
 """Shards a loader process holds open."""
+THREAD_FAILED = "a thread that fetches shards failed"
 
 
 class Pair(NamedTuple):
@@ -83,6 +85,8 @@ class ReportPairs(StreamingDataset):
             cache_limit=data.cache_limit,
             validate_hash=HASH,
         )
+        # Shared with the loader's workers, as who reads them tells why an epoch ended.
+        self._failed = torch.zeros(self.num_shards, dtype=torch.bool).share_memory_()
         if self.cache_limit:
             # Loader workers that fetch further ahead than the cache holds throw out each other's shards.
             fetching = node.size * max(1, data.num_workers)
@@ -120,14 +124,34 @@ class ReportPairs(StreamingDataset):
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception:
+            self._failed[shard_id] = True
             # streaming leaves a shard that fails as 'preparing', and the other loader workers would wait for it for
             # ever. Called 'local', it makes them try, and meet the same failure.
             self._shard_states[shard_id] = _ShardState.LOCAL
             raise
 
+    def __iter__(self) -> Iterator[Any]:
+        yield from super().__iter__()
+        # streaming ends without a word when one of its threads fails: a loader goes on with its other workers' batches.
+        if self._event.is_set():
+            raise RuntimeError(THREAD_FAILED)
+
+    def list_failed(self) -> list[tuple[str, int]]:
+        """The shards that could not be fetched or read: path of the data set, and number in its split."""
+        shards = np.flatnonzero(self._failed.numpy())
+        numbers = shards - self.shard_offset_per_stream[self.stream_per_shard[shards]]
+        return [(self.parts[stream].path, number) for stream, number in zip(self.stream_per_shard[shards], numbers)]
+
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        # Opening a file and parsing every column takes streaming a tenth of the time of a sample.
         number, at = self.spanner[sample_id]
+        try:
+            return self._read_item(sample_id, number, at, retry)
+        except Exception:
+            self._failed[number] = True
+            raise
+
+    def _read_item(self, sample_id: int, number: int, at: int, retry: int) -> dict[str, Any]:
+        # Opening a file and parsing every column takes streaming a tenth of the time of a sample.
         if number not in self._mapped:
             if self.cache_limit or len(self._mapped) == MOST_MAPPED:
                 return super().get_item(sample_id, retry)

@@ -1,9 +1,20 @@
-"""What a fault is called: the rank that was the cause, and its host."""
+"""What a fault is called: the rank that was the cause, and its host; and which fault is worth another start."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 from place.cluster.launch import describe_fault
+from place.cluster.worker import run_guarded
+from training.runs import write_config
+from transformers import BertConfig, BertModel
+
+from place.config import PassingError, RunError, build_config
+from place.data.tokens import train_tokenizer
+from place.training.pretrain import prepare_run
 
 HOSTS = ["h1", "h2", "h3"]
 DEAD = RuntimeError("The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR\nMore.")
@@ -34,3 +45,28 @@ def test_the_cause_of_a_fault_is_named_and_not_its_consequences(failures: dict, 
 
 def test_workers_that_did_not_start_say_why() -> None:
     assert describe_fault(RuntimeError("no\nroom"), HOSTS) == "workers did not start: room"
+
+
+@pytest.mark.parametrize("how", ["unreadable", "damaged"])
+def test_a_worker_gives_up_on_a_damaged_shard_and_not_on_storage_that_does_not_answer(
+    how: str, prepared: Path, tmp_path: Path
+) -> None:
+    tokenizer = train_tokenizer(["No effusion."], 100, 32, 4)
+    tokenizer.save(tmp_path / "bert")
+    small = BertConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    BertModel(small).save_pretrained(tmp_path / "bert")
+    shutil.copytree(prepared, tmp_path / "data")
+    for shard in (tmp_path / "data" / "train").glob("shard.*"):
+        shard.unlink()
+        shard.mkdir() if how == "unreadable" else shard.write_bytes(b"other")
+    model = {"text": {"source": str(tmp_path / "bert")}}
+    config = build_config(write_config(tmp_path, tmp_path / "data", model=model))
+    prepare_run(config, 1)
+    with pytest.raises(RunError) as caught:
+        run_guarded(config, how)
+    outcome = tmp_path / "run" / "outcome.json"
+    if how == "unreadable":
+        assert isinstance(caught.value, PassingError)
+        assert not outcome.exists()
+    else:
+        assert "is damaged" in json.loads(outcome.read_text())["message"]

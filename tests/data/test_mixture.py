@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from small_sets import write_csv_source
 
-from place.config import DataConfig, RunError, UsageError, check_config
+from place.config import DataConfig, PassingError, RunError, UsageError, check_config
 from place.data import mixture
 from place.data.loader import PairLoader
 from place.data.mixture import Part, draw_samples
@@ -256,5 +256,5 @@ def test_storage_that_cannot_be_reached_is_one_line(sets: tuple[str, str], monke
         raise OSError("connection refused")
 
     monkeypatch.setattr(mixture, "open_store", refuse)
-    with pytest.raises(RunError, match="cannot be read: connection refused"):
-        mixture.find_fault(build_data(sets), "train")
+    with pytest.raises(PassingError, match="cannot be read: connection refused"):
+        mixture.find_fault(sets[0], "train", 0)

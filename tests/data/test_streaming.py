@@ -20,8 +20,10 @@ import torch
 from spawn import can_leave_machine, join_machine, run_ranks
 
 from place.batch import Batch
-from place.config import DataConfig, RunError, UsageError
+from place.config import DataConfig, PassingError, RunError, UsageError
+from place.data import loader as loader_module
 from place.data.loader import PairLoader, _alone_on_node
+from place.data.mixture import find_fault
 from place.data.prepared import count_samples, find_split_faults, list_splits, read_card, read_samples
 from place.data.shards import COLUMNS
 from place.data.streaming import select_sentences
@@ -331,6 +333,42 @@ def test_a_missing_shard_is_named_by_the_loader(copy: Path, tokenizer: str, tmp_
     with pytest.raises(RunError, match="is missing") as caught:
         list(loader.read_epoch(0, 0, STEPS, 1))
     assert str(shard) in str(caught.value)
+
+
+def replace_by_folder(shard: Path) -> bytes:
+    """Whoever reads the shard is told something else than that it is missing. Returns what was in it."""
+    whole = shard.read_bytes()
+    shard.unlink()
+    shard.mkdir()
+    return whole
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_shard_that_cannot_be_read_now_is_a_passing_fault(
+    num_workers: int, copy: Path, tokenizer: str, tmp_path: Path
+) -> None:
+    replace_by_folder(find_shard(copy))
+    loader = build_loader(copy, tokenizer, tmp_path / "cache", num_workers)
+    with pytest.raises(PassingError, match=f"{copy} cannot be read: Is a directory; start the run again"):
+        list(loader.read_epoch(0, 0, STEPS, 1))
+
+
+def test_a_fault_that_has_passed_is_one_line_and_no_other_shard_is_looked_at(
+    copy: Path, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard, asked = find_shard(copy), []
+    whole = replace_by_folder(shard)
+
+    def look(*where: Any) -> str:
+        asked.append(where)
+        shard.rmdir()
+        shard.write_bytes(whole)
+        return find_fault(*where)
+
+    monkeypatch.setattr(loader_module, "find_fault", look)
+    with pytest.raises(PassingError, match="split 'train' ended at step 0 of 5 of epoch 0; start the run again"):
+        list(build_loader(copy, tokenizer, tmp_path / "cache").read_epoch(0, 0, STEPS, 1))
+    assert asked == [(str(copy), "train", 0)]
 
 
 def test_a_flipped_byte_is_named_by_the_reader(copy: Path) -> None:
