@@ -27,12 +27,10 @@ ENGINES: dict[str, BuildEngine] = {"deepspeed": DeepSpeedEngine, "torch": TorchE
 def run_guarded(config: Config, launch: str) -> None:
     """Run a worker and write outcome.json.
 
-    What a user did wrong would fail again after a restart: it is written down, and a worker group of the same launch
-    that finds it ends at once instead of trying again.
+    What a user did wrong would fail again after a restart: where it is written down, the launcher starts no other
+    worker group.
     """
     path = Path(config.run.dir) / "outcome.json"
-    if _has_failed(path, launch):
-        return
     torch.set_num_threads(config.cluster.cpus_per_worker)
     _bind_cores(config)
     try:
@@ -42,7 +40,7 @@ def run_guarded(config: Config, launch: str) -> None:
     except (UsageError, RunError) as error:
         kind = "UsageError" if isinstance(error, UsageError) else "RunError"
         write_text(path, json.dumps({"launch": launch, "outcome": "failed", "kind": kind, "message": str(error)}))
-        # The other ranks may wait for this one in a collective: leave hard, so that Ray restarts the group.
+        # Ray ends the whole group once it hears of this: ranks that fail alike write and close their files first.
         time.sleep(0.5)
         raise
     if read_world().is_first:
@@ -54,13 +52,6 @@ def _bind_cores(config: Config) -> None:
     world = read_world()
     if config.cluster.bind_cores and torch.cuda.is_available() and world.local_world > 1:
         os.sched_setaffinity(0, share_cores(read_sockets(), world.local_rank, world.local_world))
-
-
-def _has_failed(path: Path, launch: str) -> bool:
-    if not path.is_file():
-        return False
-    record = json.loads(path.read_text())
-    return record["launch"] == launch and record["outcome"] == "failed"
 
 
 def join_torchrun(config: Config) -> World:
