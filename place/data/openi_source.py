@@ -17,7 +17,7 @@ from place.data.images import Rejected, read_file
 from place.data.official_split import assign_splits
 from place.data.report_files import MAX_REPORT_BYTES, parse_xml
 from place.data.rows import Table
-from place.data.table import TEXT, read_table
+from place.data.table import TEXT, hash_file, read_table
 
 _COLUMNS = ("identity", "patient", "image_id", "report", "reject")
 _IMAGES = (".png", ".dcm", ".jpg", ".jpeg")
@@ -55,7 +55,10 @@ def open_openi(config: PrepareConfig) -> Table:
     frame["image"] = key.map(images).fillna("")
     mark_rejects(frame, (key != "") & key.duplicated(), "duplicate_id")
     frame["split"], rule = assign_splits(frame, config, "")
-    notes = _add_views(frame, key, root)
+    projections = root / _PROJECTIONS
+    notes = _add_views(frame, key, projections)
+    if projections.is_file():
+        told.update(hash_file(projections).encode())
     told.update("\n".join([*reports, *sorted(images.values()), str(image_root.resolve())]).encode())
     content = ids.digest("input", told.hexdigest()).hex()
     return Table(FrameRows(frame, [], ids, str(image_root), str(report_root)), [], rule, notes, content)
@@ -89,8 +92,7 @@ def _image_key(name: str) -> str:
     return re.sub(r"^(?:CXR)?(?:(\d+)_(?=\1_))?", "", stem)
 
 
-def _add_views(frame: pd.DataFrame, key: pd.Series, root: Path) -> list[str]:
-    table = root / _PROJECTIONS
+def _add_views(frame: pd.DataFrame, key: pd.Series, table: Path) -> list[str]:
     if table.is_file():
         views = read_table(table, {"image": "filename", "view": "projection"}, ())
         known = dict(zip(views["image"].map(_image_key), views["view"]))

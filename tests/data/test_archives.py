@@ -252,6 +252,9 @@ def test_the_table_of_projections_tells_the_views_of_open_i(tmp_path):
     run_prepare(config)
     assert [(row["row"], row["view"]) for row in read_manifest(config)] == [(1, "FRONTAL")]
     assert read_reasons(config)[0] == "view_excluded"
+    (tmp_path / "openi" / "indiana_projections.csv").unlink()
+    with pytest.raises(UsageError, match="was prepared with other settings"):
+        run_prepare(config)
 
 
 def test_an_image_of_two_open_i_reports_is_taken_once_and_files_tell_nameless_reports_apart(tmp_path):
