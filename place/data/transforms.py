@@ -49,10 +49,11 @@ class Warp(NamedTuple):
 
 
 def draw_warp(shape: tuple[int, ...], augment: AugmentConfig, rng: np.random.Generator) -> Warp:
-    """Draw a crop that lies within an image of a shape (Y,X), and an angle."""
+    """Draw a crop that lies within an image of a shape (Y,X), in its centre where none is smaller, and an angle."""
     crop_px = min(shape) * np.sqrt(rng.uniform(augment.crop_scale_min, 1))
     angle = rng.uniform(-augment.rotation_deg, augment.rotation_deg)
-    centre_x, centre_y = (crop_px / 2 + rng.uniform(0, 1) * (side - crop_px) for side in shape[::-1])
+    places = rng.uniform(0, 1, 2) if augment.crop_scale_min < 1 else (0.5, 0.5)
+    centre_x, centre_y = (crop_px / 2 + place * (side - crop_px) for place, side in zip(places, shape[::-1]))
     return Warp(crop_px, angle, centre_x, centre_y)
 
 
