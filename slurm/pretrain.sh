@@ -30,7 +30,14 @@ config=$1; shift
 [ -r "$config" ] || fail "config $config cannot be read from $PWD; give a path that the nodes see"
 
 # ---- where PLACE is: the script that was submitted stands in a checkout on shared disk
-submitted=$(scontrol -o show job "$SLURM_JOB_ID" | grep -o ' Command=[^ ]*' | cut -d= -f2)
+job=$(scontrol -o show job "$SLURM_JOB_ID")
+field() { grep -o " $1=[^ ]*" <<<"$job" | cut -d= -f2; }
+submitted=$(field Command)
+limit=$(field TimeLimit)
+if [[ $limit == 00:0?:?? ]]; then
+  say "the time limit is $limit, and --signal=B:USR1@300 tells the job to end 300 s before it: at once or soon after each" \
+    "start it saves a checkpoint and queues itself again; submit with --time=30 or more, or with --signal=B:USR1@60"
+fi
 root=${PLACE_ROOT:-$(cd "$(dirname "$submitted")/.." && pwd)}
 [ -r "$root/slurm/ray_node.sh" ] || fail "$root is no checkout of PLACE (no slurm/ray_node.sh); set PLACE_ROOT"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
