@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -35,7 +37,7 @@ class RunConfig(Section):
     """Run folder: configuration, metrics, checkpoints and evaluation go here."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` continues from the newest complete checkpoint in the run folder; `never` refuses a folder that has one."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seed of initialisation, sample order, augmentation and dropout."""
     log_every_steps: int = Field(10, ge=1)
     """Optimiser steps between two lines of metrics.jsonl."""
@@ -71,6 +73,10 @@ class StreamConfig(Section):
     """Times an epoch goes through this data set; a fraction draws anew in each epoch."""
     proportion: float | None = Field(None, gt=0)
     """Share of this data set in an epoch, which stays as long as all data sets together; for all of them or none."""
+
+
+_SIZE = re.compile(r"\d+b?|(\d+|\d*\.\d+)\s*[kmgtpezy]b", re.IGNORECASE)
+"""What streaming reads as a number of bytes."""
 
 
 class DataConfig(Section):
@@ -111,6 +117,13 @@ class DataConfig(Section):
     """Node-local folder for unpacked shards; none takes the temporary folder. Emptied when the run ends."""
     cache_limit: str | None = None
     """Largest cache of unpacked shards a node and split, such as `200gb`; none keeps all."""
+
+    @field_validator("cache_limit")
+    @classmethod
+    def _is_a_size(cls, limit: str | None) -> str | None:
+        if limit is not None and not _SIZE.fullmatch(limit.strip()):
+            raise ValueError("expected bytes, such as 200gb or 500mb")
+        return limit
 
     @model_validator(mode="after")
     def _check_streams(self) -> DataConfig:
@@ -552,7 +565,7 @@ class PrepareConfig(Section):
     one-hot by class."""
     count: int = Field(2000, ge=1)
     """phantom: studies made."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """phantom: seed of the studies; all sources: seed of the split."""
     phantom_format: Literal["jpeg", "dicom"] = "jpeg"
     """phantom: image format that is read back."""
@@ -587,6 +600,13 @@ class PrepareConfig(Section):
     """Largest MDS shard before compression, in MiB."""
     salt_file: str | None = None
     """File with the secret that ids are hashed with; none takes (or makes, mode 600) ~/.config/place/salt."""
+
+    @field_validator("split")
+    @classmethod
+    def _shares_out(cls, shares: tuple[float, float, float]) -> tuple[float, float, float]:
+        if not (all(0 <= share < math.inf for share in shares) and sum(shares) > 0):
+            raise ValueError("expected three shares from 0 up, one of them above 0")
+        return shares
 
 
 def build_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:

@@ -82,6 +82,7 @@ def test_a_list_of_bases_is_refused_in_one_line(tmp_path: Path) -> None:
             lambda c: c.engine.deepspeed == {"wall_clock_breakdown": True},
         ),
         ("model.vision.overrides.depth=2", lambda c: c.model.vision.overrides == {"depth": 2}),
+        *((f"data.cache_limit='{size}'", lambda c: bool(c.data.cache_limit)) for size in ("9", "9b", "1.5 GB", ".5tb")),
     ],
 )
 def test_a_dotted_override_has_the_type_that_yaml_gives_it(override: str, read) -> None:
@@ -102,6 +103,9 @@ def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
         ("train.epochs.more=1", None),
         ("train=[1", "not YAML"),
         ("data=3", "data: .*got 3"),
+        ("run.seed=-1", "run.seed: .*greater than or equal to 0.*got -1"),
+        ("data.cache_limit=lots", "data.cache_limit: .*expected bytes, such as 200gb.*got 'lots'"),
+        ("data.cache_limit=gb", "data.cache_limit: .*got 'gb'"),
         ("loss.correlation={distance: smooth_l1, method: gram}", "loss.correlation.method: .*distance=mse only"),
     ],
 )

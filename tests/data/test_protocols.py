@@ -149,3 +149,19 @@ def test_paths_of_a_protocol_start_from_the_folder_of_the_data_set() -> None:
     protocol = read_protocol(PROTOCOLS / "rsna.yaml").model_copy(update={"prepare": {"boxes": "b.csv", "size_px": 9}})
     filled = fill_options({"input": "data", "size_px": 8}, protocol)
     assert filled == {"source": "table", "boxes": "data/b.csv", "size_px": 8, "input": "data"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--split", 0, 0, 0), "--split: value error, expected three shares from 0 up, one of them above 0"),
+        (("--split", 1.2, "-0.1", "-0.1"), "--split: "),
+        (("--split", "nan", 0.5, 0.5), "--split: "),
+        (("--split", "inf", 0.5, 0.5), "--split: "),
+        (("--seed", -1), "--seed: input should be greater than or equal to 0"),
+    ],
+)
+def test_numbers_that_share_nothing_out_are_one_line(words: tuple, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
+        parse_prepare("--source", "phantom", "--output", "out", *words)
+    assert "\n" not in str(caught.value)
