@@ -170,9 +170,11 @@ def _read_units(path: str, split: str) -> NDArray[np.int64]:
 
 
 def _choose(streams: tuple[StreamConfig, ...], units: list[int]) -> list[int]:
-    """Units drawn of each data set: its repeats, or its proportion of as many as there are in all."""
+    """Units drawn of each data set, at least one: its repeats, or its proportion of as many as there are in all."""
     if streams[0].proportion is None:
         return [max(1, round(stream.repeat * count)) for stream, count in zip(streams, units)]
     weights = np.array([stream.proportion for stream in streams], np.float64)
     bounds = np.round(np.cumsum(weights / weights.sum()) * sum(units)).astype(int)
-    return np.diff(bounds, prepend=0).tolist()
+    chosen = np.diff(bounds, prepend=0)
+    chosen[chosen.argmax()] -= (chosen == 0).sum()
+    return chosen.clip(min=1).tolist()

@@ -113,6 +113,16 @@ def test_repeats_lengthen_an_epoch(weights: list[dict], chosen: list[float], set
     assert mixture.count_epoch(build_data(sets, weights), "train", train=True) == sum(part.chosen for part in found)
 
 
+@pytest.mark.parametrize(
+    ("proportions", "chosen"), [((1e-6, 1), [1, 53]), ((1, 1e-6), [53, 1]), ((1, 2), [18, 36]), ((1, 53), [1, 53])]
+)
+def test_a_small_proportion_still_draws_one(
+    proportions: tuple[float, float], chosen: list[int], sets: tuple[str, str]
+) -> None:
+    streams = build_data(sets, [{"proportion": proportion} for proportion in proportions]).streams
+    assert mixture._choose(streams, [36, 18]) == chosen
+
+
 def test_proportions_share_out_an_epoch_of_the_same_length(sets: tuple[str, str]) -> None:
     data = build_data(sets, [{"proportion": 1}, {"proportion": 3}])
     large, small = mixture.list_parts(data, "train", train=True)
