@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from place.config import Config
 from place.runlog import Tail, read_newest_step, read_surviving
@@ -25,8 +25,8 @@ RUNS_COLUMNS, RUN_COLUMNS = 100, 36
 
 
 def build_console() -> Console:
-    """A console that keeps to 100 columns where it does not write to a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    """A console that keeps to 110 columns where it does not write to a terminal; brackets and colons are plain text."""
+    return Console(width=None if sys.stdout.isatty() else 110, highlight=False, markup=False, emoji=False)
 
 
 class PrepareProgress:
@@ -187,7 +187,7 @@ class RunScreen:
             ended = self.ended.wait(0.5)
             for record in self.attempts.read():
                 for note in record.get("notes", []):
-                    self.console.print(note, markup=False, soft_wrap=True)
+                    self.console.print(note, soft_wrap=True)
                 launches += "launch" in record
                 if launches > 1 and "launch" in record:
                     self.console.print(f"workers started again (attempt {record['attempt']})")
@@ -220,7 +220,7 @@ def print_runs(standings: list[Standing], folders: list[str]) -> None:
     """A line a run: state, step, loss, speed, what is left; below them why those are not done that are not."""
     console = build_console()
     if not standings:
-        console.print(f"no run in or below {', '.join(folders)}", markup=False)
+        console.print(f"no run in or below {', '.join(folders)}")
         return
     columns = (Column(header, justify="right", no_wrap=True) for header in ("step", "loss", "pairs/s", "ETA", "age"))
     table = Table(
@@ -228,15 +228,15 @@ def print_runs(standings: list[Standing], folders: list[str]) -> None:
     )
     above = find_common(standings)
     if above:
-        console.print(f"below {above}:", markup=False, soft_wrap=True)
+        console.print(f"below {above}:", soft_wrap=True)
     for run in standings:
-        state = f"[{STATE_COLOURS[run.state]}]{run.state}[/]"
+        state = Text(run.state, STATE_COLOURS[run.state])
         name = os.path.relpath(run.run, above) if above else run.run
-        table.add_row(escape(name), state, _show_step(run), *_show_pace(run))
+        table.add_row(name, state, _show_step(run), *_show_pace(run))
     console.print(table, width=min(console.width, RUNS_COLUMNS))
     for run in standings:
         if run.reason:
-            console.print(f"{run.state}  {run.run}: {run.reason}", markup=False, soft_wrap=True)
+            console.print(f"{run.state}  {run.run}: {run.reason}", soft_wrap=True)
 
 
 def find_common(standings: list[Standing]) -> str:
@@ -264,10 +264,10 @@ def print_findings(findings: list[Any]) -> None:
     console, colours = build_console(), {"OK": "green", "WARN": "yellow", "FAIL": "red", "SKIP": "dim"}
     for finding in findings:
         where = f"  [{', '.join(finding.hosts)}]" if finding.hosts else ""
-        state = f"[{colours[finding.state]}]{finding.state:<4}[/]"
-        console.print(f"{state}  {finding.check:<14}  {escape(finding.text + where)}", soft_wrap=True)
+        state = (f"{finding.state:<4}", colours[finding.state])
+        console.print(Text.assemble(state, f"  {finding.check:<14}  {finding.text}{where}"), soft_wrap=True)
         if finding.advice:
-            console.print(f"{'':22}-> {escape(finding.advice)}", soft_wrap=True)
+            console.print(f"{'':22}-> {finding.advice}", soft_wrap=True)
     counts = {state: sum(finding.state == state for finding in findings) for state in colours}
     console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count))
 
@@ -326,16 +326,18 @@ def print_scaling(results: dict[str, Any], faults: list[str]) -> None:
         )
     console.print(table)
     for row in (row for row in results["model"].get("rungs", []) if row["hold_out"]):
-        measured, (says, low, high) = row["measured"]["exposed"], row["predicted"]["exposed"]
+        # One worker waits for nobody.
+        term, what = ("exposed", "exposed communication") if row["measured"]["exposed"] else ("step", "step")
+        measured, (says, low, high) = row["measured"][term], row["predicted"][term]
         console.print(
-            f"held out, {row['rung']}: exposed communication {1000 * measured:,.1f} ms, predicted {1000 * says:,.1f} "
+            f"held out, {row['rung']}: {what} {1000 * measured:,.1f} ms, predicted {1000 * says:,.1f} "
             f"({1000 * low:,.1f} to {1000 * high:,.1f}), off by {abs(says / measured - 1):.1%}",
-            highlight=False,
+            soft_wrap=True,
         )
     if "why_not" in results["model"]:
-        console.print(f"no model of scaling: {results['model']['why_not']}", highlight=False)
+        console.print(f"no model of scaling: {results['model']['why_not']}", soft_wrap=True)
     for line in faults:
-        console.print(line, style="yellow", highlight=False, soft_wrap=True)
+        console.print(line, style="yellow", soft_wrap=True)
 
 
 def _name_setting(row: dict[str, Any]) -> str:
@@ -383,5 +385,5 @@ def _format_metrics(record: dict[str, Any]) -> str:
 
 
 def _build_bar(console: Console, note: str) -> Progress:
-    columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn(note))
-    return Progress(*columns, console=console)
+    columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, TextColumn(note, markup=False), console=console)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from place.config import Config
-from place.screen import RunScreen
+from place.screen import RunScreen, print_scaling
 
 
 def test_a_straggler_is_named_in_the_log_even_between_two_due_lines(
@@ -33,3 +33,31 @@ def test_a_straggler_is_named_in_the_log_even_between_two_due_lines(
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert [line.split("/")[0].split()[1] for line in lines] == ["1", "3"]
     assert lines[1].endswith("rank 1 on node-with-a-long-name.cluster.internal is 0.25 s late each step")
+
+
+def build_ladder(rung: str, exposed_s: float) -> dict[str, Any]:
+    """Results of `place scale` with one rung, which is held out."""
+    row = {"rung": rung, "probe": "full", "status": "ok", "pairs_per_s": {"median": 9.0, "p5": 8.0, "p95": 10.0}}
+    row |= {"exposed_s": exposed_s, "step_s": 0.5, "start_s": 1.0}
+    terms = {"exposed": (0.25, 0.2, 0.3), "step": (0.6, 0.5, 0.7)}
+    held_out = {"rung": rung, "hold_out": True, "measured": {"exposed": exposed_s, "step": 0.5}, "predicted": terms}
+    return {"rows": [row], "model": {"rungs": [held_out]}}
+
+
+def test_a_rung_held_out_is_judged_by_its_step_where_no_communication_was_seen(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_scaling(build_ladder("8 workers", 0.2), [])
+    assert "exposed communication 200.0 ms, predicted 250.0 (200.0 to 300.0), off by 25.0%" in capsys.readouterr().out
+    print_scaling(build_ladder("8 workers", 0.0), [])
+    assert "held out, 8 workers: step 500.0 ms, predicted 600.0 (500.0 to 700.0), off by 20.0%" in (
+        capsys.readouterr().out
+    )
+
+
+def test_brackets_of_rungs_and_log_lines_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["8 workers, full: failed, [rank0]: at [/opt/pytorch/x.cc:12]", "a :key: is no picture"]
+    print_scaling(build_ladder("8 workers [large]", 0.2), lines)
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2:] == lines
+    assert any(line.strip().startswith("8 workers [large]  full") for line in said)
