@@ -118,6 +118,15 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
+def max_over_ranks(value: int, device: torch.device) -> int:
+    """Largest of all ranks' values; the exchange takes place on the device."""
+    if not is_distributed() or dist.get_world_size() == 1:
+        return value
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def average_global(total: Tensor, count: Tensor) -> Tensor:
     """This rank's share of a mean over the global batch: the mean of it over ranks is all totals by all counts.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from place.config import TokenLossConfig
-from place.distributed import gather, gather_with_grad, read_world
+from place.distributed import gather, gather_with_grad, max_over_ranks, read_world
 
 
 def token_loss(
@@ -14,7 +14,8 @@ def token_loss(
 ) -> Tensor:
     """Symmetric InfoNCE over the global batch of how well a report's words are found in an image.
 
-    The mean over ranks is the loss of the global batch. Identical reports are positives of each other.
+    The mean over ranks is the loss of the global batch. Identical reports are positives of each other. Ranks may have
+    different T, each that of its own longest report.
 
     Args:
         regions_BNE, words_BTE: unit-length fp32 patches and tokens of this rank.
@@ -24,6 +25,9 @@ def token_loss(
         positives is ours.
     """
     rank, size = read_world().rank, len(words_BTE)
+    missing = max_over_ranks(words_BTE.shape[1], words_BTE.device) - words_BTE.shape[1]
+    words_BTE = nn.functional.pad(words_BTE, (0, 0, 0, missing))
+    is_word_BT = nn.functional.pad(is_word_BT, (0, missing))
     score_BG = score_words(regions_BNE, gather_with_grad(words_BTE), gather(is_word_BT), config)
     score_GG = gather_with_grad(score_BG)
     group_G = gather(report_group_B)

@@ -184,16 +184,27 @@ def test_the_total_is_the_weighted_sum_and_a_term_of_weight_zero_is_left_out() -
 
 
 def build_uneven_batch() -> Batch:
-    """Twelve pairs for two or three ranks, which then have different numbers of sentences and of patch pairs.
+    """Twelve pairs for two or three ranks, which then have different numbers of sentences, patch pairs and tokens.
 
     The third of three ranks has no sentence at all.
     """
     batch = build_batch(12)
+    batch.length_B[:6] = batch.length_B[:6].clamp(max=8)  # two sentences of three words
+    batch.attention_BT[:6, 8:] = False
+    batch.sentence_of_token_BT[:6, 7:] = -1
+    batch.sentence_hash_BS[:6, 2:] = 0
     batch.valid_patch_BN[:5, 3:] = False
     batch.valid_patch_BN[0] = False
     batch.sentence_of_token_BT[8:] = -1
     batch.sentence_hash_BS[8:] = 0
     return batch
+
+
+def cut_padding(batch: Batch) -> Batch:
+    """As a rank gets it: no longer than its own longest report."""
+    longest = int(batch.length_B.max())
+    names = ("token_ids_BT", "attention_BT", "sentence_of_token_BT")
+    return batch._replace(**{name: getattr(batch, name)[:, :longest] for name in names})
 
 
 def run_term(name: str) -> dict[str, torch.Tensor]:
@@ -205,7 +216,7 @@ def run_term(name: str) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     model, _ = build_model(config, VOCAB, torch.device("cpu"))
     world = read_world()
-    mine = build_uneven_batch().chunks(world.world)[world.rank]
+    mine = cut_padding(build_uneven_batch().chunks(world.world)[world.rank])
     outputs: Outputs = model(mine)
     loss = compute_losses(outputs, mine, config.loss, 1 / 255).total
     loss.backward()
