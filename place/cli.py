@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -503,10 +504,17 @@ def runs(arguments: argparse.Namespace) -> int:
         return _stop_run(arguments)
     standings = list_runs([Path(word) for word in arguments.words])
     if arguments.json:
-        print(json.dumps([standing._asdict() for standing in standings], indent=1))
+        print(json.dumps([_to_json(standing._asdict()) for standing in standings], indent=1, allow_nan=False))
     else:
         print_runs(standings, arguments.words)
     return DONE
+
+
+def _to_json(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, those that are no number as null: JSON has no NaN."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
 
 
 def _stop_run(arguments: argparse.Namespace) -> int:

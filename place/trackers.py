@@ -42,12 +42,16 @@ def open_trackers(config: Config, first_step: int) -> list[Tracker]:
 
 
 class TensorBoard:
-    """Events below RUN/events; later ones replace those of a start that got further than its last checkpoint. Final."""
+    """Events below RUN/events; later ones replace those of a start that got further than its last checkpoint. Final.
+
+    Args:
+        first_step: the checkpoint's, which stays; those after it are done again.
+    """
 
     def __init__(self, run_dir: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "events"), purge_step=first_step)
+        self._writer = SummaryWriter(str(run_dir / "events"), purge_step=first_step + 1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -76,9 +80,11 @@ class Wandb:
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(console="off", disable_git=True, x_disable_stats=True, silent=True),
         )
+        # W&B's own step never goes back: it would drop what is done again after a restart.
+        self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        self._run.log(values, step=step)
+        self._run.log({**values, "step": step})
 
     def close(self) -> None:
         self._run.finish()

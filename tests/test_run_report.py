@@ -176,6 +176,25 @@ def test_attempts_last_from_their_start_to_what_ended_them(restarted: Path) -> N
     assert compute_gpu_hours([first, second, third]) == pytest.approx(2 * working_s / 3600)
 
 
+def test_a_start_that_found_no_workers_lengthens_no_attempt_before_it(tmp_path: Path, clock: Clock) -> None:
+    run = write_run(tmp_path / "run")
+    note_start(run)
+    train(run, clock, 0, 0, 50)
+    clock.now += 86_400
+    note_start(run)
+    write_attempt(run, {"notes": ["waiting for 2 hosts"]})
+    note_end(run, "failed", "too few hosts")
+    clock.now += 3600
+    note_start(run)
+    train(run, clock, 1, 20, 60)
+    note_end(run, "done", "")
+    killed, second = read_history(run).attempts
+    assert (killed.ended - killed.began, killed.reasons) == (10 + 50 * 2, [])
+    assert second.notes == ["waiting for 2 hosts", "failed: too few hosts", "resumed from step 20"]
+    assert second.reasons == ["done"]
+    assert compute_gpu_hours([killed]) == pytest.approx(2 * 110 / 3600)
+
+
 def test_gpu_hours_are_none_where_workers_did_not_say_what_they_compute_on(restarted: Path) -> None:
     attempts = read_history(restarted).attempts
     assert compute_gpu_hours([attempts[0], attempts[1]._replace(workers=[{"host": "a", "pid": 1}])]) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -159,6 +160,17 @@ def test_a_damaged_run_is_a_line_and_not_the_end_of_the_list(
     bad, good = json.loads(capsys.readouterr().out)
     assert (bad["state"], good["state"]) == ("unknown", "done")
     assert words in bad["reason"]
+
+
+def test_a_loss_that_is_no_number_is_null_for_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run")
+    launch(run, 0, 0)
+    log = RunLog(run, 0)
+    log.write_metrics(10, {"total": math.nan, "samples_per_s": 32.0})
+    log.close()
+    assert cli.main(["runs", str(run), "--json"]) == 0
+    (shown,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (shown["step"], shown["loss"], shown["samples_per_s"]) == (10, None, 32.0)
 
 
 def test_runs_are_found_at_any_depth_but_not_inside_runs_and_each_once(tmp_path: Path) -> None:

@@ -91,21 +91,29 @@ def read_history(run: Path) -> History:
 def build_attempts(records: Iterable[Record], metrics: Iterable[Record]) -> list[Attempt]:
     """Worker groups in their order, from attempts.jsonl and metrics.jsonl.
 
-    A note without an attempt is of the launcher: it says why the group before it ended, and who goes on.
+    A note without an attempt is of the launcher: it says why the group before it ended, and who goes on; one of a command
+    that has started none yet is of the group to come.
     Raises:
         RunError: metrics of an attempt that attempts.jsonl does not know.
     Source: ours.
     """
     found: list[Attempt] = []
+    before: list[str] = []
+    is_open = False
     for record in records:
-        if "launch" in record:
+        if "command" in record:
+            is_open = False
+        elif "launch" in record:
             number, when = record["attempt"], record["time"]
-            found.append(Attempt(number, when, when, None, None, record["workers"], [], []))
-        elif found and "from_step" in record:
+            found.append(Attempt(number, when, when, None, None, record["workers"], before, []))
+            before, is_open = [], True
+        elif "from_step" in record and is_open:
             found[-1].notes.extend(record["notes"])
             found[-1] = found[-1]._replace(from_step=record["from_step"], ended=record["time"])
-        elif found and ("notes" in record or "outcome" in record):
+        elif is_open:
             found[-1] = _add_reasons(found[-1], record)
+        else:
+            before += _list_reasons(record)
     by_number = {attempt.number: place for place, attempt in enumerate(found)}
     for record in metrics:
         if record["attempt"] not in by_number:
@@ -118,9 +126,13 @@ def build_attempts(records: Iterable[Record], metrics: Iterable[Record]) -> list
 
 def _add_reasons(attempt: Attempt, record: Record) -> Attempt:
     """The attempt with what the launcher notes about its end; it ended when the first of that was noted."""
-    outcome = [": ".join(filter(None, (record["outcome"], record.get("why"))))] if "outcome" in record else []
     ended = attempt.ended if attempt.reasons else record["time"]
-    return attempt._replace(reasons=[*attempt.reasons, *record.get("notes", []), *outcome], ended=ended)
+    return attempt._replace(reasons=[*attempt.reasons, *_list_reasons(record)], ended=ended)
+
+
+def _list_reasons(record: Record) -> list[str]:
+    outcome = [": ".join(filter(None, (record["outcome"], record.get("why"))))] if "outcome" in record else []
+    return [*record.get("notes", []), *outcome]
 
 
 def compute_limits(attempts: list[Attempt]) -> dict[int, int]:

@@ -46,13 +46,16 @@ class Meter:
         self.log, self.plan, self.device, self.saver = log, plan, device, saver
         self.phases, self.gpu = phases, gpu
         self.counts_bytes = phases is not None and read_node().is_first
-        self.sent_bytes = _count_sent_bytes()
         self.samples: list[tuple[int, int, Tensor]] = []
         self.hosts = [record["host"] for record in gather_objects({"host": socket.gethostname()})]
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new interval."""
+        """Begin a new interval; what came since the last line counts nowhere."""
+        if self.phases:
+            self.phases.mark("other")
+            self.phases.take()
+        self.sent_bytes = _count_sent_bytes()
         self.began, self.waited_s, self.steps = time.perf_counter(), 0.0, 0
         self._spans: list[tuple[Any, Any]] = []
         self._got: Any = None
@@ -136,9 +139,8 @@ class Meter:
         if self.phases is None:
             return {}
         self.mark("other")
-        own, before = self.phases.take(), self.sent_bytes
-        self.sent_bytes = _count_sent_bytes()
-        sent = self.sent_bytes - before if self.counts_bytes else 0
+        own = self.phases.take()
+        sent = _count_sent_bytes() - self.sent_bytes if self.counts_bytes else 0
         values = torch.tensor([[own.get(name, 0.0) for name in PHASES] + [sent]], dtype=torch.float64)
         values = gather(values.to(self.device)).cpu() / max(1, self.steps)
         means = values.mean(0).tolist()

@@ -31,7 +31,7 @@ from place.kept import write_text
 from place.losses.objective import compute_losses
 from place.model.place import PlaceModel, build_model
 from place.node import clean_node, note_cache, note_shared_memory
-from place.runlog import RunLog, count_attempts, write_attempt
+from place.runlog import RunLog, count_attempts, note_end, note_start, write_attempt
 from place.trackers import Tracker, check_trackers, open_trackers
 from place.training.checkpoint import agree_on_checkpoint, find_checkpoint, read_state, write_definition
 from place.training.engine import Engine, TorchEngine
@@ -60,7 +60,13 @@ def prepare_run(config: Config, world: int) -> RunPlan:
         raise UsageError(
             f"{run_dir} already holds a run and run.resume=never; choose another run.dir or run.resume=auto"
         )
-    newest, _ = find_checkpoint(run_dir)
+    try:
+        newest, _ = find_checkpoint(run_dir)
+    except RunError as error:
+        # `place runs` would go on to say what the run was before.
+        note_start(run_dir)
+        note_end(run_dir, "failed", str(error))
+        raise
     if newest is not None:
         _check_lineage(newest, config, plan)
     try:

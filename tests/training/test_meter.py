@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from place.training.meter import describe_lag
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from place.losses.objective import Losses
+from place.runlog import RunLog, read_jsonl
+from place.training.meter import Meter, describe_lag
+from place.training.phases import Phases
 
 HOSTS = ["a", "a", "b", "b"]
 
@@ -22,3 +32,23 @@ def test_of_two_ranks_the_slower_one_is_measured_against_the_faster() -> None:
 
 def test_a_rank_alone_has_nobody_to_wait_for() -> None:
     assert describe_lag([0.1], 0.2, ["a"]) == {}
+
+
+def test_what_passes_between_two_intervals_counts_in_none(tmp_path: Path) -> None:
+    """As validation and the checkpoint at the end of an epoch do: phases are of the steps, and sum to them."""
+    device = torch.device("cpu")
+    plan = SimpleNamespace(global_batch=1)
+    saver = SimpleNamespace(take_times=dict)
+    log = RunLog(tmp_path, 0)
+    meter = Meter(log, plan, device, saver, Phases(device))
+    time.sleep(0.5)
+    meter.restart()
+    for batch in meter.time_waits(iter([SimpleNamespace(sample_id_B=torch.tensor([1]))])):
+        time.sleep(0.05)
+        meter.mark("forward")
+        meter.count(1, 0, batch)
+    meter.write(1, 0, Losses(*torch.zeros(5)), torch.ones(2), 1e-3, torch.tensor(1.0))
+    log.close()
+    (record,) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert sum(record["phase_s"].values()) == pytest.approx(1 / record["samples_per_s"], abs=0.02)
+    assert sum(record["phase_s"].values()) < 0.2
