@@ -186,7 +186,7 @@ class CorrelationConfig(Section):
     width: int = Field(128, ge=8)
     """Width of z, whose patch correlation is trained."""
     mask_ratio: float = Field(0.0, ge=0, lt=1)
-    """Share of patches hidden from the image encoder; the loss then counts pairs that touch a hidden one."""
+    """Share of patches hidden from the image encoder; the loss, of pixels alone, counts pairs that touch one."""
 
 
 class ModelConfig(Section):
@@ -270,6 +270,12 @@ class LossConfig(Section):
     """Token-wise alignment as of GLoRIA: a baseline, not part of PLACE."""
     max_logit_scale: float = Field(100.0, gt=1)
     """Largest inverse temperature."""
+
+    @model_validator(mode="after")
+    def _optimise_something(self) -> LossConfig:
+        if not any(term.weight for term in (self.instance, self.pathology, self.correlation, self.tokens)):
+            raise ValueError("all weights are 0; give instance, pathology, correlation or tokens one above 0")
+        return self
 
 
 class OptimConfig(Section):
@@ -535,6 +541,17 @@ class Config(Section):
     """Where it runs."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """How the encoder is judged."""
+
+    @field_validator("loss")
+    @classmethod
+    def _hides_what_is_predicted(cls, loss: LossConfig, info: ValidationInfo) -> LossConfig:
+        is_hiding = "model" in info.data and info.data["model"].correlation.mask_ratio > 0
+        if is_hiding and loss.correlation.weight and loss.correlation.target == "features":
+            raise ValueError(
+                "with patches hidden, correlation.target=features are those of the rest; "
+                "set loss.correlation.target=pixels or model.correlation.mask_ratio=0"
+            )
+        return loss
 
 
 SourceName = Literal["phantom", "csv", "mimic-cxr", "mimic-cxr-jpg", "openi", "dicom-tree", "r2gen-json", "table"]

@@ -107,12 +107,25 @@ def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
         ("data.cache_limit=lots", "data.cache_limit: .*expected bytes, such as 200gb.*got 'lots'"),
         ("data.cache_limit=gb", "data.cache_limit: .*got 'gb'"),
         ("loss.correlation={distance: smooth_l1, method: gram}", "loss.correlation.method: .*distance=mse only"),
+        (
+            "loss={instance: {weight: 0}, pathology: {weight: 0}, correlation: {weight: 0}}",
+            "loss: .*all weights are 0; give instance, pathology, correlation or tokens one above 0",
+        ),
     ],
 )
 def test_a_value_that_does_not_fit_is_one_line(override: str, words: str | None) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         build_config(None, [override])
     assert "\n" not in str(caught.value)
+
+
+def test_features_of_an_image_with_hidden_patches_are_refused_as_target_of_the_correlation() -> None:
+    hidden, features = "model.correlation.mask_ratio=0.5", "loss.correlation.target=features"
+    with pytest.raises(UsageError, match=r"loss: .*set loss\.correlation\.target=pixels or .*mask_ratio=0") as caught:
+        build_config(None, [hidden, features])
+    assert "\n" not in str(caught.value)
+    for fitting in ([hidden], [features], [hidden, features, "loss.correlation.weight=0"]):
+        build_config(None, fitting)
 
 
 @pytest.mark.parametrize(

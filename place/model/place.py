@@ -46,7 +46,8 @@ class PlaceModel(nn.Module):
         model = config.model
         self.vision, self.text = vision, text
         vision.attention = text.attention = self.attention = attention
-        self.mask_ratio = model.correlation.mask_ratio
+        # Only the correlation has anything to predict of hidden patches.
+        self.mask_ratio = model.correlation.mask_ratio if config.loss.correlation.weight else 0.0
         self.max_sentences = config.data.max_sentences
         self.max_logit_scale = config.loss.max_logit_scale
         self.target = config.loss.correlation.target

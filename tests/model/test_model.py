@@ -179,6 +179,11 @@ def test_masking_hides_its_share_of_each_image_in_training_alone() -> None:
     assert len({tuple(row) for row in focus_BN.tolist()}) > 1, "all images hide the same patches"
 
 
+def test_nothing_is_hidden_where_no_correlation_is_trained() -> None:
+    model = build(model={"correlation": {"mask_ratio": 0.25}}, loss={"correlation": {"weight": 0.0}})
+    assert run(model.train(), build_batch(6)).focus_BN.all()
+
+
 def test_hidden_pixels_do_not_reach_the_encoder_but_visible_ones_do() -> None:
     model, batch = build(model={"correlation": {"mask_ratio": 0.5}}).train(), build_batch(3)
 
