@@ -25,6 +25,7 @@ from place.cluster.scaling_model import (
     Network,
     build_point,
     compute_rounds,
+    compute_typical,
     fit_resampled,
     predict_interval,
 )
@@ -184,8 +185,9 @@ def run_ladder(scale: ScaleConfig, base: Path, say: Callable[[str], None]) -> di
     for number, job in enumerate(jobs, start=1):
         record = run_job(job, scale, say)
         found.setdefault((job.name, job.probe), []).append(record)
-        rate = f"{np.median(record['samples_per_s']):,.1f} pairs/s" if record["samples_per_s"] else record["reason"]
-        say(f"{number}/{len(jobs)}  {job.name}, {job.probe}: {rate}")
+        pairs = job.config.train.global_batch
+        said = record["reason"] or f"{pairs / _compute_step_s([record]):,.1f} pairs/s"
+        say(f"{number}/{len(jobs)}  {job.name}, {job.probe}: {said}")
     rows = build_rows(scale, jobs, found)
     steps = {
         name: [phase for record in records if not record["reason"] for phase in record["phase_s"]]
@@ -257,10 +259,11 @@ def read_steps(run: Path, scale: ScaleConfig, config: Config, began: float) -> d
     records = [record for record in read_jsonl(run / "metrics.jsonl") if "samples_per_s" in record]
     pairs = list(zip(records, records[1:]))[scale.warmup_steps - 1 :]
     # From line to line: what writing the line takes is part of the step.
-    seconds = [max(after["time"] - before["time"], 1e-3) for before, after in pairs]
+    seconds = [after["time"] - before["time"] for before, after in pairs]
     steps = [after for _, after in pairs]
     return {
-        "samples_per_s": [config.train.global_batch / value for value in seconds],
+        # A clock of whole milliseconds shows no time between batches of one burst.
+        "samples_per_s": [config.train.global_batch / max(value, 1e-3) for value in seconds],
         "step_s": seconds,
         "phase_s": [step.get("phase_s", {}) for step in steps],
         "lag_s": [step["lag_s"] for step in steps if "lag_s" in step],
@@ -277,9 +280,10 @@ def build_rows(
 ) -> list[dict[str, Any]]:
     """A row for each rung and probe: rates, efficiency against the smallest rung, where a step goes, costs.
 
-    `pairs_per_s` median, p5, p95 over steps; `efficiency` of a worker against a worker of the smallest rung that went
-    well; `phase_s` means, `unexplained` the share of the step that they miss; `exposed_s` what is waited for in
-    collectives; `mfu` of the model's FLOPs (`flop_rule`). Source: ours.
+    `pairs_per_s` all pairs over all seconds, which costs and efficiency are counted from; `step_pairs_per_s` median,
+    p5, p95 of single steps, which come in bursts where reading is the limit; `efficiency` of a worker against a worker
+    of the smallest rung that went well; `phase_s` means, `unexplained` the share of the step that they miss;
+    `exposed_s` what is waited for in collectives; `mfu` of the model's FLOPs (`flop_rule`). Source: ours.
     """
     rows, footprints = [], {}
     for job in {(job.name, job.probe): job for job in jobs}.values():
@@ -296,7 +300,7 @@ def build_rows(
             "mfu": None,
         }
         if good:
-            row |= _summarize(good, job.config.cluster.num_workers)
+            row |= _summarize(good, job.config)
             if job.probe != "loader":
                 shape = f"{job.config.data} {job.config.model} {job.config.loss} {job.config.engine}"
                 if shape not in footprints:
@@ -308,9 +312,15 @@ def build_rows(
     return rows
 
 
-def _summarize(records: list[dict[str, Any]], workers: int) -> dict[str, Any]:
+def _compute_step_s(records: list[dict[str, Any]]) -> float:
+    """Mean seconds of a step: their median is near 0 where batches come in bursts."""
+    return max(float(np.mean([value for record in records for value in record["step_s"]])), 1e-6)
+
+
+def _summarize(records: list[dict[str, Any]], config: Config) -> dict[str, Any]:
+    workers, step_s = config.cluster.num_workers, _compute_step_s(records)
+    rate = config.train.global_batch / step_s
     rates = [rate for record in records for rate in record["samples_per_s"]]
-    step_s = float(np.mean([value for record in records for value in record["step_s"]]))
     phases = [phase for record in records for phase in record["phase_s"] if phase]
     names = {name: None for phase in phases for name in phase}
     means = {name: float(np.mean([phase.get(name, 0.0) for phase in phases])) for name in names}
@@ -323,8 +333,9 @@ def _summarize(records: list[dict[str, Any]], workers: int) -> dict[str, Any]:
     return {
         "runs": len(records),
         "steps": len(rates),
-        "pairs_per_s": {"median": median, "p5": low, "p95": high},
-        "pairs_per_s_worker": median / workers,
+        "pairs_per_s": rate,
+        "pairs_per_s_worker": rate / workers,
+        "step_pairs_per_s": {"median": median, "p5": low, "p95": high},
         "step_s": step_s,
         "phase_s": means,
         "unexplained": abs(1 - sum(means.values()) / step_s) if means else None,
@@ -333,8 +344,8 @@ def _summarize(records: list[dict[str, Any]], workers: int) -> dict[str, Any]:
         "sent_mib": float(np.mean(sent)) if sent else None,
         "memory_mib": max(record["memory_mib"] for record in records) or None,
         "start_s": float(np.median([record["start_s"] for record in records])),
-        "worker_hours_per_million": 1e6 * workers / median / 3600,
-        "kwh_per_million": float(np.mean(power_w)) * 1e6 / median / 3.6e6 if power_w else None,
+        "worker_hours_per_million": 1e6 * workers / rate / 3600,
+        "kwh_per_million": float(np.mean(power_w)) * 1e6 / rate / 3.6e6 if power_w else None,
     }
 
 
@@ -376,7 +387,7 @@ def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]]
     rungs = []
     for row, point in zip(full, points, strict=True):
         says = predict_interval(models, point.flop_worker, point.bytes_worker, point.rounds, point.bandwidth)
-        compute, exposed, rest = np.median(point.seconds_S3, axis=0).tolist()
+        compute, exposed, rest = compute_typical(point.seconds_S3).tolist()
         measured = {"compute": compute, "exposed": exposed, "rest": rest, "step": compute + exposed + rest}
         rungs.append({"rung": row["rung"], "hold_out": row["hold_out"], "measured": measured, "predicted": says})
     config = build_config(base, list(scale.overrides))

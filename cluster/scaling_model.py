@@ -3,7 +3,7 @@
     step = wait + compute + rest + communication
     compute       c0 + c1 x FLOPs of a worker                        forward, loss, backward, optimiser
     communication r x rounds + k x bytes of a worker / bandwidth     exposed: what is waited for in collectives
-    wait, rest    as measured, mean over the rungs                   data, copies, logging
+    wait, rest    as measured, mean over steps and rungs             data, copies, logging
 
 Rounds are the messages that follow each other in one collective: 2(N-1) on a ring, 2 log2 N on a tree. All factors are
 at least 0 (non-negative least squares), and each is fitted on the phases that it explains, not on the sum.
@@ -90,8 +90,8 @@ def build_point(row: dict[str, Any], phases: Sequence[dict[str, float]]) -> Poin
 
 
 def fit(points: Sequence[Point], rng: np.random.Generator | None = None) -> Model:
-    """Fit to the medians of the steps of each point; with `rng`, of steps that are drawn with replacement."""
-    seconds_P3 = np.stack([_compute_median(point.seconds_S3, rng) for point in points])
+    """Fit to the typical step of each point; with `rng`, of steps that are drawn with replacement."""
+    seconds_P3 = np.stack([compute_typical(point.seconds_S3, rng) for point in points])
     flops = np.array([point.flop_worker for point in points])
     # Solved in units of the largest, for the numbers differ by a dozen orders.
     start, per_flop = _solve([np.ones_like(flops), flops / flops.max()], seconds_P3[:, 0])
@@ -119,9 +119,10 @@ def predict_interval(
     return intervals
 
 
-def _compute_median(seconds_S3: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
-    rows = rng.integers(len(seconds_S3), size=len(seconds_S3)) if rng else slice(None)
-    return np.median(seconds_S3[rows], axis=0)
+def compute_typical(seconds_S3: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Medians of compute and communication; the mean of the rest, for batches that come in bursts are waited for."""
+    drawn_S3 = seconds_S3[rng.integers(len(seconds_S3), size=len(seconds_S3))] if rng else seconds_S3
+    return np.array([*np.median(drawn_S3[:, :2], axis=0), drawn_S3[:, 2].mean()])
 
 
 def _solve(columns: Sequence[np.ndarray], target: np.ndarray) -> tuple[float, float]:

@@ -310,14 +310,14 @@ def print_forecast(forecast: dict[str, Any]) -> None:
 def print_scaling(results: dict[str, Any], faults: list[str]) -> None:
     """What `place scale` measured: a line a row, the model against what was held out, and what a reader must know."""
     console = build_console()
-    names = ("rung", "what", "pairs/s", "p5 to p95", "efficiency", "step ms", "exposed ms", "start s")
+    names = ("rung", "what", "pairs/s", "steps p5 to p95", "efficiency", "step ms", "exposed ms", "start s")
     table = Table(*(Column(n, justify="left" if n in ("rung", "what") else "right") for n in names), box=None)
     for row in (row for row in results["rows"] if row["status"] == "ok"):
-        rates, exposed = row["pairs_per_s"], row["exposed_s"]
+        rates, exposed = row["step_pairs_per_s"], row["exposed_s"]
         table.add_row(
             row["rung"],
             row["probe"],
-            f"{rates['median']:,.1f}",
+            f"{row['pairs_per_s']:,.1f}",
             f"{rates['p5']:,.1f} to {rates['p95']:,.1f}",
             f"{row['efficiency']:.0%}" if "efficiency" in row else "-",
             f"{1000 * row['step_s']:,.1f}",

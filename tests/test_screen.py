@@ -37,8 +37,8 @@ def test_a_straggler_is_named_in_the_log_even_between_two_due_lines(
 
 def build_ladder(rung: str, exposed_s: float) -> dict[str, Any]:
     """Results of `place scale` with one rung, which is held out."""
-    row = {"rung": rung, "probe": "full", "status": "ok", "pairs_per_s": {"median": 9.0, "p5": 8.0, "p95": 10.0}}
-    row |= {"exposed_s": exposed_s, "step_s": 0.5, "start_s": 1.0}
+    row = {"rung": rung, "probe": "full", "status": "ok", "exposed_s": exposed_s, "step_s": 0.5, "start_s": 1.0}
+    row |= {"pairs_per_s": 9.0, "step_pairs_per_s": {"median": 9.0, "p5": 8.0, "p95": 10.0}}
     terms = {"exposed": (0.25, 0.2, 0.3), "step": (0.6, 0.5, 0.7)}
     held_out = {"rung": rung, "hold_out": True, "measured": {"exposed": exposed_s, "step": 0.5}, "predicted": terms}
     return {"rows": [row], "model": {"rungs": [held_out]}}

@@ -16,7 +16,7 @@ from place.cluster.scaling_model import Point, compute_rounds, fit, fit_resample
 from place.cluster.scaling_page import write_results
 
 from place.cli import main
-from place.config import UsageError
+from place.config import UsageError, build_config
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "scale" / "tiny.yaml")
@@ -55,14 +55,19 @@ def test_rungs_become_rows_and_a_failed_one_has_its_reason(scaled: tuple[Path, l
     full, loader = rows["1 worker", "full"], rows["1 worker", "loader"]
     assert full["unexplained"] < 0.03
     assert full["steps"] == 4
-    assert full["pairs_per_s"]["p5"] <= full["pairs_per_s"]["median"] <= full["pairs_per_s"]["p95"]
+    spread = full["step_pairs_per_s"]
+    assert spread["p5"] <= spread["median"] <= spread["p95"]
+    assert full["pairs_per_s"] == pytest.approx(full["global_batch"] / full["step_s"])
     assert full["phase_s"]["forward"] > 0
-    assert loader["pairs_per_s"]["median"] > full["pairs_per_s"]["median"]
+    assert loader["pairs_per_s"] > full["pairs_per_s"]
     assert full["loss_apart"] == 0
     assert "efficiency" not in full, "there is but one size"
     assert results["model"]["factors"]["per_wire"] == 0
     with (folder / "scaling.csv").open() as file:
-        assert [row["status"] for row in csv.DictReader(file)] == ["ok", "ok", "ok", "failed", "failed", "failed"]
+        lines = list(csv.DictReader(file))
+    assert [row["status"] for row in lines] == ["ok", "ok", "ok", "failed", "failed", "failed"]
+    assert float(lines[0]["pairs_per_s"]) == full["pairs_per_s"]
+    assert float(lines[0]["step_pairs_per_s_p5"]) == spread["p5"]
     page = (folder / "scaling.html").read_text()
     assert page.count("<tr>") > 8
     assert "data:image/svg+xml" in page
@@ -133,11 +138,31 @@ def test_each_rung_has_the_work_of_its_own_images_and_losses(tmp_path: Path) -> 
     assert len({row["flop_worker"] for row in rows}) == 3
 
 
+def test_batches_that_come_in_bursts_are_counted_over_all_seconds(tmp_path: Path) -> None:
+    options = {"rungs": [{"workers": workers} for workers in (1, 2)], "steps": 12, "warmup_steps": 3}
+    scale = load_scale(write_ladder(tmp_path, **options), ["engine.kind=torch"])
+    found = {}
+    for job, gap_s in zip(plan_jobs(scale, Path(TINY)), (0.4, 0.25), strict=True):
+        # Four readers are done at once, and then nothing comes for a while.
+        times = [1000 + gap_s * (step // 4) for step in range(12)]
+        lines = [{"step": step, "time": time, "samples_per_s": 1.0, "total": 1.0} for step, time in enumerate(times)]
+        run = tmp_path / job.name
+        run.mkdir()
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        found[job.name, "full"] = [{"reason": "", **scaling.read_steps(run, scale, job.config, 1000)}]
+    one, two = scaling.build_rows(scale, plan_jobs(scale, Path(TINY)), found)
+    assert one["step_s"] == pytest.approx(0.8 / 9)
+    assert one["pairs_per_s"] == pytest.approx(24 * 9 / 0.8)
+    assert one["step_pairs_per_s"]["median"] == 24 / 1e-3
+    assert one["worker_hours_per_million"] == pytest.approx(1e6 / one["pairs_per_s"] / 3600)
+    assert two["efficiency"] == pytest.approx(0.4 / 0.25 / 2)
+
+
 def test_energy_is_that_of_the_gpus_for_a_million_pairs(scaled: tuple[Path, list[str], int], tmp_path: Path) -> None:
     results = json.loads((scaled[0] / "scaling.json").read_text())
     record = json.loads((scaled[0] / "1_worker" / "full0" / "measured.json").read_text())["result"]
-    measured = {"samples_per_s": [100.0, 100.0], "power_w": [300.0, 420.0]}
-    row = scaling._summarize([record | measured], 1)
+    config = build_config(Path(TINY), ["train.global_batch=200", "cluster.num_workers=1"])
+    row = scaling._summarize([record | {"step_s": [1.0, 3.0], "power_w": [300.0, 420.0]}], config)
     assert row["kwh_per_million"] == pytest.approx(360 * 1e6 / 100 / 3600 / 1000)
     assert results["rows"][0]["kwh_per_million"] is None, "a CPU has no meter"
     assert "GPU kWh" not in (scaled[0] / "scaling.html").read_text()
@@ -252,6 +277,13 @@ def test_the_fit_finds_the_factors_that_made_the_data() -> None:
     says = model.predict(1e9, 3.5e7, compute_rounds(8, "ring"), 4e9)
     assert says["exposed"] == pytest.approx(3e-3 * 14 + 1.2 * 3.5e7 / 4e9)
     assert says["step"] == pytest.approx(says["compute"] + says["exposed"] + says["rest"])
+
+
+def test_the_wait_for_batches_that_come_in_bursts_is_in_the_step() -> None:
+    steps = np.array([[0.1, 0.0, wait] for wait in (0.0, 0.0, 0.0, 0.4)] * 20)
+    models = fit_resampled([Point(steps, 1e9, 0.0, 0.0, 1e9)], count=20)
+    assert models[0].predict(1e9, 0.0, 0.0, 1e9)["step"] == pytest.approx(0.2)
+    assert len({model.rest_s for model in models}) > 1
 
 
 def test_intervals_hold_the_truth_and_narrow_with_less_noise() -> None:
