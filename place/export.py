@@ -55,6 +55,8 @@ def run_export(run_dir: Path, output: Path, which: str = "best", with_onnx: bool
         partial.replace(output)
     except OSError as error:
         raise RunError(f"{output}: {error.strerror or error}; give a folder that can be written") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return Exported(output, size_mib, notes)
 
 
@@ -126,7 +128,8 @@ def write_timm(run_dir: Path, run: LoadedRun, folder: Path) -> str:
         "dynamic_img_size": True,
         **vision.overrides,
         "global_pool": "token" if vision.pooling == "cls" else "avg",
-        "fc_norm": False,  # the last norm stays before the pooling
+        # The last norm stays before the pooling.
+        "use_fc_norm" if timm.models.is_model_in_modules(vision.architecture, ["eva"]) else "fc_norm": False,
     }
     vit = timm.create_model(vision.architecture, **arguments)
     vit.load_state_dict(run.model.vision.vit.state_dict())

@@ -106,24 +106,37 @@ def load_export_model(folder: Path) -> torch.nn.Module:
     return AutoModel.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize(
+    ("architecture", "pooling"),
+    [
+        ("vit_tiny_patch16_224", "cls"),
+        ("vit_tiny_patch16_224", "mean"),
+        ("vit_small_patch14_reg4_dinov2", "cls"),
+        ("vit_medium_patch16_gap_256", "mean"),
+        ("vit_base_patch16_siglip_224", "mean"),
+        ("eva02_tiny_patch14_224", "cls"),
+        ("eva02_tiny_patch14_224", "mean"),
+    ],
+)
 @torch.inference_mode()
-def test_timm_gives_the_summary_and_the_tokens_of_the_run(pooling: str, data_dir: Path, tmp_path: Path) -> None:
+def test_timm_gives_the_summary_and_the_tokens_of_the_run(
+    architecture: str, pooling: str, data_dir: Path, tmp_path: Path
+) -> None:
     import timm
 
-    folder = write_run(tmp_path / "run", change(build_config(data_dir), pooling=pooling))
+    config = change(build_config(data_dir), architecture=architecture, pooling=pooling)
+    folder = write_run(tmp_path / "run", config)
     exported = run_export(folder, tmp_path / "export").folder / "timm"
     image_BCYX = torch.randn(2, 1, 32, 32)
     expected = load_run(folder).model.vision(image_BCYX)
     local = timm.create_model(f"local-dir:{exported}", pretrained=True).eval()
     assert local.pretrained_cfg["mean"] == [0.4]
     arguments = json.loads((exported / "config.json").read_text())["model_args"]
-    named = timm.create_model(
-        "vit_tiny_patch16_224", checkpoint_path=str(exported / "model.safetensors"), **arguments
-    ).eval()
+    named = timm.create_model(architecture, checkpoint_path=str(exported / "model.safetensors"), **arguments).eval()
     for vit in (local, named):
         torch.testing.assert_close(vit(image_BCYX), expected.image_BD, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(vit.forward_features(image_BCYX)[:, 1:], expected.patches_BND, atol=1e-5, rtol=1e-5)
+        patches_BND = vit.forward_features(image_BCYX)[:, vit.num_prefix_tokens :]
+        torch.testing.assert_close(patches_BND, expected.patches_BND, atol=1e-5, rtol=1e-5)
 
 
 def test_a_stem_that_timm_does_not_have_is_told(data_dir: Path, tmp_path: Path) -> None:
@@ -205,6 +218,18 @@ def test_a_folder_that_cannot_be_written_is_named(run_dir: Path, tmp_path: Path)
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="give a folder that can be written"):
         run_export(run_dir, tmp_path / "file" / "out")
+
+
+def test_an_export_that_fails_leaves_nothing_behind(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("place.export.write_timm", fail)
+    with pytest.raises(RunError, match="No space left"):
+        run_export(run_dir, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_and_damaged_weights_are_refused(exported: Path, tmp_path: Path) -> None:

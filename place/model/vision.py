@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from timm.models import VisionTransformer
 
 
+OWN_ARGS = {"in_chans", "num_classes", "img_size", "dynamic_img_size", "global_pool", "fc_norm", "use_fc_norm"}
+"""Arguments of timm that are not the architecture's: what is set for grey images of any size and without pooling."""
+
+
 class VisionTokens(NamedTuple):
     """`image_BD` image summary and `patches_BND` localised tokens, row by row."""
 
@@ -79,22 +83,34 @@ def build_image_encoder(config: VisionConfig, image_size_px: int, with_weights: 
     Args:
         with_weights: false builds the architecture alone, because a checkpoint is loaded next.
     Raises:
-        UsageError: no weights where asked for, an unknown architecture, or a patch that does not divide the image.
+        UsageError: no weights where asked for, an unknown architecture, no class token where it is to stand for the
+            image, or a patch that does not divide the image.
     Source: ours.
     """
     patch_torchvision()
     vit = _build_vit(config, image_size_px, with_weights)
+    if config.pooling == "cls" and getattr(vit, "cls_token", None) is None:
+        name = config.architecture if config.source == "scratch" else config.source
+        raise UsageError(f"model.vision.pooling=cls: {name} has no class token; set model.vision.pooling=mean")
+    _leave_pooling_out(vit)
     patch_px = int(vit.patch_embed.feat_ratio(as_scalar=True))
     if image_size_px % patch_px:
         raise UsageError(f"data.image_size_px={image_size_px} is not divisible by the encoder's patch of {patch_px} px")
     return ImageEncoder(vit, patch_px, config.pooling)
 
 
+def _leave_pooling_out(vit: VisionTransformer) -> None:
+    """Drop what timm does from its pooling on, but keep a norm from there for all tokens where they have no other."""
+    if isinstance(vit.norm, nn.Identity):
+        vit.norm = vit.fc_norm
+    vit.fc_norm, vit.attn_pool = nn.Identity(), None
+
+
 def _build_vit(config: VisionConfig, image_size_px: int, with_weights: bool) -> VisionTransformer:
     import timm
     from safetensors import SafetensorError
 
-    size = {"in_chans": 1, "num_classes": 0, "img_size": image_size_px, **config.overrides}
+    size = {"in_chans": 1, "num_classes": 0, "img_size": image_size_px, **config.overrides, "dynamic_img_size": True}
     if config.stem == "conv" and config.source != "scratch":
         raise UsageError(
             "model.vision.stem=conv needs model.vision.source=scratch: pretrained weights have no such stem"
@@ -103,12 +119,10 @@ def _build_vit(config: VisionConfig, image_size_px: int, with_weights: bool) -> 
         if config.source == "scratch":
             return _build_from_scratch(config, size)
         if Path(config.source).is_dir():
-            return timm.create_model(
-                f"local-dir:{config.source}", pretrained=with_weights, dynamic_img_size=True, **size
-            )
+            return timm.create_model(f"local-dir:{config.source}", pretrained=with_weights, **size)
         if config.source.startswith("timm:"):
             name = config.source.removeprefix("timm:")
-            return timm.create_model(name, pretrained=with_weights, dynamic_img_size=True, **size)
+            return timm.create_model(name, pretrained=with_weights, **size)
     except UsageError:
         raise
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, AssertionError, SafetensorError) as error:
@@ -123,7 +137,7 @@ def read_model_args(source: str) -> dict[str, Any]:
     """What a local folder says of its architecture beyond the name, such as its width; empty for other sources."""
     path = Path(source) / "config.json"
     args = json.loads(path.read_text()).get("model_args", {}) if path.is_file() else {}
-    return {name: value for name, value in args.items() if name not in ("in_chans", "num_classes", "img_size")}
+    return {name: value for name, value in args.items() if name not in OWN_ARGS}
 
 
 def _build_from_scratch(config: VisionConfig, size: dict[str, int | float]) -> VisionTransformer:
@@ -131,10 +145,10 @@ def _build_from_scratch(config: VisionConfig, size: dict[str, int | float]) -> V
     from timm.layers import HybridEmbed
 
     if config.stem == "patch":
-        return timm.create_model(config.architecture, dynamic_img_size=True, **size)
+        return timm.create_model(config.architecture, **size)
     patch_px, width = int(size.get("patch_size", 16)), int(size.get("embed_dim", 768))
     embed = functools.partial(HybridEmbed, backbone=ConvStem(patch_px, width), proj=False)
-    return timm.create_model(config.architecture, embed_layer=embed, dynamic_img_size=True, **{**size, "patch_size": 1})
+    return timm.create_model(config.architecture, embed_layer=embed, **{**size, "patch_size": 1})
 
 
 class ConvStem(nn.Sequential):

@@ -45,11 +45,12 @@ def assert_unit(features: Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A grey ViT as timm itself saves one."""
+    """A grey ViT as timm itself saves one, with the arguments that `place export` writes."""
     folder = tmp_path_factory.mktemp("vit") / "encoder"
     torch.manual_seed(1)
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, in_chans=1, **SHAPE)
-    timm.models.save_for_hf(vit, folder, model_args={**SHAPE, "in_chans": 1}, safe_serialization=True)
+    args = {**SHAPE, "in_chans": 1, "dynamic_img_size": True, "global_pool": "token", "fc_norm": False}
+    timm.models.save_for_hf(vit, folder, model_args=args, safe_serialization=True)
     return folder
 
 
@@ -255,6 +256,31 @@ def test_images_are_pooled_as_configured(pooling: str) -> None:
     seen = encoder(image_BCYX)
     torch.testing.assert_close(seen.patches_BND, tokens[:, 1:])
     torch.testing.assert_close(seen.image_BD, tokens[:, 0] if pooling == "cls" else tokens[:, 1:].mean(1))
+
+
+@pytest.mark.parametrize("architecture", ["vit_base_patch16_siglip_224", "vit_medium_patch16_reg4_gap_256"])
+def test_an_encoder_without_a_class_token_pools_patches_alone(architecture: str) -> None:
+    overrides = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    given = {"source": "scratch", "architecture": architecture, "overrides": overrides}
+    with pytest.raises(UsageError, match=rf"{architecture} has no class token; set model\.vision\.pooling=mean"):
+        build_image_encoder(VisionConfig(**given), 32)
+    encoder = build_image_encoder(VisionConfig(**given, pooling="mean"), 32).eval()
+    seen = encoder(torch.randn(2, 1, 32, 32))
+    assert seen.patches_BND.shape == (2, 16, 32)
+    torch.testing.assert_close(seen.image_BD, seen.patches_BND.mean(1))
+    assert not [name for name in encoder.state_dict() if "attn_pool" in name], "nothing would train it"
+
+
+def test_a_norm_that_timm_has_after_its_pooling_is_for_all_tokens(tmp_path: Path) -> None:
+    shape = {**SHAPE, "in_chans": 1}
+    vit = timm.create_model("eva02_tiny_patch14_224", num_classes=0, **shape).eval()
+    torch.nn.init.normal_(vit.fc_norm.weight)
+    timm.models.save_for_hf(vit, tmp_path / "vit", model_args=shape, safe_serialization=True)
+    encoder = build_image_encoder(VisionConfig(source=str(tmp_path / "vit")), 32).eval()
+    image_BCYX = torch.randn(2, 1, 32, 32)
+    expected = vit.fc_norm(vit.forward_features(image_BCYX))
+    torch.testing.assert_close(encoder(image_BCYX).patches_BND, expected[:, 1:])
+    assert not [name for name in encoder.state_dict() if "fc_norm" in name]
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
