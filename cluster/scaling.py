@@ -45,6 +45,10 @@ PROBES = {
     "loader": "reading only: the ceiling of the input",
     "alone": "one worker with its share of the batch: no communication",
 }
+HIDDEN = (
+    "the phases hold their communication, as they do on GPUs: exposed is what a step takes beyond the compute of one "
+    "worker with its share, in proportion to FLOPs, waits for slower workers included"
+)
 SLURM_SCRIPT = Path(__file__).parent.parent / "slurm" / "pretrain.sh"
 
 
@@ -98,8 +102,8 @@ class ScaleConfig(Section):
     """Sizes that are predicted."""
 
 
-Steps = dict[str, list[dict[str, float]]]
-"""For each rung the phases of its steps, in seconds."""
+Steps = dict[tuple[str, str], list[dict[str, float]]]
+"""For each rung and probe the phases of its steps, in seconds."""
 
 
 class Job(NamedTuple):
@@ -190,16 +194,20 @@ def run_ladder(scale: ScaleConfig, base: Path, say: Callable[[str], None]) -> di
         say(f"{number}/{len(jobs)}  {job.name}, {job.probe}: {said}")
     rows = build_rows(scale, jobs, found)
     steps = {
-        name: [phase for record in records if not record["reason"] for phase in record["phase_s"]]
-        for (name, probe), records in found.items()
-        if probe == "full"
+        key: [phase for record in records if not record["reason"] for phase in record["phase_s"]]
+        for key, records in found.items()
     }
+    try:
+        model = build_predictions(scale, base, rows, steps)
+    except UsageError as error:
+        # Never at the price of what was measured.
+        model = {"why_not": str(error)}
     return {
         "scaling": scale.scaling,
         "flop_rule": "model FLOPs of a step: 3 x forward (torch.utils.flop_counter), recomputation and losses with it",
         "commit": read_commit(),
         "rows": rows,
-        "model": build_predictions(scale, base, rows, steps),
+        "model": model,
     }
 
 
@@ -339,7 +347,8 @@ def _summarize(records: list[dict[str, Any]], config: Config) -> dict[str, Any]:
         "step_s": step_s,
         "phase_s": means,
         "unexplained": abs(1 - sum(means.values()) / step_s) if means else None,
-        "exposed_s": float(np.median(exposed)) if exposed else None,
+        # On GPUs phases hold their communication.
+        "exposed_s": float(np.median(exposed)) if any(exposed) or (exposed and workers == 1) else None,
         "lag_s": float(np.median(lags)) if lags else None,
         "sent_mib": float(np.mean(sent)) if sent else None,
         "memory_mib": max(record["memory_mib"] for record in records) or None,
@@ -375,14 +384,26 @@ def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]]
     """Fit the model to the full rungs that went well, and say what it gives for those held out and for larger sizes.
 
     Args:
-        steps: the phases of the steps of each rung.
-    Returns: `factors`; `rungs`, measured beside predicted seconds; `sizes`, predicted; or only `why_not`.
+        steps: the phases of the steps of each rung and probe.
+    Returns: `factors`; `rungs`, measured beside predicted seconds; `sizes`, predicted; `notes`, how exposed
+        communication was found and which sizes were left out; or only `why_not`.
     """
     full = [row for row in rows if row["probe"] == "full" and row["status"] == "ok" and row["network"]]
-    points = [build_point(row, steps[row["rung"]]) for row in full]
+    alone = {row["rung"]: row for row in rows if row["probe"] == "alone" and row["status"] == "ok"}
+    hidden = [row["rung"] for row in full if row["exposed_s"] is None]
+    lacking = [rung for rung in hidden if rung not in alone]
+    if lacking:
+        what = f"the phases of {', '.join(lacking)} hold their communication, as they do on GPUs"
+        return {"why_not": f"{what}, and no `alone` row is there to tell it from compute; take `alone` into probes"}
+    beside = {rung: (alone[rung], steps[rung, "alone"]) for rung in hidden}
+    points = [build_point(row, steps[row["rung"], "full"], beside.get(row["rung"])) for row in full]
     fitted = [point for row, point in zip(full, points, strict=True) if not row["hold_out"]]
     if not fitted:
         return {"why_not": "no rung that went well has a network and is not held out"}
+    several = [point for point in fitted if point.rounds]
+    if several and not any(compute_typical(point.seconds_S3)[1] for point in several):
+        return {"why_not": "no rung of several workers shows any exposed communication to fit to"}
+    notes = [HIDDEN] if hidden else []
     models = fit_resampled(fitted)
     rungs = []
     for row, point in zip(full, points, strict=True):
@@ -392,15 +413,23 @@ def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]]
         rungs.append({"rung": row["rung"], "hold_out": row["hold_out"], "measured": measured, "predicted": says})
     config = build_config(base, list(scale.overrides))
     footprint, sizes = measure_footprint(config), []
+    works = {}
+    if scale.predict and not several:
+        notes.append(
+            "no rung of several workers was fitted: what they wait for each other is not known, none is predicted"
+        )
+    for world in scale.predict_workers if scale.predict and several else ():
+        pairs = config.train.global_batch * (world if scale.scaling == "weak" else 1)
+        try:
+            works[world] = pairs, count_work(config, footprint, world, pairs)
+        except UsageError as error:
+            notes.append(f"{world} workers are not predicted: {error}")
     for network in scale.predict:
-        for world in scale.predict_workers:
-            pairs = config.train.global_batch * (world if scale.scaling == "weak" else 1)
-            if pairs % world == 0:
-                work = count_work(config, footprint, world, pairs)
-                rounds, bandwidth = compute_rounds(world, network.topology), network.bandwidth_gbit * 1e9 / 8
-                says = predict_interval(models, work["flop_worker"], work["bytes_worker"], rounds, bandwidth)
-                sizes.append({"network": network.name, "workers": world, "global_batch": pairs, "predicted": says})
-    return {"factors": models[0]._asdict(), "rungs": rungs, "sizes": sizes}
+        for world, (pairs, work) in works.items():
+            rounds, bandwidth = compute_rounds(world, network.topology), network.bandwidth_gbit * 1e9 / 8
+            says = predict_interval(models, work["flop_worker"], work["bytes_worker"], rounds, bandwidth)
+            sizes.append({"network": network.name, "workers": world, "global_batch": pairs, "predicted": says})
+    return {"factors": models[0]._asdict(), "rungs": rungs, "sizes": sizes, "notes": notes}
 
 
 def _add_efficiency(rows: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
     step = wait + compute + rest + communication
     compute       c0 + c1 x FLOPs of a worker                        forward, loss, backward, optimiser
     communication r x rounds + k x bytes of a worker / bandwidth     exposed: what is waited for in collectives
+                  on GPUs, whose phases hold it: what compute takes beyond that of one worker with its share
     wait, rest    as measured, mean over steps and rungs             data, copies, logging
 
 Rounds are the messages that follow each other in one collective: 2(N-1) on a ring, 2 log2 N on a tree. All factors are
@@ -74,8 +75,18 @@ def compute_rounds(world: int, topology: str) -> float:
     return 2 * math.log2(world) if topology == "tree" else 2.0 * (world - 1)
 
 
-def build_point(row: dict[str, Any], phases: Sequence[dict[str, float]]) -> Point:
-    """A measured rung: its row, and the phases of its steps."""
+def build_point(
+    row: dict[str, Any],
+    phases: Sequence[dict[str, float]],
+    alone: tuple[dict[str, Any], Sequence[dict[str, float]]] | None = None,
+) -> Point:
+    """A measured rung.
+
+    Args:
+        row, phases: of the whole run, and of its steps.
+        alone: the same of one worker with its share of the batch, where the phases of the whole run hold their
+            communication: compute is then that of this worker, in proportion to FLOPs, and what goes beyond it exposed.
+    """
     known = (*COMPUTE, *COMMUNICATION)
     parts = [
         (
@@ -85,8 +96,14 @@ def build_point(row: dict[str, Any], phases: Sequence[dict[str, float]]) -> Poin
         )
         for phase in phases
     ]
+    seconds_S3 = np.array(parts)
+    if alone is not None:
+        own = [sum(phase.get(name, 0.0) for name in COMPUTE) for phase in alone[1]]
+        own_S = np.resize(own, len(parts)) * row["flop_worker"] / alone[0]["flop_worker"]
+        seconds_S3[:, 1] = np.maximum(seconds_S3[:, 0] - np.median(own_S), 0)
+        seconds_S3[:, 0] = own_S
     bandwidth = row["network"]["bandwidth_gbit"] * 1e9 / 8
-    return Point(np.array(parts), row["flop_worker"], row["bytes_worker"], row["rounds"], bandwidth)
+    return Point(seconds_S3, row["flop_worker"], row["bytes_worker"], row["rounds"], bandwidth)
 
 
 def fit(points: Sequence[Point], rng: np.random.Generator | None = None) -> Model:

@@ -334,6 +334,8 @@ def print_scaling(results: dict[str, Any], faults: list[str]) -> None:
             f"({1000 * low:,.1f} to {1000 * high:,.1f}), off by {abs(says / measured - 1):.1%}",
             soft_wrap=True,
         )
+    for line in results["model"].get("notes", []):
+        console.print(line, soft_wrap=True)
     if "why_not" in results["model"]:
         console.print(f"no model of scaling: {results['model']['why_not']}", soft_wrap=True)
     for line in faults:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,23 @@ import numpy as np
 import pytest
 import yaml
 from place.cluster import scaling
-from place.cluster.scaling import RungConfig, build_batch, list_faults, load_scale, name_rung, plan_jobs, run_job
+from place.cluster.scaling import (
+    RungConfig,
+    ScaleConfig,
+    Steps,
+    build_batch,
+    list_faults,
+    load_scale,
+    name_rung,
+    plan_jobs,
+    run_job,
+)
 from place.cluster.scaling_model import Point, compute_rounds, fit, fit_resampled, predict_interval
 from place.cluster.scaling_page import write_results
 
 from place.cli import main
 from place.config import UsageError, build_config
+from place.kept import write_kept
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "scale" / "tiny.yaml")
@@ -156,6 +169,82 @@ def test_batches_that_come_in_bursts_are_counted_over_all_seconds(tmp_path: Path
     assert one["step_pairs_per_s"]["median"] == 24 / 1e-3
     assert one["worker_hours_per_million"] == pytest.approx(1e6 / one["pairs_per_s"] / 3600)
     assert two["efficiency"] == pytest.approx(0.4 / 0.25 / 2)
+
+
+GPU_RUNGS = [{"workers": 1}, {"workers": 2}, {"workers": 4}, {"workers": 8, "hold_out": True}]
+
+
+def build_gpu_ladder(
+    folder: Path, round_s: float, words: Sequence[str] = (), **options: Any
+) -> tuple[ScaleConfig, list[dict[str, Any]], Steps]:
+    """A ladder whose phases hold their communication, `round_s` for each round; 0.2 s of compute for a worker alone."""
+    network = {"bandwidth_gbit": 100}
+    ladder = {"rungs": GPU_RUNGS, "probes": ["alone"], "network": network, "predict": [network], "scaling": "weak"}
+    scale = load_scale(write_ladder(folder, **ladder | options), ["engine.kind=torch", "train.global_batch=8", *words])
+    jobs = plan_jobs(scale, Path(TINY))
+    record = {"reason": "", "samples_per_s": [8.0], "step_s": [1.0], "phase_s": [{"backward": 1.0}], "lag_s": []}
+    record |= {"sent_mib": [], "loss": [1.0], "memory_mib": 1, "start_s": 1.0}
+    rows = scaling.build_rows(scale, jobs, {(job.name, job.probe): [record] for job in jobs})
+    steps = {}
+    for row, noise in itertools.product(rows, (0.999, 1.0, 1.001)):
+        alone = next((other for other in rows if (other["rung"], other["probe"]) == (row["rung"], "alone")), row)
+        seconds = 0.2 * row["flop_worker"] / alone["flop_worker"] + round_s * row["rounds"]
+        steps.setdefault((row["rung"], row["probe"]), []).append({"wait": 0.01, "backward": noise * seconds})
+    return scale, rows, steps
+
+
+def test_communication_within_the_phases_of_gpus_is_what_goes_beyond_one_worker_alone(tmp_path: Path) -> None:
+    scale, rows, steps = build_gpu_ladder(tmp_path, 3e-3, predict_workers=[16])
+    exposed = {(row["workers"], row["probe"]): row["exposed_s"] for row in rows}
+    assert exposed[4, "full"] is None, "nobody has seen it"
+    assert exposed[1, "full"] == exposed[4, "alone"] == 0
+    model = scaling.build_predictions(scale, Path(TINY), rows, steps)
+    held_out = next(rung for rung in model["rungs"] if rung["hold_out"])
+    for says in held_out["measured"]["exposed"], held_out["predicted"]["exposed"][0]:
+        assert says == pytest.approx(3e-3 * 14, rel=0.02)
+    assert held_out["measured"]["step"] == pytest.approx(sum(steps["8 workers", "full"][1].values()))
+    assert model["sizes"][0]["predicted"]["exposed"][0] == pytest.approx(3e-3 * 30, rel=0.02)
+    assert model["notes"] == [scaling.HIDDEN]
+
+
+def test_nothing_is_predicted_where_communication_was_not_seen(tmp_path: Path) -> None:
+    scale, rows, steps = build_gpu_ladder(tmp_path, 3e-3)
+    full = [row for row in rows if row["probe"] == "full"]
+    said = scaling.build_predictions(scale, Path(TINY), full, steps)["why_not"]
+    assert said.startswith("the phases of 2 workers, 4 workers, 8 workers hold their communication")
+    alone = scaling.build_predictions(scale, Path(TINY), full[:1], steps)
+    assert alone["sizes"] == []
+    assert "none is predicted" in alone["notes"][0]
+    scale, rows, steps = build_gpu_ladder(tmp_path, 0.0)
+    says = scaling.build_predictions(scale, Path(TINY), rows, steps)
+    assert says == {"why_not": "no rung of several workers shows any exposed communication to fit to"}
+
+
+def test_a_size_that_cannot_be_is_left_out_and_told(tmp_path: Path) -> None:
+    options = {"scaling": "strong", "rungs": [{"workers": 2}, {"workers": 4}], "predict_workers": [8, 48, 64]}
+    words = ["train.global_batch=96", "train.accumulation=4"]
+    scale, rows, steps = build_gpu_ladder(tmp_path, 3e-3, words, **options)
+    model = scaling.build_predictions(scale, Path(TINY), rows, steps)
+    assert [size["workers"] for size in model["sizes"]] == [8]
+    assert model["notes"][1].startswith("48 workers are not predicted: train.accumulation=4 is more than the 2 pairs")
+    assert model["notes"][2].startswith("64 workers are not predicted: train.global_batch=96 is not divisible by 64")
+    page = write_results(
+        tmp_path, "sizes", {"scaling": "strong", "commit": "", "flop_rule": "", "rows": rows, "model": model}
+    )
+    assert "48 workers are not predicted" in page.read_text()
+
+
+def test_what_was_measured_is_not_lost_with_the_predictions(tmp_path: Path) -> None:
+    rungs = [{"workers": 1, "config": ["data.image_size_px=64"], "network": {"bandwidth_gbit": 1}}]
+    scale = load_scale(write_ladder(tmp_path, rungs=rungs), ["engine.kind=torch", "data.image_size_px=60"])
+    (job,) = plan_jobs(scale, Path(TINY))
+    job.folder.mkdir(parents=True)
+    record = {"reason": "", "samples_per_s": [8.0], "step_s": [1.0], "phase_s": [{"forward": 1.0}], "lag_s": []}
+    record |= {"sent_mib": [], "loss": [1.0], "memory_mib": 1, "start_s": 1.0}
+    write_kept(job.folder / "measured.json", scaling.compute_key(job, scale), record)
+    results = scaling.run_ladder(scale, Path(TINY), lambda line: None)
+    assert results["rows"][0]["step_s"] == 1.0
+    assert results["model"]["why_not"].startswith("data.image_size_px=60 is not divisible")
 
 
 def test_energy_is_that_of_the_gpus_for_a_million_pairs(scaled: tuple[Path, list[str], int], tmp_path: Path) -> None:
