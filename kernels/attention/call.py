@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from place.kernels.attention.backends import BACKENDS, PACKED_BACKENDS, Blocks, build_block_diagonal
+from place.kernels.precision import leave_autocast
 from torch import Tensor
 
 
@@ -41,8 +42,12 @@ def attend(
 
 
 def attention_weights(q_BHQD: Tensor, k_BHKD: Tensor) -> Tensor:
-    """Softmax of the scaled scores, (B,H,Q,K) in fp32. Source: quoted (Vaswani et al. 2017, equation 1)."""
-    scores_BHQK = q_BHQD.float() @ k_BHKD.float().transpose(-1, -2) * q_BHQD.shape[-1] ** -0.5
+    """Softmax of the scaled scores, (B,H,Q,K) in fp32, also under autocast.
+
+    Source: quoted (Vaswani et al. 2017, equation 1).
+    """
+    with leave_autocast(q_BHQD.device.type):
+        scores_BHQK = q_BHQD.float() @ k_BHKD.float().transpose(-1, -2) * q_BHQD.shape[-1] ** -0.5
     return scores_BHQK.softmax(-1)
 
 

@@ -6,6 +6,7 @@ import torch
 from place.kernels.patch_correlation import reference
 from place.kernels.patch_correlation.autograd import has_triton, patch_corr
 from place.kernels.patch_correlation.reference import Options
+from place.kernels.precision import leave_autocast
 from torch import Tensor
 
 METHODS = ("auto", "tiled", "gram", "reference")
@@ -30,6 +31,8 @@ def patch_corr_loss(
     method: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Distance between the patch-by-patch correlation matrices of x and y, a mean per image over pairs i != j.
+
+    Autocast changes nothing in it.
 
     Args:
         x_BND: patch features, floating point.
@@ -57,7 +60,8 @@ def patch_corr_loss(
     options = Options(normalize, loss, beta, exclude_diag, eps_x, eps_y)
     implementation = choose_implementation(x_BND, y_BNT, loss, method)
     if implementation == "reference":
-        total_B, pairs_B = reference.sum_distances(x_BND, y_BNT, valid_BN, focus_BN, options)
+        with leave_autocast(x_BND.device.type):
+            total_B, pairs_B = reference.sum_distances(x_BND, y_BNT, valid_BN, focus_BN, options)
     else:
         total_B, pairs_B = patch_corr(x_BND, y_BNT, valid_BN, focus_BN, *options, implementation)
     return reference.reduce_images(total_B, pairs_B, reduction)

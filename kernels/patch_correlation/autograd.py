@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from place.kernels.patch_correlation import chunked, gram
 from place.kernels.patch_correlation.reference import Options
+from place.kernels.precision import leave_autocast
 from torch import Tensor
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -33,7 +34,8 @@ def patch_corr(
 ) -> tuple[Tensor, Tensor]:
     """Sum of distances over the pairs that count, and their number, per image."""
     options = Options(normalize, loss, beta, exclude_diag, eps_x, eps_y)
-    return find_implementation(implementation).sum_distances(x, y, valid, focus, options)
+    with leave_autocast(x.device.type):
+        return find_implementation(implementation).sum_distances(x, y, valid, focus, options)
 
 
 @torch.library.custom_op("place::patch_corr_gradient", mutates_args=())
@@ -53,7 +55,8 @@ def patch_corr_gradient(
 ) -> Tensor:
     """Gradient to x. The distance is even in the difference of the two matrices: swap x and y for the gradient to y."""
     options = Options(normalize, loss, beta, exclude_diag, eps_x, eps_y)
-    return find_implementation(implementation).compute_gradient(gradient, x, y, valid, focus, options)
+    with leave_autocast(x.device.type):
+        return find_implementation(implementation).compute_gradient(gradient, x, y, valid, focus, options)
 
 
 @patch_corr.register_fake

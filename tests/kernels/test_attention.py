@@ -205,6 +205,8 @@ def test_attention_weights_are_a_distribution_in_fp32() -> None:
     weights = attention_weights(q, k)
     assert weights.dtype == torch.float32
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention_weights(q, k), weights)
 
 
 def test_auto_falls_back_on_cpu_and_says_why() -> None:

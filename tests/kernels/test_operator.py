@@ -63,6 +63,21 @@ def test_the_operators_pass_opcheck(method: str) -> None:
         assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("method", [*METHODS, "reference"])
+def test_autocast_changes_nothing(method: str) -> None:
+    inputs = build_inputs(Case(37, 5, 9, focus=True))
+    results = []
+    for enabled in (False, True):
+        x = inputs.x_BND.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss, _ = patch_corr_loss(x, inputs.y_BNT, valid_BN=inputs.valid_BN, method=method)
+        # The definition's backward pass is torch's own, which is not for autocast.
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled and method != "reference"):
+            (to_x,) = torch.autograd.grad(loss, x)
+        results.append((loss, to_x))
+    assert all(map(torch.equal, *results))
+
+
 # Inductor takes long to start, and nothing of the operator is its to compile.
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.kernels)])
 @pytest.mark.parametrize("method", METHODS)
