@@ -291,7 +291,8 @@ def build_rows(
     `pairs_per_s` all pairs over all seconds, which costs and efficiency are counted from; `step_pairs_per_s` median,
     p5, p95 of single steps, which come in bursts where reading is the limit; `efficiency` of a worker against a worker
     of the smallest rung that went well; `phase_s` means, `unexplained` the share of the step that they miss;
-    `exposed_s` what is waited for in collectives; `mfu` of the model's FLOPs (`flop_rule`). Source: ours.
+    `exposed_s` what is waited for in collectives; `mfu` of the model's FLOPs (`flop_rule`), under what
+    `mfu_assumed` says of them. Source: ours.
     """
     rows, footprints = [], {}
     for job in {(job.name, job.probe): job for job in jobs}.values():
@@ -375,6 +376,7 @@ def _describe_work(job: Job, footprint: Footprint, step_s: float, scale: ScaleCo
         **work,
         "local_batch": config.train.global_batch // world,
         "mfu": work["flop_worker"] / step_s / (scale.peak_tflops * 1e12) if scale.peak_tflops else None,
+        "mfu_assumed": "; ".join(footprint.assumed) if scale.peak_tflops else None,
         "rounds": compute_rounds(world, network.topology) if network else None,
         "network": network.model_dump() if network else None,
     }

@@ -22,7 +22,7 @@ COLUMNS = (
     "rung", "probe", "status", "workers", "global_batch", "local_batch", "runs", "steps", "pairs_per_s",
     "pairs_per_s_worker", "step_pairs_per_s_p5", "step_pairs_per_s_median", "step_pairs_per_s_p95", "efficiency",
     "step_s", *(f"{name}_s" for name in PHASES), "unexplained", "exposed_s", "lag_s", "sent_mib", "memory_mib", "mfu",
-    "worker_hours_per_million", "kwh_per_million", "start_s", "loss_apart", "hold_out", "reason",
+    "mfu_assumed", "worker_hours_per_million", "kwh_per_million", "start_s", "loss_apart", "hold_out", "reason",
 )  # fmt: skip
 COLOURS = {
     "forward": "#3b6fb6", "loss": "#6b9fe0", "backward": "#24487a", "optimiser": "#8f6bb3", "gather": "#e0a43a",
@@ -52,6 +52,7 @@ def write_results(folder: Path, title: str, results: dict[str, Any]) -> Path:
         phases=[name for name in PHASES if any(name in row.get("phase_s", {}) for row in full)],
         full=full,
         has_mfu=any(row["mfu"] for row in full),
+        mfu_assumed=sorted({row["mfu_assumed"] for row in full if row["mfu"]}),
         has_energy=any(row["kwh_per_million"] for row in full),
     )
     return write_page(folder / "scaling.html", page, "give a folder that can be written")

@@ -209,7 +209,8 @@ def find_report_encoder(config: Config) -> tuple[PretrainedConfig | None, int, l
     """The report encoder's definition: its folder's, or that of BERT base where it is not on this machine."""
     from transformers import AutoConfig, BertConfig
 
-    source, said = config.model.text.source, f"reports of data.max_tokens={config.data.max_tokens} tokens"
+    source, tokens = config.model.text.source, f"data.max_tokens={config.data.max_tokens} tokens"
+    said = f"reports of {tokens} (shorter ones cost less where they are packed)"
     if source == "scratch":
         vocab_size = config.model.text.vocab_size
         return None, vocab_size, [said, f"a vocabulary of model.text.vocab_size={vocab_size}"]

@@ -42,6 +42,13 @@ def write_ladder(folder: Path, **options: Any) -> Path:
     return path
 
 
+def build_record(phase_s: list[dict[str, float]]) -> dict[str, Any]:
+    """What a run of one step of a second left."""
+    empty: dict[str, Any] = {"reason": "", "lag_s": [], "sent_mib": []}
+    measured = {"samples_per_s": [8.0], "step_s": [1.0], "loss": [1.0], "memory_mib": 1, "start_s": 1.0}
+    return {**empty, **measured, "phase_s": phase_s}
+
+
 @pytest.fixture(scope="module")
 def scaled(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> tuple[Path, list[str], int]:
     """A ladder of one worker without Ray, with every probe, and a rung that cannot be."""
@@ -145,8 +152,7 @@ def test_each_rung_has_the_work_of_its_own_images_and_losses(tmp_path: Path) -> 
     rungs = [{"workers": 1, "config": change} for change in changes]
     scale = load_scale(write_ladder(tmp_path, rungs=rungs), ["data.image_size_px=64", "engine.kind=torch"])
     jobs = plan_jobs(scale, Path(TINY))
-    record = {"reason": "", "samples_per_s": [8.0], "step_s": [1.0], "phase_s": [], "lag_s": [], "sent_mib": []}
-    record |= {"loss": [1.0], "memory_mib": 1, "start_s": 1.0}
+    record = build_record([])
     rows = scaling.build_rows(scale, jobs, {(job.name, "full"): [record] for job in jobs})
     assert len({row["flop_worker"] for row in rows}) == 3
 
@@ -171,6 +177,20 @@ def test_batches_that_come_in_bursts_are_counted_over_all_seconds(tmp_path: Path
     assert two["efficiency"] == pytest.approx(0.4 / 0.25 / 2)
 
 
+def test_what_mfu_assumes_stands_beside_it(tmp_path: Path) -> None:
+    words = ["engine.kind=torch", "data.max_tokens=77"]
+    scale = load_scale(write_ladder(tmp_path, peak_tflops=1.0), words)
+    (job,) = plan_jobs(scale, Path(TINY))
+    record = build_record([{"forward": 1.0}])
+    (row,) = scaling.build_rows(scale, [job], {(job.name, "full"): [record]})
+    said = "reports of data.max_tokens=77 tokens (shorter ones cost less where they are packed)"
+    assert row["mfu"] > 0
+    assert row["mfu_assumed"].startswith(said)
+    results = {"scaling": "strong", "commit": "", "flop_rule": "", "rows": [row], "model": {"why_not": "no network"}}
+    assert said in write_results(tmp_path, "mfu", results).read_text()
+    assert said in (tmp_path / "scaling.csv").read_text()
+
+
 GPU_RUNGS = [{"workers": 1}, {"workers": 2}, {"workers": 4}, {"workers": 8, "hold_out": True}]
 
 
@@ -182,8 +202,7 @@ def build_gpu_ladder(
     ladder = {"rungs": GPU_RUNGS, "probes": ["alone"], "network": network, "predict": [network], "scaling": "weak"}
     scale = load_scale(write_ladder(folder, **ladder | options), ["engine.kind=torch", "train.global_batch=8", *words])
     jobs = plan_jobs(scale, Path(TINY))
-    record = {"reason": "", "samples_per_s": [8.0], "step_s": [1.0], "phase_s": [{"backward": 1.0}], "lag_s": []}
-    record |= {"sent_mib": [], "loss": [1.0], "memory_mib": 1, "start_s": 1.0}
+    record = build_record([{"backward": 1.0}])
     rows = scaling.build_rows(scale, jobs, {(job.name, job.probe): [record] for job in jobs})
     steps = {}
     for row, noise in itertools.product(rows, (0.999, 1.0, 1.001)):
@@ -239,8 +258,7 @@ def test_what_was_measured_is_not_lost_with_the_predictions(tmp_path: Path) -> N
     scale = load_scale(write_ladder(tmp_path, rungs=rungs), ["engine.kind=torch", "data.image_size_px=60"])
     (job,) = plan_jobs(scale, Path(TINY))
     job.folder.mkdir(parents=True)
-    record = {"reason": "", "samples_per_s": [8.0], "step_s": [1.0], "phase_s": [{"forward": 1.0}], "lag_s": []}
-    record |= {"sent_mib": [], "loss": [1.0], "memory_mib": 1, "start_s": 1.0}
+    record = build_record([{"forward": 1.0}])
     write_kept(job.folder / "measured.json", scaling.compute_key(job, scale), record)
     results = scaling.run_ladder(scale, Path(TINY), lambda line: None)
     assert results["rows"][0]["step_s"] == 1.0
