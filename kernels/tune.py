@@ -22,7 +22,7 @@ from triton.runtime.errors import OutOfResources
 CANDIDATES = {
     "distance": [Tile(*tile) for tile in itertools.product((64, 128), (0,), (32, 64), (4, 8), (2, 3, 4))],
     "slope": [Tile(*tile) for tile in itertools.product((64, 128), (0,), (32, 64), (4, 8), (2, 3, 4))],
-    "apply": [Tile(*tile) for tile in itertools.product((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4))],
+    "apply": [Tile(*tile) for tile in itertools.product((64, 128), (64, 128, 256), (32, 64), (4, 8), (3, 5, 7))],
     "panel": [Tile(*tile) for tile in itertools.product((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3))],
 }
 

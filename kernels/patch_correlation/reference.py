@@ -21,21 +21,25 @@ class Options(NamedTuple):
 
 def correlate(x_BND: Tensor, rows_BN: Tensor, normalize: bool) -> Tensor:
     """Pearson correlation (or covariance) between patches, (B,N,N); rows that do not count are 0."""
-    centred_BND = x_BND - x_BND.mean(-1, keepdim=True)
+    # Padding may hold anything, also what a product with 0 does not remove.
+    centred_BND = (x_BND - x_BND.mean(-1, keepdim=True)).masked_fill(~rows_BN[..., None], 0)
     if normalize:
         # A patch that does not count gets norm 1 before the division, so that its gradient is 0 and not NaN.
         square_BN1 = centred_BND.square().sum(-1, keepdim=True)
         scale_BN1 = torch.where(rows_BN[..., None], square_BN1, torch.ones_like(square_BN1)).rsqrt()
     else:
         scale_BN1 = x_BND.new_tensor(x_BND.shape[-1] ** -0.5)
-    unit_BND = centred_BND * scale_BN1 * rows_BN[..., None]
+    unit_BND = centred_BND * scale_BN1
     return unit_BND @ unit_BND.transpose(-1, -2)
 
 
 def count_rows(x_BND: Tensor, y_BNT: Tensor, valid_BN: Tensor | None, eps_x: float, eps_y: float) -> Tensor:
-    """Patches that count, (B,N) bool: valid, and varying by more than eps on both sides."""
-    rows_BN = (x_BND.detach().std(-1, correction=0) > eps_x) & (y_BNT.detach().std(-1, correction=0) > eps_y)
-    return rows_BN if valid_BN is None else rows_BN & valid_BN
+    """Patches that count, (B,N) bool: valid, and varying by more than eps on both sides.
+
+    A patch that is not finite counts, so that it reaches the loss and is seen.
+    """
+    flat_BN = (x_BND.detach().std(-1, correction=0) <= eps_x) | (y_BNT.detach().std(-1, correction=0) <= eps_y)
+    return ~flat_BN if valid_BN is None else ~flat_BN & valid_BN
 
 
 def sum_distances(

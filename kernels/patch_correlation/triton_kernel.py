@@ -111,7 +111,7 @@ def _differences(
     KEEP: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """C - T for a tile of pairs, 0 where a pair does not count, and C in type KEEP.
+    """C - T for a tile of pairs and C in type KEEP, both 0 where a pair does not count.
 
     One accumulator: C is divided by y's scales, negated, and y's products are added to it.
     """
@@ -144,7 +144,13 @@ def _differences(
         focus_i = tl.load(FOCUS + image * N + rows_i, in_i, 0) != 0
         focus_j = tl.load(FOCUS + image * N + rows_j, in_j, 0) != 0
         counts = counts & (focus_i[:, None] | focus_j[None, :])
-    return tl.where(counts, acc, 0.0), kept
+    return tl.where(counts, acc, 0.0), tl.where(counts, kept, 0.0)
+
+
+@triton.jit
+def _skip(rows, r_R, N):
+    """Rows to load for a product with H: those that do not count lie outside, as 0 times them need not be 0."""
+    return tl.where(r_R != 0, rows, N)
 
 
 @triton.jit
@@ -292,8 +298,8 @@ def apply_kernel(
     for k in range(0, stride_h, BLOCK_K):
         at = k + tl.arange(0, BLOCK_K)
         h = tl.load(panel + at[None, :], mask=in_rows[:, None] & (at < stride_h)[None, :], other=0.0)
-        mu_k = tl.load(stats + at, at < N, 0.0)
-        x = _load(X + image * stride_xb, at, cols, stride_xn, N, D, mu_k, CENTRE_X)
+        mu_k, r_k = tl.load(stats + at, at < N, 0.0), tl.load(stats + N + at, at < N, 0.0)
+        x = _load(X + image * stride_xb, _skip(at, r_k, N), cols, stride_xn, N, D, mu_k, CENTRE_X)
         acc = _dot(h, x.to(h.dtype), acc, INTERPRETED)
     s = tl.zeros([BLOCK_M], tl.float32)
     t = tl.zeros([BLOCK_M], tl.float32)
@@ -335,9 +341,10 @@ def panel_kernel(
     else:
         t = tl.sum(h.to(tl.float32) * mu_at[None, :], 1)
     scale = tl.load(SCALE + image)
+    counted = _skip(at, r_at, N)
     for k in range(0, D, BLOCK_D):
         cols = k + tl.arange(0, BLOCK_D)
-        x = _load(X + image * stride_xb, at, cols, stride_xn, N, D, mu_at, CENTRE_X)
+        x = _load(X + image * stride_xb, counted, cols, stride_xn, N, D, mu_at, CENTRE_X)
         sum_x = _dot(h, x.to(h.dtype), tl.zeros([BLOCK_M, BLOCK_D], tl.float32), INTERPRETED)
         _store_gradient(
             DX, X, image, rows, cols, N, D, stride_xb, stride_xn, sum_x, s, t, mu, r, scale, NORMALIZE, INTERPRETED

@@ -63,6 +63,21 @@ def test_the_operators_pass_opcheck(method: str) -> None:
         assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("method", [*METHODS, "reference"])
+def test_what_is_not_finite_is_seen_but_in_padding(method: str, value: float) -> None:
+    inputs = build_inputs(Case(37, 5, 9))
+    results = []
+    for padding in (0.0, value):
+        x, y = (side.masked_fill(~inputs.valid_BN[..., None], padding).requires_grad_() for side in inputs[:2])
+        loss, _ = patch_corr_loss(x, y, valid_BN=inputs.valid_BN, method=method)
+        results.append((loss, *torch.autograd.grad(loss, (x, y))))
+    assert all(map(torch.equal, *results))
+    x = inputs.x_BND.clone()
+    x[0, inputs.valid_BN[0].nonzero()[0], 2] = value
+    assert patch_corr_loss(x, inputs.y_BNT, valid_BN=inputs.valid_BN, method=method)[0].isnan()
+
+
 @pytest.mark.parametrize("method", [*METHODS, "reference"])
 def test_autocast_changes_nothing(method: str) -> None:
     inputs = build_inputs(Case(37, 5, 9, focus=True))

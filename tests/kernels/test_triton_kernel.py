@@ -139,6 +139,23 @@ def test_features_that_are_not_finite_reach_the_loss() -> None:
     assert total_B.isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("variant", ["fp32", "bf16", "bf16 in chunks"])
+def test_padding_may_hold_anything(variant: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    if variant == "bf16 in chunks":
+        choose = launch.choose_tile
+        monkeypatch.setattr(launch, "choose_tile", lambda name, *rest: None if name == "panel" else choose(name, *rest))
+    dtype = torch.float32 if variant == "fp32" else torch.bfloat16
+    clean, dirty = (build_inputs(Case(37, dtype=dtype), DEVICE) for _ in range(2))
+    for side in dirty[:2]:
+        side[~dirty.valid_BN] = value
+    for expected, found in zip(run_kernels(clean, PLAIN), run_kernels(dirty, PLAIN)):
+        assert expected is not None
+        assert found is not None
+        assert expected.isfinite().all()
+        assert torch.equal(found, expected)
+
+
 def test_an_empty_batch_has_no_pairs() -> None:
     x_BND = torch.zeros(0, 5, 4, device=DEVICE)
     total_B, pairs_B = launch.sum_distances(x_BND, x_BND, None, None, PLAIN)
