@@ -97,8 +97,9 @@ class DataConfig(Section):
     """Report sentences kept."""
     views_per_study: Literal["all", "one"] = "all"
     """`all`: each image of a study is a pair of the epoch; `one`: each study is, with an image drawn for the epoch."""
-    sections: Literal["all", "findings", "impression"] = "all"
-    """Report sections the text encoder reads."""
+    sections: Literal["all", "findings", "impression", "one"] = "all"
+    """Report sections the text encoder reads; `one`: a report's findings or impression, drawn for the epoch, and findings
+    where nothing is trained."""
     shuffle_sentences: bool = False
     """Draw a new order of a report's sentences at each epoch."""
     augment: AugmentConfig = AugmentConfig()
@@ -402,7 +403,7 @@ class ClusterConfig(Section):
     cpus_per_worker: int = Field(1, ge=1)
     """CPU cores a worker reserves."""
     max_failures: int = Field(3, ge=0)
-    """Failures in a row, without a new checkpoint between them, after which the run gives up."""
+    """Failures in a row, without a new checkpoint between them, that the run survives; one more ends it."""
     start_timeout_s: int = Field(300, ge=0)
     """Longest wait for all nodes of a standing cluster at the start, in seconds."""
     rejoin_timeout_s: int = Field(60, ge=0)

@@ -28,6 +28,8 @@ from streaming.base.constant import TICK  # noqa: E402
 from streaming.base.dataset import _ShardState  # noqa: E402
 from streaming.base.world import World as StreamingWorld  # noqa: E402
 
+ONE_OF = ("findings", "impression")
+"""What `data.sections=one` draws from."""
 COLUMNS = ("image", "sentences", "report_group", "sample_id")
 """Of a stored sample, what training reads."""
 MOST_MAPPED = 256
@@ -228,7 +230,10 @@ class ReportPairs(StreamingDataset):
             image_CYX = train_transform(image_YX, size, self.mean, self.std, self.data.augment, rng)
         else:
             image_CYX = eval_transform(image_YX, size, self.mean, self.std)
-        sentences, group = read_report(sample, self.data.sections)
+        sections = self.data.sections
+        if self.train and sections == "one":
+            sections = ONE_OF[int(rng.integers(len(ONE_OF)))]
+        sentences, group = read_report(sample, sections)
         if self.train and self.data.shuffle_sentences:
             rng.shuffle(sentences)
         return Pair(image_CYX, self.tokenizer.encode(sentences), group, sample["sample_id"])
@@ -253,6 +258,7 @@ def read_report(sample: dict[str, Any], sections: str) -> tuple[list[str], int]:
 
 
 def select_sentences(sentences: list[dict[str, str]], sections: str) -> list[str]:
-    """Texts of the wanted sections; a report without them keeps all of its sentences."""
+    """Texts of the wanted sections, of `one` the findings; a report without them keeps all of its sentences."""
+    sections = ONE_OF[0] if sections == "one" else sections
     wanted = [item["text"] for item in sentences if sections in ("all", item["section"])]
     return wanted or [item["text"] for item in sentences]

@@ -30,8 +30,8 @@ def correlation_loss(
     Source: quoted (PLACE abstract: identify correlations among image patches); the form is ours.
     """
     if z_BNE.dtype in (torch.bfloat16, torch.float16):
-        # An fp32 target is multiplied three times over, in narrow tiles. A correlation does not see a patch's mean, which
-        # would cost digits: without it the rounding is less than that of z.
+        # An fp32 target is multiplied three times over, in narrow tiles. A correlation does not see a patch's mean,
+        # which would cost digits: without it the rounding is less than that of z.
         target_BND = (target_BND - target_BND.mean(-1, keepdim=True)).to(z_BNE.dtype)
     total, count = patch_corr_loss(
         z_BNE,

@@ -91,8 +91,8 @@ def read_history(run: Path) -> History:
 def build_attempts(records: Iterable[Record], metrics: Iterable[Record]) -> list[Attempt]:
     """Worker groups in their order, from attempts.jsonl and metrics.jsonl.
 
-    A note without an attempt is of the launcher: it says why the group before it ended, and who goes on; one of a command
-    that has started none yet is of the group to come.
+    A note without an attempt is of the launcher: it says why the group before it ended, and who goes on; one of a
+    command that has started none yet is of the group to come.
     Raises:
         RunError: metrics of an attempt that attempts.jsonl does not know.
     Source: ours.

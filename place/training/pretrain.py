@@ -236,7 +236,8 @@ def _read_or_train_tokenizer(config: Config, is_resumed: bool) -> ReportTokenize
     # Without a checkpoint, a tokenizer that is there is of a start that failed, perhaps on other data.
     if read_world().is_first and not (is_resumed and (folder / "tokenizer.json").is_file()):
         samples = read_training_samples(data)
-        sentences = (text for sample in samples for text in select_sentences(sample["sentences"], data.sections))
+        sections = "all" if data.sections == "one" else data.sections
+        sentences = (text for sample in samples for text in select_sentences(sample["sentences"], sections))
         train_tokenizer(sentences, config.model.text.vocab_size, data.max_tokens, data.max_sentences).save(folder)
     barrier()
     return ReportTokenizer.load(folder, data.max_tokens, data.max_sentences)

@@ -25,6 +25,7 @@ from place.data import loader as loader_module
 from place.data.loader import PairLoader, _alone_on_node
 from place.data.mixture import find_fault
 from place.data.prepared import count_samples, find_split_faults, list_splits, read_card, read_samples
+from place.data.report import hash_text
 from place.data.shards import COLUMNS
 from place.data.streaming import select_sentences
 from place.data.tokens import ReportTokenizer, train_tokenizer
@@ -428,25 +429,57 @@ def test_sections_are_chosen_and_never_leave_a_report_empty() -> None:
     assert select_sentences(report[:1], "impression") == ["a"]
 
 
+def read_batches(path: Path, tokenizer: str, cache: Path, epoch: int, train: bool, **options: object) -> list[Batch]:
+    """Batches of an epoch, of the first split that is trained on or validated with, sentences in their order."""
+    data = build_data(path).model_copy(update={"shuffle_sentences": False} | options)
+    loader = PairLoader(
+        data,
+        "train" if train else "val",
+        ReportTokenizer.load(tokenizer),
+        seed=3,
+        local_batch=GLOBAL_BATCH,
+        num_patches=16,
+        train=train,
+        cache=cache,
+    )
+    return list(loader.read_steps(epoch * STEPS, epoch * STEPS + (STEPS if train else 1), STEPS, 1))
+
+
 def test_reports_whose_section_reads_alike_are_one_group_of_a_batch(
     prepared: Path, tokenizer: str, tmp_path: Path
 ) -> None:
     """Other findings do not make them two: the model never reads those."""
     samples = {sample["sample_id"]: sample for sample in read_samples(prepared, "train")}
-    data = build_data(prepared).model_copy(update={"sections": "impression"})
-    loader = PairLoader(
-        data,
-        "train",
-        ReportTokenizer.load(tokenizer),
-        seed=3,
-        local_batch=GLOBAL_BATCH,
-        num_patches=16,
-        train=True,
-        cache=tmp_path,
-    )
     seen = {}
-    for batch in loader.read_steps(0, STEPS, STEPS, 1):
+    for batch in read_batches(prepared, tokenizer, tmp_path, 0, True, sections="impression"):
         seen |= dict(zip(batch.sample_id_B.tolist(), batch.report_group_B.tolist(), strict=True))
     texts = {number: " ".join(select_sentences(samples[number]["sentences"], "impression")) for number in seen}
     assert len({(texts[number], group) for number, group in seen.items()}) == len(set(texts.values()))
     assert len(set(seen.values())) == len(set(texts.values())) < len({samples[n]["report_group"] for n in seen})
+
+
+def test_one_section_of_a_report_is_drawn_for_the_epoch(prepared: Path, tokenizer: str, tmp_path: Path) -> None:
+    samples = {sample["sample_id"]: sample for split in ("train", "val") for sample in read_samples(prepared, split)}
+    read = ReportTokenizer.load(tokenizer)
+
+    def name_sections(epoch: int, train: bool) -> dict[int, str]:
+        """Section that each sample of an epoch was read in, by its tokens and by its group."""
+        found = {}
+        for batch in read_batches(prepared, tokenizer, tmp_path / f"{epoch}{train}", epoch, train, sections="one"):
+            rows = zip(
+                batch.sample_id_B.tolist(), batch.token_ids_BT, batch.attention_BT, batch.report_group_B.tolist()
+            )
+            for number, ids_T, attention_T, group in rows:
+                for name in ("findings", "impression"):
+                    texts = select_sentences(samples[number]["sentences"], name)
+                    if ids_T[attention_T].tolist() == read.encode(texts).token_ids:
+                        assert group == hash_text(" ".join(texts))
+                        found[number] = name
+                assert number in found
+        return found
+
+    first, again, second = (name_sections(epoch, True) for epoch in (0, 0, 1))
+    assert {*first.values()} == {*second.values()} == {"findings", "impression"}
+    assert first == again
+    assert any(first[number] != second[number] for number in first.keys() & second.keys())
+    assert {*name_sections(0, False).values()} == {"findings"}
