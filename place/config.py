@@ -98,8 +98,8 @@ class DataConfig(Section):
     views_per_study: Literal["all", "one"] = "all"
     """`all`: each image of a study is a pair of the epoch; `one`: each study is, with an image drawn for the epoch."""
     sections: Literal["all", "findings", "impression", "one"] = "all"
-    """Report sections the text encoder reads; `one`: a report's findings or impression, drawn for the epoch, and findings
-    where nothing is trained."""
+    """Report sections the text encoder reads; `one`: a report's findings or impression, drawn for the epoch, and its
+    findings where nothing is trained."""
     shuffle_sentences: bool = False
     """Draw a new order of a report's sentences at each epoch."""
     augment: AugmentConfig = AugmentConfig()
