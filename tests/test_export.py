@@ -17,6 +17,7 @@ from test_package import BLOCKED, run_code
 
 from place.cli import main
 from place.config import Config, RunError, UsageError, check_config
+from place.data.images import scale_to_uint8
 from place.data.transforms import eval_transform
 from place.evaluation.suite import run_evaluation
 from place.export import name_source, run_export
@@ -82,8 +83,15 @@ def test_processor_and_tokenizer_prepare_what_the_run_reads(run: LoadedRun, expo
     expected = eval_transform(grey, 32, run.mean, run.std)
     for image in (grey, Image.fromarray(grey)):
         torch.testing.assert_close(processor(image, return_tensors="pt").pixel_values[0], expected, atol=0, rtol=0)
+    deep = 16 * grey.astype(np.uint16) + 100
+    for image in (Image.fromarray(deep), Image.fromarray(deep.astype(np.int32)), Image.fromarray(grey / np.float32(9))):
+        assert image.mode in ("I;16", "I", "F")
+        ranged = eval_transform(scale_to_uint8(grey, grey.min(), grey.max()), 32, run.mean, run.std)
+        torch.testing.assert_close(processor(image, return_tensors="pt").pixel_values[0], ranged, atol=0, rtol=0)
     with pytest.raises(ValueError, match="expected a PIL image or a uint8 array"):
         processor(grey / 255)
+    with pytest.raises(ValueError, match="pixels are not finite"):
+        processor(Image.fromarray(np.full((40, 40), np.nan, np.float32)))
     given = AutoTokenizer.from_pretrained(exported)(["Edema is seen.", "Case same."], padding=True, return_tensors="pt")
     ids_BT, mask_BT, owner_BT, _ = run.tokenizer.collate(
         [run.tokenizer.encode([t]) for t in ("Edema is seen.", "Case same.")]

@@ -91,7 +91,7 @@ def decode_picture(data: bytes) -> GreyImage:
             picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
             check_pixel_count(picture.height, picture.width)
             picture.load()
-            return _to_grey(ImageOps.exif_transpose(picture))
+            return picture_to_grey(ImageOps.exif_transpose(picture))
     except Rejected:
         raise
     except Image.DecompressionBombError:
@@ -107,7 +107,8 @@ def check_pixel_count(height: int, width: int) -> None:
         raise Rejected("too_large", f"more than {MAX_PIXELS} pixels")
 
 
-def _to_grey(picture: Image.Image) -> GreyImage:
+def picture_to_grey(picture: Image.Image) -> GreyImage:
+    """A picture of any mode as 8-bit grey; more bits are scaled to their range. Raises Rejected. Source: ours."""
     if picture.mode.startswith(("I", "F")):
         values_YX = np.asarray(picture)
         low, high = values_YX.min(), values_YX.max()

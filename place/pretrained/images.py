@@ -6,14 +6,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
+from place.data.images import Rejected, picture_to_grey
 from place.data.transforms import Grey, eval_transform
 from place.pretrained.config import PlaceConfig
 
 
 class PlaceImageProcessor(BaseImageProcessor):
-    """Grey images of 8 bits to `pixel_values` (B,1,Y,X): centre square, resized, standardised.
+    """Grey images to `pixel_values` (B,1,Y,X): centre square, resized, standardised.
 
     Args:
         size_px: side of the square the model was trained on.
@@ -28,7 +30,10 @@ class PlaceImageProcessor(BaseImageProcessor):
         self.size_px, self.image_mean, self.image_std = size_px, image_mean, image_std
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
-        """Prepare one image or a list: PIL images, or uint8 arrays (Y,X). Raises ValueError for anything else."""
+        """Prepare one image or a list: PIL images, or uint8 arrays (Y,X). Raises ValueError for anything else.
+
+        PIL images of more than 8 bits are scaled to their range, as `place prepare` does.
+        """
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         pixels = [eval_transform(to_grey(image), self.size_px, self.image_mean, self.image_std) for image in images]
         return BatchFeature({"pixel_values": torch.stack(pixels)}, tensor_type=return_tensors)
@@ -36,7 +41,10 @@ class PlaceImageProcessor(BaseImageProcessor):
 
 def to_grey(image: Any) -> Grey:
     """A PIL image or a uint8 array (Y,X) as a uint8 array (Y,X)."""
-    image_YX = np.asarray(image.convert("L") if hasattr(image, "convert") else image)
+    try:
+        image_YX = picture_to_grey(image) if isinstance(image, Image.Image) else np.asarray(image)
+    except Rejected as error:
+        raise ValueError(f"expected a PIL image of finite pixels: {error.detail}") from None
     if image_YX.dtype != np.uint8 or image_YX.ndim != 2:
         raise ValueError(
             f"expected a PIL image or a uint8 array (rows, columns), got {image_YX.dtype} of shape {image_YX.shape}; "
