@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from place.kernels.patch_correlation.configurations import choose_tile
 from place.kernels.patch_correlation.reference import Options
 from place.kernels.testing import SHAPES
 
@@ -58,6 +59,14 @@ def test_traffic_stays_what_it_was(shape: tuple[int, int, int, int]) -> None:
     forward, backward, _ = plan_both(shape)
     moved = tuple(sum(item.count_bytes() for item in launches) / MIB for launches in (forward, backward))
     assert moved == pytest.approx(TRAFFIC_MIB[shape], rel=1e-3)
+
+
+@pytest.mark.parametrize("architecture", [86, 89, 120])
+def test_the_widest_panel_is_left_out_where_shared_memory_is_small(architecture: int) -> None:
+    assert choose_tile("panel", architecture, "half", 196, 128) is None
+    assert choose_tile("panel", architecture, "half", 128, 128) == choose_tile("panel", 90, "half", 128, 128)
+    assert choose_tile("apply", architecture, "half", 196, 128) == choose_tile("apply", 90, "half", 196, 128)
+    assert choose_tile("panel", 90, "half", 196, 128) is not None
 
 
 def test_no_launch_exceeds_the_grid_of_cuda() -> None:
