@@ -2,12 +2,15 @@
 
 python -m place.kernels.benchmark                          # all shapes on the GPU, Markdown at the end
 python -m place.kernels.benchmark --shape 8,196,128,256 --repeats 5     # also runs on a CPU
+
+Features are bf16. Targets are bf16, and fp32 as in training, which takes other tiles and never the panel.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import subprocess
 import sys
@@ -37,12 +40,18 @@ Shape = tuple[int, int, int, int]
 FLUSHES = 40
 """Of 256 MiB, before each call that is timed: 3 ms of an H200."""
 PASSES = ("forward", "backward", "both")
+TARGETS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TRUTH_IMAGES = 2
 """Images on which errors are measured: float64 of more would not fit beside the largest shape."""
 GATE_CASES = [
-    Case(patches, dtype=dtype, focus=focus, options=options, target_width=33, noise=noise)
+    Case(patches, dtype=dtype, target_dtype=target, focus=focus, options=options, target_width=33, noise=noise)
     for patches in (1, 37, 196, 300)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for dtype, target in (
+        (torch.float32, None),
+        (torch.bfloat16, None),
+        (torch.float16, None),
+        (torch.bfloat16, torch.float32),
+    )
     for focus, options, noise in (
         (False, Options(), None),
         (True, Options(False, "smooth_l1", 0.5), None),
@@ -122,8 +131,8 @@ class Timer(NamedTuple):
         return start_event.elapsed_time(end_event)
 
 
-def build_shape(shape: Shape, device: str) -> tuple[Tensor, Tensor]:
-    """bf16 features and targets whose correlations are alike, as in training."""
+def build_shape(shape: Shape, device: str, target: str = "bf16") -> tuple[Tensor, Tensor]:
+    """bf16 features, and targets of a key of `TARGETS`, whose correlations are alike, as in training."""
     batch, patches, width, target_width = shape
     rng = torch.Generator(device).manual_seed(0)
     shared = torch.randn(batch, patches, 16, generator=rng, device=device)
@@ -131,13 +140,15 @@ def build_shape(shape: Shape, device: str) -> tuple[Tensor, Tensor]:
     for columns in (width, target_width):
         mix = torch.randn(16, columns, generator=rng, device=device)
         noise = torch.randn(batch, patches, columns, generator=rng, device=device)
-        sides.append((shared @ mix + noise).bfloat16())
-    return sides[0], sides[1]
+        sides.append(shared @ mix + noise)
+    return sides[0].bfloat16(), sides[1].to(TARGETS[target])
 
 
-def measure_shape(shape: Shape, contenders: dict[str, Contender], device: str, repeats: int) -> list[dict[str, Any]]:
+def measure_shape(
+    shape: Shape, target: str, contenders: dict[str, Contender], device: str, repeats: int
+) -> list[dict[str, Any]]:
     """A row for each contender that runs at this shape, interleaved so that drift meets all alike."""
-    x_BND, y_BNT = build_shape(shape, device)
+    x_BND, y_BNT = build_shape(shape, device, target)
     x_BND.requires_grad_()
     timer = Timer(device, torch.empty(64 << 20 if device == "cuda" else 1, dtype=torch.int32, device=device))
     rows, alive = {}, {}
@@ -157,7 +168,7 @@ def measure_shape(shape: Shape, contenders: dict[str, Contender], device: str, r
                     samples[name][key].append(value)
     for name, passes in samples.items():
         rows[name] |= {key: quantiles(values) for key, values in passes.items()}
-    return [{"shape": shape, **row} for row in rows.values()]
+    return [{"shape": shape, "target": target, **row} for row in rows.values()]
 
 
 def measure_passes(contender: Contender, x_BND: Tensor, y_BNT: Tensor, timer: Timer) -> dict[str, float]:
@@ -174,8 +185,8 @@ def measure_passes(contender: Contender, x_BND: Tensor, y_BNT: Tensor, timer: Ti
 def measure_errors(contender: Contender, x_BND: Tensor, y_BNT: Tensor) -> dict[str, float]:
     """Relative errors of loss and gradient against float64, on the first images."""
     results = []
-    for run, dtype in ((run_eager, torch.float64), (contender, x_BND.dtype)):
-        x, y = (side[:TRUTH_IMAGES].detach().to(dtype) for side in (x_BND, y_BNT))
+    for run, dtypes in ((run_eager, [torch.float64] * 2), (contender, [x_BND.dtype, y_BNT.dtype])):
+        x, y = (side[:TRUTH_IMAGES].detach().to(dtype) for side, dtype in zip((x_BND, y_BNT), dtypes))
         loss = run(x.requires_grad_(), y)
         loss.backward()
         results.append((loss.detach(), x.grad))
@@ -227,16 +238,17 @@ def format_table(rows: list[dict[str, Any]], device_name: str) -> str:
     """Markdown: a line a contender, with the bound of the roofline for the whole step where the device is known."""
     device = find_device(device_name)
     lines = [
-        "| B, N, D, Dt | contender | forward ms | backward ms | both ms (p20 to p80) | roofline ms | peak MiB "
+        "| B, N, D, Dt | contender | target | forward ms | backward ms | both ms (p20 to p80) | roofline ms | peak MiB "
         "| loss error | gradient error |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        start = f"| {', '.join(map(str, row['shape']))} | {row['contender']} |"
+        start = f"| {', '.join(map(str, row['shape']))} | {row['contender']} | {row['target']} |"
         if "failed" in row:
             lines.append(f"{start} {row['failed']} | | | | | | |")
             continue
-        bound = f"{sum(compute_bound_us(row['shape'], device)) / 1e3:.3f}" if device else ""
+        target_bytes = TARGETS[row["target"]].itemsize
+        bound = f"{sum(compute_bound_us(row['shape'], device, target_bytes)) / 1e3:.3f}" if device else ""
         both = row["both"]
         lines.append(
             f"{start} {row['forward']['p50']:.3f} | {row['backward']['p50']:.3f} | {both['p50']:.3f} "
@@ -256,6 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Gate, then measurements as JSON lines, then the table. Exit code 1 on a red gate, without any speed."""
     parser = argparse.ArgumentParser(prog="python -m place.kernels.benchmark", description=__doc__)
     parser.add_argument("--shape", type=parse_shape, action="append", help="B,N,D,Dt; repeatable; default: the five")
+    parser.add_argument("--target", choices=TARGETS, action="append", help="of y; repeatable; default: both")
     parser.add_argument("--contender", action="append", help="by name; repeatable; default: all")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -269,9 +282,9 @@ def main(arguments: list[str] | None = None) -> int:
     contenders = build_contenders(asked.device)
     contenders = {name: run for name, run in contenders.items() if not asked.contender or name in asked.contender}
     rows: list[dict[str, Any]] = []
-    for shape in asked.shape or SHAPES:
+    for shape, target in itertools.product(asked.shape or SHAPES, asked.target or TARGETS):
         torch.compiler.reset()
-        for row in measure_shape(shape, contenders, asked.device, asked.repeats):
+        for row in measure_shape(shape, target, contenders, asked.device, asked.repeats):
             rows.append(row)
             line = json.dumps(about | row)
             sys.stdout.write(line + "\n")

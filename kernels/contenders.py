@@ -33,7 +33,7 @@ def run_fused(method: str, x_BND: Tensor, y_BNT: Tensor) -> Tensor:
 
 
 def _multiply_raw(x_BND: Tensor) -> Tensor:
-    if x_BND.is_cuda:
+    if x_BND.is_cuda and x_BND.dtype != torch.float32:
         return torch.bmm(x_BND, x_BND.mT, out_dtype=torch.float32)
     return torch.bmm(x_BND.float(), x_BND.float().mT)
 

@@ -1,6 +1,7 @@
 """What a GPU needs for the loss at least, and what we expect of the kernels before they are measured.
 
-`python -m place.kernels.roofline` prints both for the shapes of the benchmark; kernels/README.md holds the table.
+`python -m place.kernels.roofline` prints both for the shapes of the benchmark, bf16 on both sides; kernels/README.md
+holds the table.
 """
 
 from __future__ import annotations
@@ -37,15 +38,16 @@ def find_device(name: str) -> Device | None:
     return next((device for key, device in DEVICES.items() if key in name), None)
 
 
-def compute_bound_us(shape: Shape, device: Device, item_bytes: int = 2) -> tuple[float, float]:
-    """Microseconds forward and backward.
+def compute_bound_us(shape: Shape, device: Device, target_bytes: int = 2) -> tuple[float, float]:
+    """Microseconds forward and backward, for bf16 features and targets of so many bytes a number.
 
-    Half of each symmetric matrix is computed in each direction; backward multiplies the whole H with x.
+    Products are taken at the speed of bf16, those of fp32 targets too. Half of each symmetric matrix is computed in
+    each direction; backward multiplies the whole H with x.
     """
     batch, patches, width, target_width = shape
     differences = batch * patches * (patches + 1) * (width + target_width)
-    inputs = batch * patches * (width + target_width) * item_bytes
-    gradient = batch * patches * width * item_bytes
+    gradient = 2 * batch * patches * width
+    inputs = gradient + batch * patches * target_width * target_bytes
     forward = max(differences / device.flops, inputs / device.bytes_per_s)
     products = differences + 2 * batch * patches * patches * width
     backward = max(products / device.flops, (inputs + gradient) / device.bytes_per_s)

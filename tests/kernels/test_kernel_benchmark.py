@@ -32,12 +32,23 @@ def test_a_row_names_machine_versions_commit_shape_and_errors(
     path = tmp_path / "rows.jsonl"
     assert run("--contender", "eager", "--contender", "fused", "--output", str(path)) == 0
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["contender"] for row in rows] == ["eager", "fused"]
+    assert [(row["contender"], row["target"]) for row in rows] == [
+        ("eager", "bf16"),
+        ("fused", "bf16"),
+        ("eager", "fp32"),
+        ("fused", "fp32"),
+    ]
     for row in rows:
         assert {"device", "commit", "torch", "triton", "shape", "peak_mib", "loss_error"} < row.keys()
         assert all(row[key]["p20"] <= row[key]["p50"] <= row[key]["p80"] for key in benchmark.PASSES)
         assert 0 < row["gradient_error"] < 1e-2
-    assert "| 2, 9, 8, 8 | fused |" in capsys.readouterr().out
+    assert "| 2, 9, 8, 8 | fused | fp32 |" in capsys.readouterr().out
+
+
+def test_targets_are_of_the_type_that_was_asked_for(small_gate: None, capsys: pytest.CaptureFixture) -> None:
+    assert benchmark.build_shape((2, 9, 8, 8), "cpu", "fp32")[1].dtype == torch.float32
+    assert run("--contender", "fused", "--target", "fp32") == 0
+    assert "bf16 |" not in capsys.readouterr().out
 
 
 def test_a_red_gate_prints_no_speed(
@@ -67,6 +78,7 @@ def test_the_bound_is_the_slower_of_products_and_bytes() -> None:
     # One pair of rows: bytes decide. Many: products do.
     narrow = compute_bound_us((1, 1, 1000, 1000), h200)
     assert narrow == pytest.approx((4000 / 4.8e6, 6000 / 4.8e6))
+    assert compute_bound_us((1, 1, 1000, 1000), h200, 4) == pytest.approx((6000 / 4.8e6, 8000 / 4.8e6))
     forward, backward = compute_bound_us((1, 8192, 128, 128), h200)
     assert forward == pytest.approx(8192 * 8193 * 256 / 989e6)
     assert backward == pytest.approx((8192 * 8193 * 256 + 2 * 8192**2 * 128) / 989e6)

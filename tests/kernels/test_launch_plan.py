@@ -61,6 +61,17 @@ def test_traffic_stays_what_it_was(shape: tuple[int, int, int, int]) -> None:
     assert moved == pytest.approx(TRAFFIC_MIB[shape], rel=1e-3)
 
 
+def test_against_the_fp32_targets_of_training_slope_and_apply_run_and_no_panel() -> None:
+    x_BND, y_BNT, gradient_B = build_meta((256, 196, 128, 256))
+    kernels = launch.kernels
+    for target_BNT, expected in (
+        (y_BNT, [kernels.panel_kernel]),
+        (y_BNT.float(), [kernels.slope_kernel, kernels.apply_kernel]),
+    ):
+        _, (_, *backward) = launch.plan_gradient(gradient_B, x_BND, target_BNT, None, None, Options())
+        assert [item.kernel for item in backward[: len(expected)]] == expected
+
+
 @pytest.mark.parametrize("architecture", [86, 89, 120])
 def test_the_widest_panel_is_left_out_where_shared_memory_is_small(architecture: int) -> None:
     assert choose_tile("panel", architecture, "half", 196, 128) is None
