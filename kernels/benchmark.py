@@ -3,7 +3,7 @@
 python -m place.kernels.benchmark                          # all shapes on the GPU, Markdown at the end
 python -m place.kernels.benchmark --shape 8,196,128,256 --repeats 5     # also runs on a CPU
 
-Features are bf16. Targets are bf16, and fp32 as in training, which takes other tiles and never the panel.
+Features are bf16. Targets are bf16, as in training, and fp32, which takes other tiles and never the panel.
 """
 
 from __future__ import annotations

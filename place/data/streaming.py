@@ -230,7 +230,7 @@ class ReportPairs(StreamingDataset):
             image_CYX = train_transform(image_YX, size, self.mean, self.std, self.data.augment, rng)
         else:
             image_CYX = eval_transform(image_YX, size, self.mean, self.std)
-        sections = self.data.sections
+        sections: str = self.data.sections
         if self.train and sections == "one":
             sections = ONE_OF[int(rng.integers(len(ONE_OF)))]
         sentences, group = read_report(sample, sections)

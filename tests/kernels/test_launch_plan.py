@@ -61,7 +61,7 @@ def test_traffic_stays_what_it_was(shape: tuple[int, int, int, int]) -> None:
     assert moved == pytest.approx(TRAFFIC_MIB[shape], rel=1e-3)
 
 
-def test_against_the_fp32_targets_of_training_slope_and_apply_run_and_no_panel() -> None:
+def test_against_fp32_targets_slope_and_apply_run_and_no_panel() -> None:
     x_BND, y_BNT, gradient_B = build_meta((256, 196, 128, 256))
     kernels = launch.kernels
     for target_BNT, expected in (
