@@ -56,7 +56,10 @@ class Meter:
             self.phases.mark("other")
             self.phases.take()
         self.sent_bytes = _count_sent_bytes()
-        self.began, self.waited_s, self.steps = time.perf_counter(), 0.0, 0
+        self._begin(time.perf_counter())
+
+    def _begin(self, began: float) -> None:
+        self.began, self.waited_s, self.steps = began, 0.0, 0
         self._spans: list[tuple[Any, Any]] = []
         self._got: Any = None
 
@@ -106,11 +109,14 @@ class Meter:
     def write(self, step: int, epoch: int, losses: Losses, scales: Tensor, lr: float, grad_norm: Tensor) -> None:
         """Write a line of metrics.jsonl and the samples since the last one."""
         means = mean_over_ranks(torch.stack(losses).detach()).tolist()
+        # One moment ends this interval and begins the next, for rate and phases alike: what the line costs is in it.
+        self.mark("other")
+        now = time.perf_counter()
         phases = self._describe_phases()
         own_s = gather(torch.tensor([self._read_own_s()], device=self.device)).tolist()
         state = self.gpu.take() if self.gpu else GpuState(math.nan, math.nan)
         gpus = [GpuState(*row) for row in gather(torch.tensor([state], device=self.device)).tolist()]
-        elapsed_s = time.perf_counter() - self.began
+        elapsed_s = now - self.began
         if self.log is not None:
             for seen_step, seen_epoch, ids_G in self.samples:
                 self.log.write_samples(seen_step, seen_epoch, ids_G.tolist())
@@ -132,15 +138,15 @@ class Meter:
             }
             self.log.write_metrics(step, values)
         self.samples.clear()
-        self.restart()
+        self._begin(now)
 
     def _describe_phases(self) -> dict[str, Any]:
         """Mean seconds a step of each phase, over ranks, and MiB a step that all hosts sent."""
         if self.phases is None:
             return {}
-        self.mark("other")
-        own = self.phases.take()
-        sent = _count_sent_bytes() - self.sent_bytes if self.counts_bytes else 0
+        own, before = self.phases.take(), self.sent_bytes
+        self.sent_bytes = _count_sent_bytes()
+        sent = self.sent_bytes - before if self.counts_bytes else 0
         values = torch.tensor([[own.get(name, 0.0) for name in PHASES] + [sent]], dtype=torch.float64)
         values = gather(values.to(self.device)).cpu() / max(1, self.steps)
         means = values.mean(0).tolist()
