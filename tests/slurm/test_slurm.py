@@ -134,7 +134,9 @@ def test_a_measured_ladder_runs_each_rung_as_a_job_and_one_that_is_cancelled_is_
     assert [worker["host"] for worker in read_workers(tmp_path / "scale/3_workers/full0/run")] == rig.names
     again = rig.ctl(*words, check=False, **environ)
     assert again.count("is queued") == 3, "what was measured was done again"
-    path.write_text(yaml.safe_dump(ladder | {"rungs": [{"workers": 1}], "steps": 4000, "timeout_s": 60}))
+    # As many epochs as no machine gets through before Slurm's warning, which comes within a minute.
+    endless = [{"workers": 1, "config": ["train.epochs=5000"]}]
+    path.write_text(yaml.safe_dump(ladder | {"rungs": endless, "steps": 60_000, "timeout_s": 60}))
     environ["PLACE_SBATCH"] = " ".join(word for word in SITE if not word.startswith("--time"))
     assert "it was stopped before its end, by the warning of its time limit" in rig.ctl(*words, check=False, **environ)
     hosts = [worker["host"] for worker in read_workers(tmp_path / "scale/2_workers/full0/run")]
