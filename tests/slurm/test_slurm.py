@@ -141,7 +141,7 @@ def test_a_measured_ladder_runs_each_rung_as_a_job_and_one_that_is_cancelled_is_
     assert "it was stopped before its end, by the warning of its time limit" in rig.ctl(*words, check=False, **environ)
     hosts = [worker["host"] for worker in read_workers(tmp_path / "scale/2_workers/full0/run")]
     assert (len(hosts), len(set(hosts))) == (2, 1), "pretrain.sh counted the nodes"
-    assert rig.list_leftovers() == []
+    wait_until(lambda: rig.list_leftovers() == [], 15, "an empty machine", said)
 
 
 def test_doctor_looks_at_all_nodes_of_an_allocation(rig: Rig, pairs: Path, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_doctor_looks_at_all_nodes_of_an_allocation(rig: Rig, pairs: Path, tmp_p
     assert by_check["shared folder"]["state"] == by_check["collectives"]["state"] == "OK", said
     assert sorted(by_check["shared folder"]["hosts"]) == sorted(rig.names), said
     assert f"on {rig.machines} nodes" in by_check["collectives"]["text"]
-    assert rig.list_leftovers() == []
+    wait_until(lambda: rig.list_leftovers() == [], 15, "an empty machine", said)
 
 
 # ---- it is told to end, or something befalls it: the curve is the undisturbed one
