@@ -141,7 +141,7 @@ def test_a_measured_ladder_runs_each_rung_as_a_job_and_one_that_is_cancelled_is_
     assert "it was stopped before its end, by the warning of its time limit" in rig.ctl(*words, check=False, **environ)
     hosts = [worker["host"] for worker in read_workers(tmp_path / "scale/2_workers/full0/run")]
     assert (len(hosts), len(set(hosts))) == (2, 1), "pretrain.sh counted the nodes"
-    wait_until(lambda: rig.list_leftovers() == [], 15, "an empty machine", said)
+    assert rig.list_leftovers() == []
 
 
 def test_doctor_looks_at_all_nodes_of_an_allocation(rig: Rig, pairs: Path, tmp_path: Path) -> None:
