@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,9 @@ from place.kept import write_text
 from place.losses.objective import compute_losses
 from place.model.place import PlaceModel, build_model
 from place.node import clean_node, note_cache, note_shared_memory
-from place.runlog import RunLog, count_attempts, note_end, note_start, write_attempt
+from place.runlog import RunLog, count_attempts, write_attempt
 from place.trackers import Tracker, check_trackers, open_trackers
-from place.training.checkpoint import agree_on_checkpoint, find_checkpoint, read_state, write_definition
+from place.training.checkpoint import agree_on_checkpoint, read_state, write_definition
 from place.training.engine import Engine, TorchEngine
 from place.training.gpu import open_gpu
 from place.training.loop import Progress, describe_lineage, train
@@ -50,7 +50,7 @@ def prepare_run(config: Config, world: int) -> RunPlan:
     """Check everything that can be checked before workers start, and write config.yaml and run.json.
 
     Raises:
-        UsageError: data, plan or run folder do not permit the run. RunError: see `find_checkpoint` and `check_disk`.
+        UsageError: data, plan or run folder do not permit the run. RunError: see `check_disk`.
     """
     run_dir = Path(config.run.dir)
     plan = build_run_plan(config, world)
@@ -60,15 +60,11 @@ def prepare_run(config: Config, world: int) -> RunPlan:
         raise UsageError(
             f"{run_dir} already holds a run and run.resume=never; choose another run.dir or run.resume=auto"
         )
-    try:
-        newest, _ = find_checkpoint(run_dir)
-    except RunError as error:
-        # `place runs` would go on to say what the run was before.
-        note_start(run_dir)
-        note_end(run_dir, "failed", str(error))
-        raise
-    if newest is not None:
-        _check_lineage(newest, config, plan)
+    for folder in sorted((run_dir / "checkpoints").glob("step_????????"), reverse=True):
+        # All are of one lineage; whether one is whole, the workers find out, who hash it.
+        with suppress(OSError, json.JSONDecodeError):
+            _check_lineage(folder, config, plan)
+            break
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_text(run_dir / "config.yaml", dump_config(config))
