@@ -16,7 +16,7 @@ from place.cluster.metrics import RayMetrics
 from place.cluster.topology import read_sockets, share_cores
 
 from place.config import Config, PassingError, RunError, UsageError
-from place.distributed import World, broadcast_text, is_distributed, read_world
+from place.distributed import World, broadcast_text, choose_device, is_distributed, read_world
 from place.kept import write_text
 from place.training.engine import TorchEngine
 from place.training.pretrain import BuildEngine, new_launch, run_worker
@@ -60,11 +60,9 @@ def join_torchrun(config: Config) -> World:
         raise UsageError(
             "cluster.launcher=torchrun: no RANK in the environment; start with torchrun -m place pretrain ..."
         )
-    use_gpu = torch.cuda.is_available()
-    if use_gpu:
-        # Before the first collective, which would begin on GPU 0 of every rank.
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(seconds=config.cluster.timeout_s))
+    # Before the first collective, which would begin on GPU 0 of every rank.
+    backend = "nccl" if choose_device().type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=config.cluster.timeout_s))
     return read_world()
 
 

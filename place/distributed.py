@@ -36,12 +36,12 @@ def read_world() -> World:
 
 
 def choose_device() -> torch.device:
-    """This process's GPU, or the CPU."""
+    """This process's GPU, or the CPU; by LOCAL_RANK, so that it can be asked before the ranks have met."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", read_world().local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
+    number = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 class Node(NamedTuple):
