@@ -249,16 +249,17 @@ def test_validation_is_in_stored_order_and_not_augmented(prepared: Path, tokeniz
     assert {sample for step in first for sample in step} <= set(stored)
 
 
-def build_loader(data: Path, tokenizer: str, cache: Path, num_workers: int = 0) -> PairLoader:
-    config = build_data(data, num_workers)
+def build_loader(
+    data: Path, tokenizer: str, cache: Path, num_workers: int = 0, train: bool = True, **options: object
+) -> PairLoader:
     return PairLoader(
-        config,
-        "train",
+        build_data(data, num_workers).model_copy(update=options),
+        "train" if train else "val",
         ReportTokenizer.load(tokenizer),
         seed=3,
         local_batch=GLOBAL_BATCH,
         num_patches=16,
-        train=True,
+        train=train,
         cache=cache,
     )
 
@@ -431,17 +432,7 @@ def test_sections_are_chosen_and_never_leave_a_report_empty() -> None:
 
 def read_batches(path: Path, tokenizer: str, cache: Path, epoch: int, train: bool, **options: object) -> list[Batch]:
     """Batches of an epoch, of the first split that is trained on or validated with, sentences in their order."""
-    data = build_data(path).model_copy(update={"shuffle_sentences": False} | options)
-    loader = PairLoader(
-        data,
-        "train" if train else "val",
-        ReportTokenizer.load(tokenizer),
-        seed=3,
-        local_batch=GLOBAL_BATCH,
-        num_patches=16,
-        train=train,
-        cache=cache,
-    )
+    loader = build_loader(path, tokenizer, cache, train=train, shuffle_sentences=False, **options)
     return list(loader.read_steps(epoch * STEPS, epoch * STEPS + (STEPS if train else 1), STEPS, 1))
 
 
