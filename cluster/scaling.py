@@ -392,11 +392,15 @@ def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]]
     """
     full = [row for row in rows if row["probe"] == "full" and row["status"] == "ok" and row["network"]]
     alone = {row["rung"]: row for row in rows if row["probe"] == "alone" and row["status"] == "ok"}
+    lacking = [row["rung"] for row in full if row["exposed_s"] is None and row["rung"] not in alone]
+    full = [row for row in full if row["rung"] not in lacking]
+    unseen = (
+        f"the phases of {', '.join(lacking)} hold their communication, as they do on GPUs, and no `alone` row is there to "
+        "tell it from compute"
+    )
+    if lacking and not any(row["workers"] > 1 for row in full):
+        return {"why_not": f"{unseen}; take `alone` into probes"}
     hidden = [row["rung"] for row in full if row["exposed_s"] is None]
-    lacking = [rung for rung in hidden if rung not in alone]
-    if lacking:
-        what = f"the phases of {', '.join(lacking)} hold their communication, as they do on GPUs"
-        return {"why_not": f"{what}, and no `alone` row is there to tell it from compute; take `alone` into probes"}
     beside = {rung: (alone[rung], steps[rung, "alone"]) for rung in hidden}
     points = [build_point(row, steps[row["rung"], "full"], beside.get(row["rung"])) for row in full]
     fitted = [point for row, point in zip(full, points, strict=True) if not row["hold_out"]]
@@ -406,6 +410,8 @@ def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]]
     if several and not any(compute_typical(point.seconds_S3)[1] for point in several):
         return {"why_not": "no rung of several workers shows any exposed communication to fit to"}
     notes = [HIDDEN] if hidden else []
+    if lacking:
+        notes.append(f"left out of the model: {unseen}")
     models = fit_resampled(fitted)
     rungs = []
     for row, point in zip(full, points, strict=True):

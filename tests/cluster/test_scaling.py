@@ -231,6 +231,11 @@ def test_nothing_is_predicted_where_communication_was_not_seen(tmp_path: Path) -
     full = [row for row in rows if row["probe"] == "full"]
     said = scaling.build_predictions(scale, Path(TINY), full, steps)["why_not"]
     assert said.startswith("the phases of 2 workers, 4 workers, 8 workers hold their communication")
+    partly = [row for row in rows if (row["rung"], row["probe"]) != ("4 workers", "alone")]
+    model = scaling.build_predictions(scale, Path(TINY), partly, steps)
+    assert [rung["rung"] for rung in model["rungs"]] == ["1 worker", "2 workers", "8 workers"]
+    assert model["notes"][1].startswith("left out of the model: the phases of 4 workers hold their communication")
+    assert model["sizes"], "one rung's alone run that failed does not take the others' model"
     alone = scaling.build_predictions(scale, Path(TINY), full[:1], steps)
     assert alone["sizes"] == []
     assert "none is predicted" in alone["notes"][0]
