@@ -395,8 +395,8 @@ def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]]
     lacking = [row["rung"] for row in full if row["exposed_s"] is None and row["rung"] not in alone]
     full = [row for row in full if row["rung"] not in lacking]
     unseen = (
-        f"the phases of {', '.join(lacking)} hold their communication, as they do on GPUs, and no `alone` row is there to "
-        "tell it from compute"
+        f"the phases of {', '.join(lacking)} hold their communication, as they do on GPUs, "
+        "and no `alone` row is there to tell it from compute"
     )
     if lacking and not any(row["workers"] > 1 for row in full):
         return {"why_not": f"{unseen}; take `alone` into probes"}
