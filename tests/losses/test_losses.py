@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from place.kernels import contrast
+from place.kernels.patch_correlation import patch_corr_loss
 from spawn import run_ranks
 from tiny import VOCAB, build_batch, build_tiny_config
 
@@ -65,17 +67,35 @@ def plain_pathology(visual, textual, study, hashes, scale, negatives: str) -> to
     return total / 2 / len(visual)
 
 
+def pair_by_hand(pairing: str, observations: torch.Tensor, sentences: torch.Tensor) -> torch.Tensor:
+    """The V-POR of each sentence of one study."""
+    cosine = sentences @ observations.T
+    if pairing == "soft":
+        mixed = torch.stack([sum(share * v for share, v in zip(row.softmax(0), observations)) for row in 5.0 * cosine])
+        return mixed / mixed.norm(dim=1, keepdim=True)
+    if pairing == "max":
+        return torch.stack([max(observations, key=lambda v, t=t: (v @ t).item()) for t in sentences])
+    rows = cosine.tolist()
+    choices = itertools.permutations(range(len(observations)), len(sentences))
+    best = max(choices, key=lambda choice: sum(row[column] for row, column in zip(rows, choice)))
+    return observations[list(best)]
+
+
 @pytest.mark.parametrize("pairing", PAIRINGS)
 @pytest.mark.parametrize("negatives", ["study", "rank", "global"])
 def test_pathology_equals_a_loop_over_pairs(pairing: str, negatives: str) -> None:
-    observations, sentences = unit(3, 5, 6), unit(3, 4, 6, seed=1)
+    observations, sentences = unit(3, 5, 6).requires_grad_(), unit(3, 4, 6, seed=1).requires_grad_()
+    scale = SCALE.clone().requires_grad_()
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]).bool()
     hashes = torch.tensor([[11, 12, 13, 0], [12, 0, 0, 0], [14, 15, 0, 0]])
-    matched, kept = PAIRINGS[pairing](observations, sentences, mask, SCALE)
+    matched = torch.cat([pair_by_hand(pairing, observations[i], sentences[i][mask[i]]) for i in range(3)])
     study = torch.arange(3)[:, None].expand(3, 4)
-    expected = plain_pathology(matched[kept], sentences[kept], study[kept], hashes[kept], SCALE, negatives)
-    ours = pathology_loss(observations, sentences, mask, hashes, SCALE, pairing, negatives)
+    expected = plain_pathology(matched, sentences[mask], study[mask], hashes[mask], scale, negatives)
+    ours = pathology_loss(observations, sentences, mask, hashes, scale, pairing, negatives)
     torch.testing.assert_close(ours, expected)
+    # How a sentence chooses does not teach the temperature, which the contrast does.
+    leaves = observations, sentences, scale
+    torch.testing.assert_close(torch.autograd.grad(ours, leaves), torch.autograd.grad(expected, leaves))
 
 
 def test_the_search_equals_a_loop_over_sentences_and_images() -> None:
@@ -181,6 +201,55 @@ def test_the_total_is_the_weighted_sum_and_a_term_of_weight_zero_is_left_out() -
     losses = compute_losses(model(build_batch(4)), build_batch(4), config.loss, 1 / 255)
     assert losses.pathology.item() == 0
     torch.testing.assert_close(losses.total, 2 * losses.instance + 0.5 * losses.correlation)
+
+
+OPTIONS = {
+    "multi_positive": ("instance", {"instance": {"multi_positive": False}}),
+    "pairing": ("pathology", {"pathology": {"pairing": "max"}}),
+    "negatives": ("pathology", {"pathology": {"negatives": "study"}}),
+    "search": ("pathology", {"pathology": {"search": 0.25}}),
+    "normalize": ("correlation", {"correlation": {"normalize": False}}),
+    "distance": ("correlation", {"correlation": {"distance": "smooth_l1"}}),
+    "beta": ("correlation", {"correlation": {"distance": "smooth_l1", "beta": 0.03}}),
+    "scales": ("tokens", {"tokens": {"attention_scale": 2.0, "word_scale": 3.0, "logit_scale": 7.0}}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_of_the_config_is_that_of_its_loss(name: str) -> None:
+    term, change = OPTIONS[name]
+    config = build_tiny_config(loss={**change, "tokens": {"weight": 1.0, **change.get("tokens", {})}}).loss
+    plain_config = build_tiny_config(loss={"tokens": {"weight": 1.0}})
+    torch.manual_seed(0)
+    model, _ = build_model(plain_config, VOCAB, torch.device("cpu"))
+    batch = build_batch(6)
+    batch = batch._replace(report_group_B=torch.tensor([0, 0, 1, 2, 3, 3]))
+    batch.image_BCYX[:, :, :8, :8] *= 0.01
+    outputs = model(batch)._replace(logit_scales=torch.tensor([3.0, 9.0]))
+    asked, grey = config.pathology, 0.05
+    given = outputs.observations_BKE, outputs.sentences_BSE, outputs.mask_BS, batch.sentence_hash_BS, torch.tensor(9.0)
+    pairs, searched = pathology_loss(*given, asked.pairing, asked.negatives), search_loss(*given)
+    sum_of_images, images = patch_corr_loss(
+        *(outputs.z_BNE, outputs.target_BND),
+        valid_BN=batch.valid_patch_BN,
+        focus_BN=outputs.focus_BN,
+        normalize=config.correlation.normalize,
+        loss=config.correlation.distance,
+        beta=config.correlation.beta,
+        eps_y=grey,
+        method="reference",
+    )
+    groups, is_word = batch.report_group_B, batch.sentence_of_token_BT >= 0
+    expected = {
+        "instance": instance_loss(*outputs[:2], torch.tensor(3.0), groups, config.instance.multi_positive),
+        "pathology": (1 - asked.search) * pairs + asked.search * searched,
+        "correlation": sum_of_images / images,
+        "tokens": token_loss(outputs.regions_BNE, outputs.words_BTE, is_word, groups, config.tokens),
+    }
+    found, plain = (compute_losses(outputs, batch, c, grey)._asdict() for c in (config, plain_config.loss))
+    for other, value in expected.items():
+        torch.testing.assert_close(found[other], value, msg=other)
+    assert abs(found[term] / plain[term] - 1) > 1e-3, "the option changes its term here"
 
 
 def build_uneven_batch() -> Batch:
