@@ -12,13 +12,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from scipy.special import expit
-from sklearn.metrics import accuracy_score, brier_score_loss, f1_score
+from sklearn.metrics import brier_score_loss, f1_score
 from torch import Tensor
 
 from place.compat import patch_torchvision
 from place.config import UsageError
 from place.evaluation.encoder import get_units, read_units
-from place.evaluation.findings import Findings, choose_findings, describe_findings, list_scores, resample_findings
+from place.evaluation.findings import (
+    Findings,
+    choose_findings,
+    describe_findings,
+    is_one_of_many,
+    list_scores,
+    resample_accuracy,
+    resample_findings,
+)
 from place.evaluation.metrics import Array, Metric, TaskResult, compute_f1s, compute_means, draw_weights, summarize
 from place.evaluation.probe import FeatureSplit, Probed, draw_subsets, probe
 from place.evaluation.task import Task
@@ -139,15 +147,8 @@ def judge_probe(item: Probed, findings: Findings, weight_RB: Array) -> Figures:
         figures[f"mean_{kind}"] = float(np.mean(values)), np.mean(resampled, axis=0)
         figures |= {f"{kind}.{name}": pair for name, pair in zip(findings.names, pairs, strict=True)}
     if is_one_of_many(findings.target_BF):
-        truth_B, guess_B = findings.target_BF.argmax(axis=1), item.score_BF.argmax(axis=1)
-        right_B = (truth_B == guess_B).astype(float)
-        figures["accuracy"] = accuracy_score(truth_B, guess_B), compute_means(right_B, weight_RB)
+        figures["accuracy"] = resample_accuracy(item.score_BF, findings.target_BF, weight_RB)
     return figures
-
-
-def is_one_of_many(target_BF: Array) -> bool:
-    """Whether the findings are classes: three or more, each image known to be of exactly one."""
-    return target_BF.shape[1] > 2 and not np.isnan(target_BF).any() and bool((target_BF.sum(axis=1) == 1).all())
 
 
 def read_features(task: Task, split: str) -> FeatureSplit:

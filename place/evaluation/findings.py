@@ -7,10 +7,18 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_score
 
 from place.config import UsageError
-from place.evaluation.metrics import Array, Metric, compute_aurocs, compute_average_precisions, draw_weights, summarize
+from place.evaluation.metrics import (
+    Array,
+    Metric,
+    compute_aurocs,
+    compute_average_precisions,
+    compute_means,
+    draw_weights,
+    summarize,
+)
 
 
 class Findings(NamedTuple):
@@ -77,10 +85,14 @@ def judge_findings(
         findings: from `choose_findings`.
         unit_B: patient of each study; patients are resampled.
         bootstrap: resamples; 0 gives no intervals.
-    Returns: `mean_auroc`, `mean_average_precision`, then `auroc.NAME` and `average_precision.NAME`.
+    Returns: `mean_auroc`, `mean_average_precision`, then `auroc.NAME` and `average_precision.NAME`, and `accuracy`
+        where each image is positive for exactly one of the findings, of three or more (5x200).
     Source: ours.
     """
-    resampled = resample_findings(score_BF, findings, draw_weights(unit_B, bootstrap, seed))
+    weight_RB = draw_weights(unit_B, bootstrap, seed)
+    resampled = resample_findings(score_BF, findings, weight_RB)
+    if is_one_of_many(findings.target_BF == 1):
+        resampled["accuracy"] = resample_accuracy(score_BF, findings.target_BF == 1, weight_RB)
     return {name: summarize(*pair) for name, pair in resampled.items()}
 
 
@@ -98,6 +110,17 @@ def resample_findings(score_BF: Array, findings: Findings, weight_RB: Array) -> 
     for kind, pairs in values.items():
         figures |= {f"{kind}.{name}": pair for name, pair in zip(findings.names, pairs, strict=True)}
     return figures
+
+
+def is_one_of_many(target_BF: Array) -> bool:
+    """Whether the findings are classes: three or more, each image known to be of exactly one."""
+    return target_BF.shape[1] > 2 and not np.isnan(target_BF).any() and bool((target_BF.sum(axis=1) == 1).all())
+
+
+def resample_accuracy(score_BF: Array, target_BF: Array, weight_RB: Array) -> tuple[float, Array]:
+    """Share of images whose class has the highest score, and that share in every resample."""
+    truth_B, guess_B = target_BF.argmax(axis=1), score_BF.argmax(axis=1)
+    return accuracy_score(truth_B, guess_B), compute_means((truth_B == guess_B).astype(float), weight_RB)
 
 
 def list_scores(sample_ids: Sequence[int], score_BF: Array, findings: Findings) -> dict[str, Any]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from place.config import FinetuneConfig, UsageError
-from place.evaluation.classification import Labelled, describe_probe, is_one_of_many, judge_shares, require_units
+from place.evaluation.classification import Labelled, describe_probe, judge_shares, require_units
 from place.evaluation.encoder import get_units
-from place.evaluation.findings import build_targets
+from place.evaluation.findings import build_targets, is_one_of_many
 from place.evaluation.frozen import FrozenEncoder
 from place.evaluation.heads import Schedule, build_seeded, train_on_tokens
 from place.evaluation.metrics import Array, TaskResult

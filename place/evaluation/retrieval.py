@@ -27,7 +27,7 @@ from place.evaluation.metrics import (
 from place.evaluation.task import Task
 
 RANKS = (1, 5, 10)
-PRECISIONS = (5, 10)
+PRECISIONS = (5, 10, 100)
 MAX_CELLS = 1 << 26
 NO_REPORT = -1
 SCORES = {

@@ -21,6 +21,7 @@ RETRIEVAL_ROWS = {
     "mrr": "MRR",
     "p_at_5": "P@5 by label %",
     "p_at_10": "P@10 by label %",
+    "p_at_100": "P@100 by label %",
 }
 
 

@@ -58,3 +58,17 @@ def test_an_unknown_finding_far_from_all_lists_the_labels():
 def test_a_split_without_both_classes_of_anything_is_refused():
     with pytest.raises(UsageError, match="both positive and negative"):
         choose_findings(LABELS, ["nodule"])
+
+
+def test_images_that_have_exactly_one_finding_have_an_accuracy_with_its_interval():
+    """As in 5x200; a label that is not told is not the image's finding."""
+    truth = np.arange(40) % 4
+    labels = [{name: int(name == "abcd"[t]) or (None if t == 2 else 0) for name in "abcd"} for t in truth]
+    findings = choose_findings(labels, list("abcd"))
+    score_BF = np.eye(4)[truth]
+    score_BF[:8] = 0.0, 2.0, 1.0, 0.0  # of the first eight, the two of `b` are right
+    accuracy = judge_findings(score_BF, findings, np.arange(40), 200)["accuracy"]
+    assert accuracy.value == 34 / 40
+    assert accuracy.low < accuracy.value < accuracy.high
+    labels[0] |= {"b": 1}
+    assert "accuracy" not in judge_findings(score_BF, choose_findings(labels, list("abcd")), np.arange(40), 5)

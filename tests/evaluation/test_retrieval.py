@@ -93,6 +93,15 @@ def test_precision_is_reported_as_the_mean_over_findings():
     metrics = judge(same_class, range(12), label_BF=label, bootstrap=20)
     assert metrics["image_to_text.p_at_5"] == (1, 1, 1)
     assert metrics["image_to_text.p_at_10"].value == 0.5
+    assert "image_to_text.p_at_100" not in metrics
+
+
+def test_precision_at_100_is_there_where_100_other_reports_are():
+    label = np.eye(2)[np.arange(102) % 2]
+    metrics = judge(label @ label.T, range(102), label_BF=label, bootstrap=5)
+    assert metrics["image_to_text.p_at_10"].value == 1
+    assert metrics["image_to_text.p_at_100"].value == 0.5
+    assert "image_to_text.p_at_100" not in judge(label[:100] @ label[:100].T, range(100), label_BF=label[:100])
 
 
 @pytest.mark.parametrize("matches", [1, 3])

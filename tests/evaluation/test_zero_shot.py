@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch.nn.functional import normalize
 
-from place.config import check_config
+from place.config import EvaluationConfig, check_config
 from place.evaluation.encoder import EncodedSplit
 from place.evaluation.prompts import FindingPrompts
-from place.evaluation.zero_shot import choose_headline, score_findings
+from place.evaluation.table import print_results
+from place.evaluation.task import Task, TaskInput
+from place.evaluation.zero_shot import choose_headline, run_zero_shot, score_findings
 from place.model.place import TextFeatures
+from place.training.checkpoint import load_run
 
 PROMPTS = {"edema": FindingPrompts(["wet", "soaked"], ["dry"], "file")}
 MEANING = {"wet": [1.0, 0, 0], "soaked": [0.9, 0.1, 0], "dry": [0, 1.0, 0]}
@@ -57,3 +63,23 @@ def test_the_pathology_score_needs_one_observation_only():
 def test_the_headline_is_fixed_by_what_was_trained(instance, pathology, mode):
     loss = check_config({"loss": {"instance": {"weight": instance}, "pathology": {"weight": pathology}}}).loss
     assert choose_headline(loss) == mode
+
+
+def test_images_of_one_finding_each_have_an_accuracy_beside_that_of_chance(run_dir, data_dir):
+    names = ["edema", "effusion", "nodule"]
+    task = Task(TaskInput(load_run(run_dir), data_dir, {"labels": names}, "test", EvaluationConfig(bootstrap=40)))
+    split = task.encoded
+    truth = np.arange(len(split.studies)) % 3
+    labels = [{name: int(name == names[t]) for name in names} for t in truth]
+    studies = [study._replace(labels=row) for study, row in zip(split.studies, labels, strict=True)]
+    task.encoded = split._replace(studies=studies)
+    result = run_zero_shot(task)
+    score_BF = np.array(result.rows["score"]).reshape(3, -1).T
+    accuracy = result.metrics["accuracy"]
+    assert accuracy.value == np.mean(score_BF.argmax(axis=1) == truth)
+    assert accuracy.low < accuracy.high
+    assert "pathology.accuracy" in result.metrics
+    assert result.protocol["chance"] == {"mean_auroc": 0.5, "accuracy": pytest.approx(1 / 3)}
+    stream = io.StringIO()
+    print_results({"zero_shot": result}, Console(file=stream, width=100))
+    assert f"accuracy over 3 classes {accuracy.value:.3f}" in stream.getvalue()
