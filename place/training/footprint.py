@@ -76,7 +76,10 @@ def measure_footprint(config: Config) -> Footprint:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     engine = config.engine.model_copy(update={"activation_checkpointing": False})
-    model, assumed = _build_without_weights(config.model_copy(update={"engine": engine}))
+    definition, vocab_size, assumed = find_report_encoder(config)
+    model = build_without_weights(config.model_copy(update={"engine": engine}), definition, vocab_size)
+    # Full reports are as long packed as padded; how long others are, fake tensors do not know.
+    model.text.first_position = None
     with FakeTensorMode():
         # Moved by shape: fake tensors know no values, and timm and transformers ask for some while they build.
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
@@ -194,15 +197,19 @@ class _SavesLikeFlash(torch.autograd.Function):
         return out_BHQD
 
 
-def _build_without_weights(config: Config) -> tuple[PlaceModel, list[str]]:
-    """The model on the meta device, and what was assumed of encoders that are not here."""
-    definition, vocab_size, assumed = find_report_encoder(config)
+def build_without_weights(config: Config, definition: PretrainedConfig | None, vocab_size: int) -> PlaceModel:
+    """The model on the meta device.
+
+    Args:
+        definition, vocab_size: see `build_report_encoder`.
+    Raises:
+        UsageError: the model cannot be built as configured.
+    Source: ours.
+    """
     with torch.device("meta"):
         vision = build_image_encoder(config.model.vision, config.data.image_size_px, with_weights=False)
         text = build_report_encoder(config.model.text, vocab_size, config.data.max_tokens, "sdpa", definition)
-        # Full reports are as long packed as padded; how long others are, fake tensors do not know.
-        text.first_position = None
-        return PlaceModel(config, vision, text, "sdpa"), assumed
+        return PlaceModel(config, vision, text, "sdpa")
 
 
 def find_report_encoder(config: Config) -> tuple[PretrainedConfig | None, int, list[str]]:

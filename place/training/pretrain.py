@@ -19,6 +19,7 @@ from typing import Any
 
 import cv2
 import torch
+from safetensors import SafetensorError, safe_open
 
 from place.batch import Batch, Losses, Outputs
 from place.config import Config, RunError, UsageError, dump_config
@@ -35,10 +36,12 @@ from place.runlog import RunLog, count_attempts, write_attempt
 from place.trackers import Tracker, check_trackers, open_trackers
 from place.training.checkpoint import agree_on_checkpoint, read_state, write_definition
 from place.training.engine import Engine, TorchEngine
+from place.training.footprint import build_without_weights
 from place.training.gpu import open_gpu
 from place.training.loop import Progress, describe_lineage, train
 from place.training.phases import Phases
 from place.training.plan import RunPlan, build_plan
+from place.training.state import WEIGHTS, check_layout, read_layout
 from place.training.stop import withdraw_stop
 from place.training.watchdog import Watchdog
 
@@ -62,8 +65,9 @@ def prepare_run(config: Config, world: int) -> RunPlan:
         )
     for folder in sorted((run_dir / "checkpoints").glob("step_????????"), reverse=True):
         # All are of one lineage; whether one is whole, the workers find out, who hash it.
-        with suppress(OSError, json.JSONDecodeError):
+        with suppress(OSError, json.JSONDecodeError, SafetensorError):
             _check_lineage(folder, config, plan)
+            _check_shapes(folder, config)
             break
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -223,6 +227,23 @@ def _check_lineage(folder: Path, config: Config, plan: RunPlan) -> dict[str, Any
                 "resume with the same value or choose another run.dir"
             )
     return state
+
+
+def _check_shapes(folder: Path, config: Config) -> None:
+    """Raises UsageError where the model of this run, built without weights, is not that of a checkpoint."""
+    from transformers import AutoConfig
+
+    source, definition, vocab_size = config.model.text.source, None, 0
+    try:
+        if source == "scratch":
+            vocab_size = ReportTokenizer.load(Path(config.run.dir) / "tokenizer").vocab_size
+        else:
+            definition = AutoConfig.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError):
+        return  # not on this machine: the workers compare
+    layout = read_layout(build_without_weights(config, definition, vocab_size))
+    with safe_open(folder / WEIGHTS, framework="pt") as weights:
+        check_layout(folder, weights, layout)
 
 
 def _read_or_train_tokenizer(config: Config, is_resumed: bool) -> ReportTokenizer:

@@ -86,7 +86,7 @@ def load_share(
     """
     moments = MomentReader(folder)
     with torch.no_grad(), safe_open(folder / WEIGHTS, framework="pt") as weights:
-        _check_layout(folder, weights, layout)
+        check_layout(folder, weights, layout)
         for owner in {id(piece.owner): piece.owner for piece in pieces}.values():
             # The fused AdamW counts its steps on the device.
             device = owner.device if optimizer.defaults.get("fused") else None
@@ -101,8 +101,8 @@ def load_share(
                 _cut(optimizer.state[piece.owner][kind], piece).copy_(run)
 
 
-def _check_layout(folder: Path, weights: Any, layout: Layout) -> None:
-    """A tensor of another shape would be filled with what lies at its place."""
+def check_layout(folder: Path, weights: Any, layout: Layout) -> None:
+    """Raises UsageError at a tensor of another shape, which would be filled with what lies at its place."""
     there = set(weights.keys())
     for key, (_, shape) in layout.items():
         stored = tuple(weights.get_slice(key).get_shape()) if key in there else None

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+from tiny import VOCAB, build_batch, build_tiny_config
 from training import runs
 from training.runs import run_place, start_place, wait_until, write_config
 
@@ -21,11 +26,14 @@ from place.data.tokens import ReportTokenizer, train_tokenizer
 from place.node import note_path
 from place.runlog import read_jsonl, read_surviving
 from place.training import loop
-from place.training.checkpoint import find_fault
+from place.training.checkpoint import find_fault, load_run
 from place.training.pretrain import run_worker
 
 TERMS = ("total", "instance", "pathology", "correlation", "grad_norm", "lr")
-LONG = {"train": {"epochs": 12, "checkpoint_every_steps": 7, "evaluate_every_epochs": 4}}
+LONG = {
+    "model": {"text": {"dropout": 0.2}, "correlation": {"mask_ratio": 0.25}},
+    "train": {"epochs": 12, "checkpoint_every_steps": 7, "evaluate_every_epochs": 4},
+}
 STEPS_PER_EPOCH = 5
 
 
@@ -160,6 +168,52 @@ def test_the_loss_goes_down_and_the_best_checkpoint_is_that_of_the_least_validat
     assert (root / "latest").read_text() == "step_00000060"
     assert len(list_checkpoints(undisturbed)) <= 3
     assert not any(find_fault(root / name) for name in list_checkpoints(undisturbed))
+
+
+def test_the_learning_rate_rises_for_a_twentieth_of_the_steps_and_falls_as_a_cosine(undisturbed: Path) -> None:
+    rates = [record["lr"] for record in read_jsonl(undisturbed / "metrics.jsonl") if "total" in record]
+    fall = [0.01 + 0.99 * (1 + math.cos(math.pi * step / 57)) / 2 for step in range(57)]
+    assert rates == pytest.approx([1e-3 * share for share in (1 / 3, 2 / 3, 1, *fall)])
+
+
+def test_one_grey_level_of_255_is_measured_in_standardised_units(
+    pretrain: Any, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, plain = set(), pretrain_module.compute_losses
+    monkeypatch.setattr(pretrain_module, "compute_losses", lambda *given: seen.add(given[-1]) or plain(*given))
+    config = write_config(tmp_path, prepared, train={"epochs": 1, "max_steps": 1})
+    assert pretrain(config).code == 0
+    assert seen == {1 / (255 * json.loads((prepared / "card.json").read_text())["std"])}
+
+
+def test_images_without_reports_are_refused(pretrain: Any, prepared: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(prepared, tmp_path / "data")
+    card = json.loads((data / "card.json").read_text())
+    (data / "card.json").write_text(json.dumps({**card, "without_report": 3}))
+    ended = pretrain(write_config(tmp_path, data))
+    assert ended.code == 2
+    assert ended.err == [
+        f"place: {data}: 3 images have no report, and pretraining takes pairs; prepare it again with --min-words 1 or more"
+    ]
+
+
+def test_validation_is_the_mean_of_its_batches_without_dropout_or_masks() -> None:
+    config = build_tiny_config(model={"text": {"dropout": 0.5}, "correlation": {"mask_ratio": 0.5}})
+    torch.manual_seed(0)
+    engine = TorchEngine(build_model(config, VOCAB, torch.device("cpu"))[0], config, torch.device("cpu"))
+    engine.model.train()
+    batches = [build_batch(8, seed) for seed in range(3)]
+
+    def objective(outputs: Outputs, batch: Batch) -> Losses:
+        return compute_losses(outputs, batch, config.loss, 1 / 255)
+
+    loader = SimpleNamespace(read_epoch=lambda *_: batches)
+    plan, watchdog = build_plan(config, 1, 100, 24), SimpleNamespace(feed=lambda: None)
+    value = loop.evaluate_loss(plan, engine, loader, objective, 0, None, watchdog, 1)
+    engine.model.eval()
+    with torch.no_grad():
+        expected = [objective(engine.model(batch), batch).total.item() for batch in batches]
+    assert value == pytest.approx(sum(expected) / 3, rel=1e-6)
 
 
 def test_tensorboard_events_are_written_where_asked_for(pretrain: Any, prepared: Path, tmp_path: Path) -> None:
@@ -355,6 +409,18 @@ def test_a_run_on_other_data_is_refused_in_one_line(pretrain: Any, resumable: Pa
     assert (ended.code, len(ended.err)) == (2, 1), ended.err
     assert "this run has " + "0" * 64 in ended.err[0]
     assert read_folder(resumable.parent / "run") == before, "evaluation would take the refused data's figures"
+
+
+@pytest.mark.parametrize("changed", ["model.joint_width=16", "model.text.width=16", "loss.tokens.weight=1.0"])
+def test_a_run_with_a_model_of_other_shapes_is_refused_and_can_be_loaded(
+    pretrain: Any, resumable: Path, changed: str
+) -> None:
+    before = read_folder(resumable.parent / "run")
+    ended = pretrain(resumable, changed)
+    assert (ended.code, len(ended.err)) == (2, 1), ended.err
+    assert re.search(r"step_00000005 has .*, this model has it of shape", ended.err[0])
+    assert read_folder(resumable.parent / "run") == before, "evaluation would build the refused model"
+    assert load_run(resumable.parent / "run").step == 5
 
 
 def test_a_run_that_a_worker_refuses_keeps_the_definition_of_its_model(resumable: Path) -> None:
