@@ -36,10 +36,12 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
         assert error < 1e-5, f"{name}: relative error {error:.2e}"
 
 
+@pytest.mark.parametrize("tokens", [0.0, 1.0])
 @pytest.mark.parametrize("accumulation", [2, 4])
-def test_accumulation_leaves_losses_and_gradients_alone(accumulation: int) -> None:
-    losses, gradients = run_step(1)
-    other_losses, other = run_step(accumulation)
+def test_accumulation_leaves_losses_and_gradients_alone(accumulation: int, tokens: float) -> None:
+    losses, gradients = run_step(1, loss={"tokens": {"weight": tokens}})
+    other_losses, other = run_step(accumulation, loss={"tokens": {"weight": tokens}})
+    assert (losses[-1] > 0) == (tokens > 0)
     torch.testing.assert_close(other_losses, losses, rtol=1e-5, atol=0)
     assert_same(gradients, other)
     assert {"log_scale_instance", "log_scale_pathology"} <= other.keys()

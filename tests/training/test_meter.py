@@ -42,7 +42,7 @@ def test_phases_sum_to_the_step_and_what_passes_between_epochs_counts_in_none(
     device, plain = torch.device("cpu"), meter_module.gather
     monkeypatch.setattr(meter_module, "gather", lambda tensor: time.sleep(0.03) or plain(tensor))
     log = RunLog(tmp_path, 0)
-    meter = Meter(log, SimpleNamespace(global_batch=1), device, SimpleNamespace(take_times=dict), Phases(device))
+    meter = Meter(log, SimpleNamespace(global_batch=8), device, SimpleNamespace(take_times=dict), Phases(device))
     time.sleep(0.5)
     meter.restart()
     batches = (SimpleNamespace(sample_id_B=torch.tensor([number])) for number in range(3))
@@ -50,8 +50,10 @@ def test_phases_sum_to_the_step_and_what_passes_between_epochs_counts_in_none(
         time.sleep(0.05)
         meter.mark("forward")
         meter.count(step, 0, batch)
-        meter.write(step, 0, Losses(*torch.zeros(5)), torch.ones(2), 1e-3, torch.tensor(1.0))
+        meter.write(step, 0, Losses(*torch.arange(5.0)), torch.tensor([4.0, 8.0]), 1e-3, torch.tensor(1.0))
     log.close()
     for record in read_jsonl(tmp_path / "metrics.jsonl"):
-        assert sum(record["phase_s"].values()) == pytest.approx(1 / record["samples_per_s"], rel=0.01)
+        assert sum(record["phase_s"].values()) == pytest.approx(8 / record["samples_per_s"], rel=0.01)
         assert sum(record["phase_s"].values()) < 0.4
+        assert (record["temperature_instance"], record["temperature_pathology"]) == (0.25, 0.125)
+        assert [record[name] for name in Losses._fields] == [0, 1, 2, 3, 4]

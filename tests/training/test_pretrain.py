@@ -21,12 +21,18 @@ from training import runs
 from training.runs import run_place, start_place, wait_until, write_config
 
 from place import cli
+from place.batch import Batch, Losses, Outputs
 from place.config import UsageError, build_config
 from place.data.tokens import ReportTokenizer, train_tokenizer
+from place.losses.objective import compute_losses
+from place.model.place import build_model
 from place.node import note_path
 from place.runlog import read_jsonl, read_surviving
 from place.training import loop
+from place.training import pretrain as pretrain_module
 from place.training.checkpoint import find_fault, load_run
+from place.training.engine import TorchEngine
+from place.training.plan import build_plan
 from place.training.pretrain import run_worker
 
 TERMS = ("total", "instance", "pathology", "correlation", "grad_norm", "lr")
@@ -192,9 +198,8 @@ def test_images_without_reports_are_refused(pretrain: Any, prepared: Path, tmp_p
     (data / "card.json").write_text(json.dumps({**card, "without_report": 3}))
     ended = pretrain(write_config(tmp_path, data))
     assert ended.code == 2
-    assert ended.err == [
-        f"place: {data}: 3 images have no report, and pretraining takes pairs; prepare it again with --min-words 1 or more"
-    ]
+    said = f"{data}: 3 images have no report, and pretraining takes pairs; prepare it again with --min-words 1 or more"
+    assert ended.err == [f"place pretrain: {said}"]
 
 
 def test_validation_is_the_mean_of_its_batches_without_dropout_or_masks() -> None:
