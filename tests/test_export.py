@@ -207,6 +207,29 @@ def test_results_of_another_checkpoint_are_not_in_the_card(run_dir: Path, tmp_pa
     assert "had not been evaluated" in (exported / "README.md").read_text()
 
 
+def test_a_result_with_a_leak_says_so_in_the_card(run_dir: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    path = copy / "evaluation" / "retrieval.json"
+    tree = json.loads(path.read_text())
+    tree["protocol"]["leaks"] |= {
+        "found": {"pretraining.image": 7},
+        "allowed": ["pretraining.image"],
+        "not_checked": {"pretraining": f"{tmp_path} is not there; give the folder"},
+        "notes": ["the judged split chose the checkpoint"],
+    }
+    path.write_text(json.dumps(tree))
+    card = (run_export(copy, tmp_path / "export").folder / "README.md").read_text()
+    told = card.split("### retrieval")[1].split("| measure")[0].splitlines()
+    assert told[-5:] == [
+        "",
+        "- leak allowed: pretraining.image, 7 of them",
+        "- the judged split chose the checkpoint",
+        "- no check against pretraining",
+        "",
+    ]
+    assert str(tmp_path) not in card
+
+
 def test_sources_are_named_without_the_machine_s_folders(tmp_path: Path) -> None:
     assert name_source(str(tmp_path / "bert")) == "folder bert"
     assert name_source("timm:vit_base_patch16_224") == "timm:vit_base_patch16_224"
