@@ -20,6 +20,7 @@ from place.cluster.scaling import RungConfig, ScaleConfig
 from place.cli import build_parser, main
 from place.config import Config, EvaluationConfig, PrepareConfig, Section, UsageError, build_config, check_config
 from place.data.prepare import run_prepare
+from place.data.protocol import Protocol
 from place.data.sources import SOURCES
 from place.evaluation.suite import TASKS, run_encoder_evaluation
 
@@ -111,11 +112,14 @@ def test_files_and_make_targets_that_are_named_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_yaml_blocks_are_configurations() -> None:
+def test_yaml_blocks_are_configurations_or_protocols() -> None:
     blocks = read_blocks(ALL, "yaml")
     assert blocks
     for block in blocks:
         tree = yaml.safe_load(block)
+        if "layout" in tree:
+            Protocol.model_validate(tree)
+            continue
         tree.pop("extends", None)
         check_config(tree)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from place.config import RunError
-from place.data.layout import BoxRule, LabelRule, MaskRule
+from place.data.layout import PLACEHOLDER, BoxRule, LabelRule, MaskRule
 from place.data.long_table import fill_pattern
 from place.data.readers import merge_readers
 from place.data.shapes import Shape, find_box, parse_runs, parse_shapes
@@ -140,7 +140,7 @@ def read_outlines(rules: tuple[MaskRule, ...], rows: pd.DataFrame, boxes: Boxes)
     """Outlines of the masks that are no files.
 
     Raises:
-        RunError: a cell that does not read as outlines.
+        RunError: a cell that does not read as outlines, or a row that has a finding or outlines without the other.
     Source: ours.
     """
     found: Outlines = {}
@@ -148,7 +148,7 @@ def read_outlines(rules: tuple[MaskRule, ...], rows: pd.DataFrame, boxes: Boxes)
         if rule.kind == "boxes":
             found[rule.finding] = {image: _fill_boxes(own, rule.finding) for image, own in boxes.items()}
         elif rule.column is not None:
-            found[rule.finding] = _read_cells(rule, rule.column, rows)
+            found |= _read_cells(rule, rule.column, rows)
     return found
 
 
@@ -156,13 +156,18 @@ def _fill_boxes(boxes: tuple[dict[str, Any], ...], finding: str) -> tuple[Shape,
     return tuple(Shape("rectangle", tuple(box["box_xyxy"])) for box in boxes if box["finding"] == finding)
 
 
-def _read_cells(rule: MaskRule, column: str, rows: pd.DataFrame) -> dict[str, tuple[Shape, ...]]:
-    found: dict[str, tuple[Shape, ...]] = {}
-    taken = rows[~rows[column].isin(rule.empty)]
-    for image, number, cell in zip(taken["identity"], taken["number"], taken[column]):
+def _read_cells(rule: MaskRule, column: str, rows: pd.DataFrame) -> Outlines:
+    finding, empty = fill_pattern(rule.finding, rows), rows[column].isin(rule.empty)
+    half = empty != (finding == "")
+    if PLACEHOLDER.search(rule.finding) and half.any():
+        has, lacks = ("a finding", "an outline") if empty[half.idxmax()] else ("an outline", "a finding")
+        raise RunError(f"column '{column}', row {rows['number'][half.idxmax()]}: has {has} without {lacks}")
+    found: Outlines = {name: {} for name in finding.unique() if name}
+    taken = rows[~empty]
+    for image, number, cell, name in zip(taken["identity"], taken["number"], taken[column], finding[~empty]):
         try:
             shapes = (parse_runs(cell),) if rule.kind == "runs" else parse_shapes(cell)
         except ValueError as fault:
             raise RunError(f"column '{column}', row {number}: {fault}; download the table again") from None
-        found[image] = found.get(image, ()) + shapes
+        found[name][image] = found[name].get(image, ()) + shapes
     return found

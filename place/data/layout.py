@@ -17,8 +17,8 @@ PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 class TableFile(Section):
     """A table: csv or tsv (also .gz), text without a header, a JSON list of records, or COCO JSON.
 
-    COCO gives a row an annotation with the columns file_name, width, height, category, x, y, w, h, polygons, and one
-    with empty cells for an image without any.
+    COCO gives a row an annotation with the columns file_name, width, height, category, x, y, w, h, polygons (RLE too),
+    and one with empty cells for an image without any.
     """
 
     file: str
@@ -115,10 +115,10 @@ class BoxRule(Section):
 
 
 class MaskRule(Section):
-    """Masks of one finding: images without any count as looked at, and the finding as absent."""
+    """Masks: images without any of a finding count as looked at, and the finding as absent."""
 
     finding: str
-    """What the mask shows."""
+    """Text, or with `column` a pattern: what the mask of a row shows."""
     kind: Literal["boxes", "shapes", "runs", "file"]
     """The filled boxes of the finding; outlines as Object-CXR writes them; runs of pixels as SIIM; a picture."""
     column: str | None = None
@@ -135,6 +135,8 @@ class MaskRule(Section):
             raise ValueError("`column` goes with kind shapes or runs")
         if (self.kind == "file") != (self.file is not None):
             raise ValueError("`file` goes with kind file")
+        if self.column is None and PLACEHOLDER.search(self.finding):
+            raise ValueError("a pattern as `finding` goes with kind shapes or runs")
         return self
 
 

@@ -7,10 +7,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+from pycocotools import mask as coco
 
 from place.config import RunError, UsageError
 from place.data.layout import PLACEHOLDER, TableFile
+from place.data.shapes import write_runs
 from place.data.table import TEXT, check_column, read_header, read_table
 
 _COCO = ("file_name", "width", "height", "category", "x", "y", "w", "h", "polygons")
@@ -110,13 +114,33 @@ def _list_annotations(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield dict.fromkeys(_COCO, "") | known
         for item in found.get(image["id"], []):
             x, y, w, h = item["bbox"]
-            polygons = item.get("segmentation") or []
-            outlines = ";".join("2 " + " ".join(map(str, corners)) for corners in polygons if isinstance(corners, list))
-            yield (
-                known
-                | {"category": categories[item["category_id"]], "x": x, "y": y, "w": w, "h": h}
-                | {"polygons": outlines}
-            )
+            found_here = {"category": categories[item["category_id"]], "x": x, "y": y, "w": w, "h": h}
+            yield known | found_here | {"polygons": _write_outlines(item)}
+
+
+def _write_outlines(item: dict[str, Any]) -> str:
+    """The segmentation of an annotation of COCO, as `parse_shapes` reads it."""
+    drawn = item.get("segmentation")
+    try:
+        if isinstance(drawn, dict):
+            return write_runs(_decode_rle(drawn))
+        return ";".join("2 " + " ".join(str(float(number)) for number in corners) for corners in drawn or [])
+    except (OverflowError, ValueError, KeyError, TypeError) as fault:
+        told = f"segmentation of annotation {item.get('id')}: {type(fault).__name__} {fault}"
+        raise ValueError(f"{told}; expected polygons, or RLE with counts and size") from None
+
+
+def _decode_rle(rle: dict[str, Any]) -> NDArray[np.uint8]:
+    counts, (height, width) = rle["counts"], rle["size"]
+    short = f"counts of another size than {height} x {width} pixels"
+    if isinstance(counts, list) and (min(counts, default=0) < 0 or sum(counts) != height * width):
+        raise ValueError(short)
+    packed = coco.frPyObjects(rle, height, width) if isinstance(counts, list) else rle
+    mask_YX: NDArray[np.uint8] = coco.decode(packed)
+    # Where compressed counts end too early, pycocotools leaves the rest of the mask as the memory was.
+    if not counts or coco.area(packed) != mask_YX.sum():
+        raise ValueError(short)
+    return mask_YX
 
 
 def _unfold(records: list[dict[str, Any]], lists: tuple[str, ...]) -> Iterator[dict[str, Any]]:

@@ -65,7 +65,7 @@ def _read_rows(layout: Layout, root: Path) -> pd.DataFrame:
     """All lines of the tables of images, with `number` and `identity`, those that `where` leaves out dropped."""
     columns = list_columns(layout.image, layout.split, *(getattr(layout, name) for name in _FIELDS)) | {*layout.where}
     columns |= {column for rule in layout.labels for column in ([rule.column] if rule.column else rule.names.values())}
-    columns |= {rule.column for rule in layout.masks if rule.column}
+    columns |= {column for rule in layout.masks if rule.column for column in (rule.column, *list_columns(rule.finding))}
     optional: set[str] = set()
     for box in layout.boxes:
         if not box.tables:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from pycocotools import mask as coco
 from small_sets import draw_image, encode
 
 from place.cli import build_parser, build_prepare_config
@@ -213,3 +214,32 @@ def write_chestx_det10(folder: Path) -> None:
             boxes = [[4, 8, 20, 40], [30, 30, 50, 60], [60, 8, 80, 40]] if number % 2 else []
             records.append({"file_name": name, "syms": syms, "boxes": boxes})
         (folder / f"{part}.json").write_text(json.dumps(records))
+
+
+def write_coco(folder: Path, sides: tuple[int, int] = (SIDE, SIDE)) -> None:
+    """Tubes as polygons, wires as RLE, compressed and not; image 0 of every four has none, the last has both."""
+    categories = [{"id": 1, "name": "tube"}, {"id": 7, "name": "wire"}]
+    for part, count in (("train", 24), ("test", 8)):
+        images, annotations = [], []
+        for number in range(count):
+            write_image(folder / part / f"{number}.png", number + 100 * (part == "test"), *sides)
+            images.append({"id": number, "file_name": f"{number}.png", "height": SIDE, "width": SIDE})
+            for category in ([], [1], [7], [1, 7])[number % 4]:
+                mask_YX = draw_region(number, category // 7).astype(np.uint8)
+                packed = coco.encode(np.asfortranarray(mask_YX))
+                x, y, w, h = bbox = coco.toBbox(packed).tolist()
+                right, low = x + w - 1, y + h - 1
+                drawn: Any = [[x, y, right, y, right, low, x, low]]
+                if category == 7:
+                    drawn = {"size": [SIDE, SIDE]}
+                    drawn["counts"] = packed["counts"].decode() if number % 4 == 2 else list_counts(mask_YX)
+                annotations.append({"id": len(annotations), "image_id": number, "category_id": category, "bbox": bbox})
+                annotations[-1]["segmentation"] = drawn
+        tree = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / f"{part}.json").write_text(json.dumps(tree))
+
+
+def list_counts(mask_YX: np.ndarray) -> list[int]:
+    """Counts of an RLE that is not compressed: lengths of the runs of zeros and ones in turn, down the columns."""
+    flat = mask_YX.T.ravel().astype(int)
+    return np.diff([0, *np.flatnonzero(np.diff(flat, prepend=0)), flat.size]).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from archives import write_mimic
+from documents import read_blocks
 from miniatures import (
     FIVE,
     PROTOCOLS,
@@ -21,6 +23,7 @@ from miniatures import (
     prepare_words,
     write_chestx_det10,
     write_chexpert,
+    write_coco,
     write_covidx,
     write_nih,
     write_object_cxr,
@@ -30,11 +33,11 @@ from miniatures import (
     write_vindr,
 )
 
-from place.config import RunError, UsageError
+from place.config import PrepareConfig, RunError, UsageError
 from place.data.masks import read_masks
 from place.data.prepare import run_prepare
 from place.data.prepared import list_splits, read_samples
-from place.data.shapes import draw_shapes, parse_runs, parse_shapes
+from place.data.shapes import draw_shapes, find_box, parse_runs, parse_shapes, write_runs
 from place.data.table_source import open_table
 
 
@@ -55,7 +58,10 @@ def prepare(
     folder.mkdir(parents=True)
     write(folder)
     protocol = write_protocol(name, folder, counts=counts, counts_from="the miniature", **changes)
-    config = parse_prepare(*prepare_words(protocol, folder))
+    return run_and_read(parse_prepare(*prepare_words(protocol, folder)))
+
+
+def run_and_read(config: PrepareConfig) -> Prepared:
     card = run_prepare(config)
     rows = {row["sample_id"]: row for row in pq.read_table(Path(config.output) / "manifest.parquet").to_pylist()}
     samples, masks = {}, {}
@@ -211,6 +217,57 @@ def test_chestx_det10_unfolds_lists_to_labels_and_boxes(tmp_path):
     assert boxes == [("Effusion", [2, 4, 10, 20]), ("Mass", [15, 15, 25, 30]), ("Effusion", [30, 4, 40, 20])]
 
 
+def write_tubes(tmp_path: Path) -> tuple[Path, Path]:
+    """A COCO data set of two categories, and the protocol that the page on preparing data has for it."""
+    folder, protocol = tmp_path / "tubes", tmp_path / "tubes.yaml"
+    folder.mkdir()
+    write_coco(folder)
+    (block,) = read_blocks((PROTOCOLS.parents[1] / "docs" / "preparing-data.md").read_text(), "yaml")
+    protocol.write_text(block)
+    return folder, protocol
+
+
+def test_a_protocol_of_ones_own_reads_polygons_and_rle_of_coco_to_a_mask_a_category(tmp_path):
+    folder, protocol = write_tubes(tmp_path)
+    found = run_and_read(parse_prepare(*prepare_words(protocol, folder)))
+    for number in range(32):
+        image, part = (number, 0) if number < 24 else (number - 24, 30)
+        row = part + 5 * (image // 4) + image % 4  # the last of every four has two
+        assert (found.rows[row]["split"] == "test") == (number >= 24)
+        for place, name in enumerate(("tube", "wire")):
+            there = image % 4 in (1 + place, 3)
+            assert found.samples[row]["labels"][name] == there
+            boxes = [box["box_xyxy"] for box in found.samples[row]["boxes"] if box["finding"] == name]
+            mask_YX, region_YX = found.masks[row][name], draw_region(image, place)[::2, ::2]
+            assert np.array_equal(mask_YX, region_YX) if there else mask_YX is None, f"{name} of {image}"
+            (y, x) = np.nonzero(region_YX)
+            assert boxes == ([[x.min(), y.min(), x.max() + 1, y.max() + 1]] if there else [])
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ({"size": [SIDE, SIDE], "counts": [5, 9]}, f"counts of another size than {SIDE} x {SIDE} pixels; expected"),
+        ({"size": [SIDE, SIDE], "counts": [-5, 5 + SIDE**2]}, "counts of another size"),
+        ({"size": [SIDE, SIDE], "counts": ""}, "counts of another size"),
+        ({"size": [SIDE, SIDE], "counts": "zz!!"}, "Invalid RLE"),
+        ({"size": [-1, -1], "counts": "61"}, "OverflowError"),
+        ({"counts": "61"}, "KeyError 'size'; expected polygons, or RLE with counts and size"),
+        ([1, 2, 3, 4, 5, 6], "TypeError"),
+        ("lung", "could not convert string to float: 'l'"),
+        ([], "column 'polygons', row 1: has a finding without an outline"),
+    ],
+)
+def test_a_mask_of_coco_that_cannot_be_read_is_one_line(tmp_path, segmentation, message):
+    folder, protocol = write_tubes(tmp_path)
+    tree = json.loads((folder / "train.json").read_text())
+    tree["annotations"][0]["segmentation"] = segmentation
+    (folder / "train.json").write_text(json.dumps(tree))
+    with pytest.raises(RunError, match=re.escape(message)) as caught:
+        open_table(parse_prepare(*prepare_words(protocol, folder)))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_count_that_is_not_met_is_an_error_unless_it_is_allowed_by_name(tmp_path):
     counts = {"all": {"images": 21, "boxes": 15, "positive": {"Pneumonia": 11}}}
     with pytest.raises(RunError) as caught:
@@ -321,9 +378,20 @@ def test_runs_are_relative_and_go_down_the_columns():
     for cell in ("1 2 3", "1 -2", "", "a b"):
         with pytest.raises(ValueError, match=r"runs are pairs|invalid literal"):
             parse_runs(cell)
-    for cell in ("3 1 2 3 4", "0 1 2 3", "2 1 2 3 4", "1 1 2 3 4 5"):
+    for cell in ("4 1 2 3 4", "0 1 2 3", "2 1 2 3 4", "1 1 2 3 4 5", "3 4", "3 4 2 1"):
         with pytest.raises(ValueError, match=r"no kind|numbers; expected"):
             parse_shapes(cell)
+
+
+def test_sized_runs_are_of_an_image_of_their_size_and_have_no_box():
+    mask_YX = np.random.default_rng(0).random((5, 7)) < 0.5
+    for drawn_YX in (mask_YX, np.zeros_like(mask_YX), np.ones_like(mask_YX)):
+        (shape,) = parse_shapes(write_runs(drawn_YX))
+        assert np.array_equal(draw_shapes((shape,), (5, 7)), drawn_YX)
+    with pytest.raises(ValueError, match="its runs are of 5 x 7 pixels, the image has 7 x 5"):
+        draw_shapes((shape,), (7, 5))
+    with pytest.raises(ValueError, match="tell no corners"):
+        find_box(shape)
 
 
 def test_coco_boxes_and_masks_of_real_radiographs(real_data, tmp_path):

@@ -117,6 +117,7 @@ def test_a_wrong_protocol_is_one_line(tmp_path: Path, changes: dict, message: st
         ({"boxes": [{"finding": "x", "shapes": "a", "agree": 2}]}, "needs the column of the `reader`"),
         ({"masks": [{"finding": "x", "kind": "runs"}]}, "`column` goes with kind shapes or runs"),
         ({"masks": [{"finding": "x", "kind": "file"}]}, "`file` goes with kind file"),
+        ({"masks": [{"finding": "{x}", "kind": "boxes"}]}, "a pattern as `finding` goes with kind shapes or runs"),
         ({"labels": [{"names": ["a", "b"], "column": "c", "empty": [""]}]}, "a column and one label"),
         ({"labels": [{"names": ["a"], "uncertain_as": {"b": "positive"}}]}, "names 'b', which is no label"),
         ({"labels": [{"names": ["a"]}, {"names": ["a"]}]}, "label 'a' has two rules"),
