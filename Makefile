@@ -18,6 +18,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+# On CPU cores, also where there is a GPU: each of its two workers would want one. `make demo CUDA_VISIBLE_DEVICES=0,1` gives them two.
+demo: export CUDA_VISIBLE_DEVICES =
 demo: $(READY)
 	rm -rf runs/demo
 	$(BIN)/place prepare --source phantom --count 8000 --size-px 80 --split 0.9 0.03 0.07 --output datasets/demo

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from place.cluster.topology import Topology, count_rooms, place_workers, read_ray
+from place.cluster.topology import Topology, count_rooms, describe_room, place_workers, read_ray
 
 from place.config import Config, UsageError
 from place.training.plan import build_plan
@@ -55,11 +55,12 @@ def find_hosts(config: Config, wait_s: float, is_off: Callable[[], bool] = lambd
 def describe_lack(config: Config, waited_s: float) -> str:
     """What is there against what is needed."""
     cluster, topology = config.cluster, _read_topology()
+    room = describe_room(topology, cluster.cpus_per_worker)
     at_least = f" on at least cluster.min_nodes={cluster.min_nodes} nodes" if cluster.min_nodes else ""
     return (
         f"cluster.num_workers={cluster.num_workers} of {cluster.cpus_per_worker} CPU cores each{at_least}: after "
-        f"{waited_s:.0f} s there is {topology.describe()}; lower cluster.num_workers or cluster.cpus_per_worker, or "
-        "add nodes"
+        f"{waited_s:.0f} s there is {topology.describe()}, with {room}, equally many on each node; lower "
+        "cluster.num_workers or cluster.cpus_per_worker, or add nodes"
     )
 
 

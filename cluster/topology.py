@@ -105,6 +105,12 @@ def count_rooms(topology: Topology, cpus_per_worker: int) -> list[int]:
     return [min(cores, node.gpus) if with_gpus else cores for cores, node in zip(by_cores, topology.nodes)]
 
 
+def describe_room(topology: Topology, cpus_per_worker: int) -> str:
+    """How many workers fit on all nodes together, and whether it is GPUs that let no more in."""
+    room, by_cores = sum(count_rooms(topology, cpus_per_worker)), sum(n.cpus // cpus_per_worker for n in topology.nodes)
+    return f"room for {_count(room, 'worker')}" + (", one a GPU" if room < by_cores else "")
+
+
 def place_workers(topology: Topology, num_workers: int, cpus_per_worker: int) -> list[int]:
     """Workers of each node, equally many on each that has any.
 

@@ -50,6 +50,21 @@ def test_the_folders_at_the_top_keep_their_short_names_to_themselves(tmp_path: P
     assert run_code(code, tmp_path) == "[]"
 
 
+def test_the_demo_leaves_a_gpu_alone(tmp_path: Path) -> None:
+    program = tmp_path / "bin" / "place"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\necho "$1 on ${CUDA_VISIBLE_DEVICES-all} GPUs" >> said\n')
+    program.chmod(0o755)
+    (tmp_path / "ready").touch()
+    made = ["--old-file=ready", "BIN=bin", "READY=ready", "demo"]
+    for given, said in (([], ""), (["CUDA_VISIBLE_DEVICES=0,1"], "0,1")):
+        subprocess.run(["make", "-f", str(ROOT / "Makefile"), *made, *given], cwd=tmp_path, check=True)
+        assert (tmp_path / "said").read_text().splitlines() == [
+            f"{verb} on {said} GPUs" for verb in ("prepare", "pretrain", "evaluate")
+        ]
+        (tmp_path / "said").unlink()
+
+
 PARTS = """
 import place.kernels.attention, place.kernels.patch_correlation
 import place.model.place, place.losses.objective

@@ -11,6 +11,7 @@ from place.cluster.hosts import _lay_out_fewer
 from place.cluster.topology import (
     Node,
     Topology,
+    describe_room,
     expand_hosts,
     place_workers,
     read_host,
@@ -120,6 +121,21 @@ def test_workers_go_to_few_nodes_with_gpus_and_to_many_without(sizes: list, work
 def test_workers_that_do_not_fit_equally_are_refused_in_one_line() -> None:
     with pytest.raises(UsageError, match=r"num_workers=7 .* room for \[4, 4\]"):
         place_workers(build_topology((8, 4), (8, 4)), 7, 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "cpus", "said"),
+    [
+        ([(8, 1)], 1, "room for 1 worker, one a GPU"),
+        ([(96, 8), (96, 8)], 12, "room for 16 workers"),
+        ([(96, 8), (96, 8)], 16, "room for 12 workers"),
+        ([(8, 4), (8, 0)], 2, "room for 4 workers, one a GPU"),
+        ([(8, 0), (3, 0)], 2, "room for 5 workers"),
+        ([], 1, "room for 0 workers"),
+    ],
+)
+def test_the_room_is_told_with_what_limits_it(sizes: list, cpus: int, said: str) -> None:
+    assert describe_room(build_topology(*sizes), cpus) == said
 
 
 @pytest.mark.parametrize(
