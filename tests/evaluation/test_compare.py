@@ -14,10 +14,11 @@ import pytest
 from place.cli import main
 from place.config import EvaluationConfig, RunError, UsageError
 from place.evaluation import detector, setr
-from place.evaluation.compare import run_compare
+from place.evaluation.compare import read_judged, run_compare
+from place.evaluation.encoder import get_units, read_units
 from place.evaluation.heads import Schedule
-from place.evaluation.metrics import draw_weights
-from place.evaluation.paired import Rows, compare, compare_rows
+from place.evaluation.metrics import draw_weights, summarize
+from place.evaluation.paired import Rows, compare, compare_rows, compute_figures
 from place.evaluation.report import draw_curves
 from place.evaluation.suite import run_evaluation
 
@@ -30,8 +31,8 @@ def evaluated(run_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("evaluated")
     options = EvaluationConfig(bootstrap=BOOTSTRAP, batch_size=16, label_shares=(0.5, 1.0), label_subsets=2)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (setr, detector):
-            patch.setattr(module, "SCHEDULE", Schedule(max_steps=40, every=20))
+        patch.setattr(setr, "SCHEDULE", Schedule(max_steps=40, every=20))
+        patch.setattr(detector, "SCHEDULE", Schedule(max_steps=12, every=6))  # with 40 it makes no mistakes
         run_evaluation(run_dir, data_dir, TASKS, evaluation=options, output=folder)
     return folder
 
@@ -64,6 +65,20 @@ def test_the_rows_give_every_figure_of_every_task_again(evaluated: Path, data_di
             assert item.first == item.second == pytest.approx(metrics[name]["value"], abs=1e-6), (task, name)
             assert item.difference == (0, 0, 0)
             assert item.p == 1
+
+
+def test_the_intervals_of_every_task_are_those_of_resampled_patients(evaluated: Path, data_dir: Path) -> None:
+    units = read_units(data_dir, "test")
+    assert len(set(units.values())) < len(units)
+    right = set(TASKS)
+    for task, (result, columns) in read_judged(evaluated).items():
+        ids_B, image_Q = np.unique(columns["sample_id"], return_inverse=True)
+        figures = compute_figures(Rows(columns, image_Q), draw_weights(get_units(units, ids_B.tolist()), BOOTSTRAP))
+        told = {name: (metric["low"], metric["high"]) for name, metric in result["metrics"].items() if name in figures}
+        assert any(low < high for low, high in told.values()), task
+        if any(told[name] != pytest.approx(summarize(0, value_R)[1:]) for name, value_R in figures.items()):
+            right.remove(task)
+    assert right == set(TASKS)
 
 
 def test_both_are_judged_in_the_same_resamples_of_patients(evaluated: Path, data_dir: Path, tmp_path: Path) -> None:
