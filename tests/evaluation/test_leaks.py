@@ -136,6 +136,19 @@ def test_a_patient_of_the_pretraining_data_is_refused_under_another_image(traine
         check(data_dir, trained)
 
 
+def test_a_patient_of_another_source_is_the_same_one_unless_a_source_has_names_of_its_own(trained, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    data_dir = write_set(tmp_path / "planted", [*build_rows(60, "e"), ("a1", "test", encode(draw(69), "PNG"))])
+
+    def count_shared(*sources: str) -> int:
+        for folder, source in zip((copy, data_dir), sources):
+            (folder / "card.json").write_text(json.dumps(read_card(folder) | {"source": source}))
+        return check(data_dir, copy, allow_leaks=["pretraining.patient"])["found"]["pretraining.patient"]
+
+    assert count_shared("mimic-cxr", "csv") == count_shared("phantom", "phantom") == 1
+    assert count_shared("csv", "phantom") == count_shared("openi", "csv") == 0
+
+
 def test_a_patient_in_two_splits_is_refused(trained, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "copy")
     rows = pq.read_table(copy / "manifest.parquet").to_pylist()
@@ -169,10 +182,14 @@ def test_a_test_image_of_another_data_set_is_refused_in_any_split(trained, tmp_p
 def test_a_published_map_of_ids_finds_what_pixels_do_not(trained, tmp_path):
     data_dir = write_set(tmp_path / "rsna", build_rows(80, "g"))
     check(data_dir, trained)
-    (tmp_path / "map.csv").write_text("rsna,nih\nrsna-5.png,trained-1.png\nrsna-0.png,trained-2.png\n")
     settings = {"id_map": str(tmp_path / "map.csv"), "salt_file": str(tmp_path / "rsna" / "salt")}
-    with pytest.raises(RunError, match=r"leak: 1 images .*allow_leaks=\[pretraining.image\]"):
-        check(data_dir, trained, **settings)
+    for rows in (
+        "rsna,nih\nrsna-5.png,trained-1.png\nrsna-0.png,trained-2.png\n",
+        "nih,rsna\ntrained-1.png,rsna-5.png\ntrained-2.png,rsna-0.png\n",
+    ):
+        (tmp_path / "map.csv").write_text(rows)
+        with pytest.raises(RunError, match=r"leak: 1 images .*allow_leaks=\[pretraining.image\]"):
+            check(data_dir, trained, **settings)
     (tmp_path / "map.csv").write_text("rsna,nih\nrsna-55.png,trained-1.png\n")
     with pytest.raises(RunError, match="none of its 1 rows names an image"):
         check(data_dir, trained, **settings)
