@@ -6,18 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
+from torch import Tensor, nn
 
 from place.config import EvaluationConfig, UsageError, check_config
 from place.data.prepared import read_card
 from place.evaluation.classification import judge_probe, run_classification
 from place.evaluation.findings import choose_findings
-from place.evaluation.frozen import wrap_run
+from place.evaluation.frozen import FrozenEncoder, wrap_run
 from place.evaluation.metrics import compute_f1s, draw_weights
 from place.evaluation.pixel_probe import run_pixel_probe
 from place.evaluation.probe import FeatureSplit, Probed, choose_threshold, draw_subsets, probe
 from place.evaluation.task import Task, TaskInput
+from place.model.vision import VisionTokens
 from place.training.checkpoint import load_run
 
 
@@ -100,6 +103,27 @@ def test_the_task_on_a_run(run_dir: Path, data_dir: Path) -> None:
     assert [len(result.protocol["shares"][share]["images"]) for share in ("100 %", "50 %")] == [1, 2]
     again = run_classification(task)
     assert again.metrics == result.metrics
+
+
+class Brightness(nn.Module):
+    """An encoder that sees how bright each of 8 x 8 fields is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(1))
+
+    def forward(self, image_BCYX: Tensor) -> VisionTokens:
+        field_BN = nn.functional.adaptive_avg_pool2d(image_BCYX, 8).flatten(1)
+        return VisionTokens(field_BN, field_BN[:, :, None])
+
+
+def test_features_that_show_the_findings_score_high(data_dir: Path) -> None:
+    encoder = FrozenEncoder("brightness", Brightness(), 32, 1, (0.4,), (0.12,), 4)
+    evaluation = EvaluationConfig(bootstrap=0, batch_size=16, label_shares=(1.0,))
+    task = Task(TaskInput(None, data_dir, read_card(data_dir), "test", evaluation, encoder=encoder))
+    metrics = run_classification(task).metrics
+    assert metrics["auroc.effusion"].value > 0.95
+    assert metrics["auroc.edema"].value > 0.95
 
 
 def test_pixels_are_probed_with_the_same_images_and_figures(run_dir: Path, data_dir: Path) -> None:
