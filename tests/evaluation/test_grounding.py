@@ -108,6 +108,37 @@ def test_a_model_that_looks_at_its_box_scores_full_and_the_picture_is_drawn(run,
     assert picture.std() > 10
 
 
+def test_each_phrase_is_judged_on_its_own_image_by_its_own_words(run, data_dir, monkeypatch):
+    # Boxes on the left and on the right, one an image; they cover the patches in row 2, columns 0 and 3.
+    words, boxes, patches = ("Left.", "Right."), ([4, 40, 24, 60], [44, 40, 64, 60]), (2 * SIDE, 2 * SIDE + 3)
+    samples = list(read_samples(data_dir, "test"))
+    with_box = [sample for sample in samples if sample["boxes"]]
+    place_of = {}
+    for number, sample in enumerate(with_box):
+        place_of[sample["image"]] = place = number % 2
+        sample["boxes"][0] |= {"phrase": words[place], "box_xyxy": boxes[place]}
+
+    def look(_, jpegs):
+        """An image lights its box for its own words and a corner for the other ones; without a box it stays dark."""
+        patches_BNE = torch.zeros(len(jpegs), 16, 8)
+        for own_NE, jpeg in zip(patches_BNE, jpegs):
+            if jpeg in place_of:
+                place = place_of[jpeg]
+                own_NE[patches[place], place] = own_NE[0, 1 - place] = 1
+        return PatchFeatures(patches_BNE, torch.ones(len(jpegs), 3, 8), torch.ones(len(jpegs), 3, 16))
+
+    def read(_, reports):
+        text_BE = torch.eye(8)[[words.index(report[0]) for report in reports]]
+        return TextFeatures(text_BE, torch.ones(len(reports), 4, 8), torch.ones(len(reports), 4) > 0)
+
+    monkeypatch.setattr(grounding, "read_samples", lambda *_: iter(samples))
+    monkeypatch.setattr(grounding, "encode_patches", look)
+    monkeypatch.setattr(grounding, "encode_reports", read)
+    result = grounding.run_grounding(build_task(run, data_dir))
+    assert result.num_samples == len(with_box)
+    assert result.metrics["mean_pointing_game"].value == 1
+
+
 def test_findings_weigh_the_same_however_many_phrases_they_have():
     judged = [build_judged("a", 0.0), build_judged("a", 1.0), build_judged("a", np.nan), build_judged("b", 4.0)]
     metrics = summarize_phrases(judged, ["a", "b"], np.array(["p", "q", "r", "s"]), 200)
