@@ -142,6 +142,20 @@ def test_shards_hold_the_contract_and_the_manifest_lists_them_in_order(tmp_path)
     )
 
 
+def test_reports_that_say_nearly_the_same_are_one_near_group(tmp_path):
+    config = write_csv_source(tmp_path)
+    edit_table(config, 3, note="FINDINGS: The lungs are clear. IMPRESSION: No effusion.")
+    edit_table(config, 4, note="FINDINGS: There is no effusion. IMPRESSION: Lungs clear.")
+    edit_table(config, 5, note="FINDINGS: There is an effusion. IMPRESSION: Lungs clear.")
+    run_prepare(config)
+    rows = read_rows(config, "manifest.parquet")
+    groups = [row["near_group"] for row in rows]
+    assert groups[3] == groups[4]
+    assert len({*groups[:3], *groups[6:]}) == 1  # they differ in the number of the study
+    assert len({groups[0], groups[3], groups[5]}) == 3
+    assert len({row["report_group"] for row in rows}) == len(rows)
+
+
 def test_findings_and_impression_columns_are_its_sections(tmp_path):
     config = write_csv_source(
         tmp_path, columns={"image": "file", "findings": "note", "impression": "exam"}, min_words=1
