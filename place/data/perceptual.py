@@ -27,6 +27,7 @@ Copies (JPEG quality 20, half or 1.5 times the size, brightness +40, contrast x 
 most 26 bits, once 46. Source: ours.
 """
 _ROWS = 4096
+"""Hashes of a tile, on both sides: 64 MiB of comparisons at once."""
 
 
 class ImageHashes(NamedTuple):
@@ -102,13 +103,18 @@ def _unpack(table: pa.Table) -> ImageHashes:
 
 def find_similar(a_NH: NDArray[np.bool_], b_MH: NDArray[np.bool_]) -> list[tuple[int, int]]:
     """Rows of a and of b that differ in at most `MAX_BITS` bits, or in all but so many: a negative. Source: ours."""
-    signs_MH = b_MH.astype(np.float32) * 2 - 1
     pairs: list[tuple[int, int]] = []
     for first in range(0, len(a_NH), _ROWS):
-        a_PH = a_NH[first : first + _ROWS].astype(np.float32) * 2 - 1
-        rows, columns = np.nonzero(np.abs(a_PH @ signs_MH.T) >= LOW * LOW - 2 * MAX_BITS)
-        pairs += list(zip((rows + first).tolist(), columns.tolist(), strict=True))
-    return pairs
+        a_PH = _sign(a_NH[first : first + _ROWS])
+        for other in range(0, len(b_MH), _ROWS):
+            product_PQ = a_PH @ _sign(b_MH[other : other + _ROWS]).T
+            rows, columns = np.nonzero(np.abs(product_PQ) >= LOW * LOW - 2 * MAX_BITS)
+            pairs += list(zip((rows + first).tolist(), (columns + other).tolist(), strict=True))
+    return sorted(pairs)
+
+
+def _sign(bits_NH: NDArray[np.bool_]) -> NDArray[np.float32]:
+    return bits_NH.astype(np.float32) * 2 - 1
 
 
 def read_thumbnails(data_dir: str | Path, wanted: Collection[int]) -> dict[int, Any]:
