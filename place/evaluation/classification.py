@@ -15,7 +15,6 @@ from scipy.special import expit
 from sklearn.metrics import brier_score_loss, f1_score
 from torch import Tensor
 
-from place.compat import patch_torchvision
 from place.config import UsageError
 from place.evaluation.encoder import get_units, read_units
 from place.evaluation.findings import (
@@ -27,11 +26,19 @@ from place.evaluation.findings import (
     resample_accuracy,
     resample_findings,
 )
-from place.evaluation.metrics import Array, Metric, TaskResult, compute_f1s, compute_means, draw_weights, summarize
+from place.evaluation.metrics import (
+    Array,
+    Metric,
+    TaskResult,
+    compute_calibration_errors,
+    compute_f1s,
+    compute_means,
+    draw_weights,
+    summarize,
+)
 from place.evaluation.probe import FeatureSplit, Probed, draw_subsets, probe
 from place.evaluation.task import Task
 
-NUM_BINS = 15
 Figures = dict[str, tuple[float, Array]]
 """Of each figure its value, and its value in every resample of patients."""
 
@@ -141,7 +148,9 @@ def judge_probe(item: Probed, findings: Findings, weight_RB: Array) -> Figures:
         share = expit(score_B[known_B])
         found["f1"].append((f1_score(target, predicted, zero_division=0), compute_f1s(predicted, target, weight)))
         found["brier"].append((brier_score_loss(target, share), compute_means((share - target) ** 2, weight)))
-        found["calibration_error"].append((_compute_calibration_error(share, target), np.empty(0)))
+        whole_RB = np.concatenate([np.ones((1, len(target)), np.uint8), weight])
+        errors_R = compute_calibration_errors(share, target, whole_RB)
+        found["calibration_error"].append((errors_R[0], errors_R[1:]))
     for kind, pairs in found.items():
         values, resampled = zip(*pairs, strict=True)
         figures[f"mean_{kind}"] = float(np.mean(values)), np.mean(resampled, axis=0)
@@ -206,15 +215,6 @@ def _average(figures: Sequence[Figures]) -> dict[str, Metric]:
         values, resampled = zip(*(found[name] for found in figures), strict=True)
         metrics[name] = summarize(float(np.mean(values)), np.mean(resampled, axis=0))
     return metrics
-
-
-def _compute_calibration_error(share_B: Array, target_B: Array) -> float:
-    # Here, because the package imports torchvision, which fails where it was built for another torch.
-    patch_torchvision()
-    from torchmetrics.functional.classification import binary_calibration_error
-
-    shares, targets = torch.from_numpy(share_B.astype(np.float32)), torch.from_numpy(target_B.astype(np.int64))
-    return float(binary_calibration_error(shares, targets, n_bins=NUM_BINS, norm="l1"))
 
 
 def _pick(split: FeatureSplit, rows: Array) -> FeatureSplit:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from place.compat import patch_torchvision
 from place.evaluation.metrics import (
     compute_aurocs,
     compute_average_precisions,
+    compute_calibration_errors,
     compute_means,
     compute_medians,
     draw_weights,
@@ -31,6 +34,20 @@ def test_resampled_figures_equal_scikit_learn_with_weights_and_ties(compute, ref
     score, target, weight = scores
     expected = [reference(target, score, sample_weight=row) for row in weight]
     np.testing.assert_allclose(compute(score, target, weight), expected, rtol=1e-9)
+
+
+def test_resampled_calibration_errors_equal_torchmetrics_of_the_rows_that_were_drawn(scores):
+    patch_torchvision()
+    from torchmetrics.functional.classification import binary_calibration_error
+
+    score, target, weight = scores
+    share = 1 / (1 + np.exp(-score))
+    share[:2] = 0, 1
+    expected = [
+        float(binary_calibration_error(*(torch.tensor(np.repeat(part, row)) for part in (share, target)), n_bins=15))
+        for row in weight
+    ]
+    np.testing.assert_allclose(compute_calibration_errors(share, target, weight), expected, atol=1e-6)
 
 
 def test_pieces_of_the_resamples_give_what_the_whole_gives(monkeypatch, scores):

@@ -36,6 +36,12 @@ def test_all_tasks_write_their_contract(results, run_dir):
         assert all(set(metric) == {"value", "low", "high"} for metric in tree["metrics"].values())
 
 
+def test_every_figure_has_an_interval(results):
+    figures = {f"{task}:{name}": metric for task, found in results.items() for name, metric in found.metrics.items()}
+    assert {"classification:mean_calibration_error", "classification:calibration_error.edema"} <= set(figures)
+    assert [name for name, metric in figures.items() if metric.low is None or metric.high is None] == []
+
+
 def test_uncertain_labels_and_findings_without_both_classes_are_told(results):
     protocol = results["zero_shot"].protocol
     assert protocol["findings"]["effusion"]["no_label"] == 5
