@@ -215,10 +215,13 @@ def compute_traffic(footprint: Footprint, plan: RunPlan, config: Config, stage: 
     return {"gradients": int(gradients), "weights": int(weights), "features": int(features)}
 
 
-def compute_flops(footprint: Footprint, plan: RunPlan, config: Config) -> int:
+def compute_flops(footprint: Footprint, plan: RunPlan, config: Config, recomputed: bool = True) -> int:
     """FLOPs of all workers in a step: forward, twice that backward, and what is computed again.
 
-    Source: the factor 3 is quoted (Kaplan et al. 2020, section 2.1); the losses' products are counted with it.
+    Args:
+        recomputed: False leaves out what is computed again, as MFU does (HFU counts it).
+    Source: the factor 3 is quoted (Kaplan et al. 2020, section 2.1); the losses' products are counted with it. That MFU
+        leaves recomputation out: quoted (Chowdhery et al. 2022, PaLM, appendix B).
     """
     model = sum(part.pair_flops for part in footprint.parts.values())
     encoders = footprint.parts["vision"].pair_flops + footprint.parts["text"].pair_flops
@@ -232,4 +235,4 @@ def compute_flops(footprint: Footprint, plan: RunPlan, config: Config) -> int:
             logits += 4 * rows * rows * config.data.max_sentences * config.model.observations.num_queries * width
     if config.loss.tokens.weight:
         logits += 4 * rows * rows * config.data.max_tokens * footprint.patches * width
-    return plan.global_batch * (3 * model + again) + 3 * logits
+    return plan.global_batch * (3 * model + (again if recomputed else 0)) + 3 * logits

@@ -63,7 +63,7 @@ def build_forecast(config: Config, question: Question) -> dict[str, Any]:
     stage = config.engine.zero_stage if config.engine.kind == "deepspeed" else None
     own = Setting(stage, config.engine.activation_checkpointing, plan.accumulation)
     return {
-        "assumed": [*footprint.assumed, _say_speed(question), *_say_source(question)],
+        "assumed": [*footprint.assumed, _say_speed(question, own), *_say_source(question)],
         "parameters": {name: part.parameters for name, part in footprint.parts.items()},
         "gflop_per_pair": {name: part.pair_flops / 1e9 for name, part in footprint.parts.items()},
         "plan": plan.model_dump(),
@@ -137,9 +137,10 @@ def _usable(question: Question) -> float:
     return question.memory_gib - RESERVE_GIB
 
 
-def _say_speed(question: Question) -> str:
+def _say_speed(question: Question, own: Setting) -> str:
     if question.scaling is None:
-        return f"MFU {question.mfu:.0%} of {question.gpu}'s peak"
+        again = ", in what is computed again too" if own.recompute or own.accumulation > 1 else ""
+        return f"MFU {question.mfu:.0%} of {question.gpu}'s peak{again}"
     return f"the workers and the network that {question.scaling} was measured on"
 
 

@@ -204,7 +204,7 @@ def run_ladder(scale: ScaleConfig, base: Path, say: Callable[[str], None]) -> di
         model = {"why_not": str(error)}
     return {
         "scaling": scale.scaling,
-        "flop_rule": "model FLOPs of a step: 3 x forward (torch.utils.flop_counter), recomputation and losses with it",
+        "flop_rule": "model FLOPs of a step: 3 x forward (torch.utils.flop_counter), losses with it, recomputation not",
         "commit": read_commit(),
         "rows": rows,
         "model": model,
@@ -360,12 +360,16 @@ def _summarize(records: list[dict[str, Any]], config: Config) -> dict[str, Any]:
 
 
 def count_work(config: Config, footprint: Footprint, world: int, pairs: int) -> dict[str, float]:
-    """FLOPs of one of `world` workers in a step of `pairs`, and the bytes that it sends."""
+    """FLOPs of one of `world` workers in a step of `pairs`, those of the model alone, and the bytes that it sends."""
     config = config.model_copy(update={"train": config.train.model_copy(update={"global_batch": pairs})})
     plan = build_plan(config, world, pairs, 0)
     stage = config.engine.zero_stage if config.engine.kind == "deepspeed" else None
     traffic = compute_traffic(footprint, plan, config, stage)
-    return {"flop_worker": compute_flops(footprint, plan, config) / world, "bytes_worker": sum(traffic.values())}
+    return {
+        "flop_worker": compute_flops(footprint, plan, config) / world,
+        "model_flop_worker": compute_flops(footprint, plan, config, recomputed=False) / world,
+        "bytes_worker": sum(traffic.values()),
+    }
 
 
 def _describe_work(job: Job, footprint: Footprint, step_s: float, scale: ScaleConfig) -> dict[str, Any]:
@@ -375,7 +379,7 @@ def _describe_work(job: Job, footprint: Footprint, step_s: float, scale: ScaleCo
     return {
         **work,
         "local_batch": config.train.global_batch // world,
-        "mfu": work["flop_worker"] / step_s / (scale.peak_tflops * 1e12) if scale.peak_tflops else None,
+        "mfu": work["model_flop_worker"] / step_s / (scale.peak_tflops * 1e12) if scale.peak_tflops else None,
         "mfu_assumed": "; ".join(footprint.assumed) if scale.peak_tflops else None,
         "rounds": compute_rounds(world, network.topology) if network else None,
         "network": network.model_dump() if network else None,

@@ -166,8 +166,12 @@ def test_flops_of_a_step_are_three_forwards_and_what_is_computed_again(vitb16: A
     forward = plan.global_batch * sum(part.pair_flops for part in footprint.parts.values())
     plain = compute_flops(footprint, plan, config)
     assert 3 * forward < plain < 3.2 * forward  # the losses' products come on top
-    chunked = compute_flops(footprint, plan.model_copy(update={"accumulation": 4}), config)
-    assert chunked - plain == forward
+    chunks = plan.model_copy(update={"accumulation": 4})
+    assert compute_flops(footprint, chunks, config) - plain == forward
+    again = config.model_copy(update={"engine": config.engine.model_copy(update={"activation_checkpointing": True})})
+    heads = plan.global_batch * footprint.parts["heads"].pair_flops
+    assert compute_flops(footprint, plan, again) - plain == forward - heads
+    assert compute_flops(footprint, chunks, again, recomputed=False) == plain
 
 
 def test_the_search_multiplies_and_sends_what_is_counted(vitb16: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from place.cluster import scaling
+from place.cluster.budget import compute_flops
 from place.cluster.scaling import (
     RungConfig,
     ScaleConfig,
@@ -30,6 +31,8 @@ from place.cluster.scaling_page import write_results
 from place.cli import main
 from place.config import UsageError, build_config
 from place.kept import write_kept
+from place.training.footprint import measure_footprint
+from place.training.plan import build_plan
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "scale" / "tiny.yaml")
@@ -178,13 +181,16 @@ def test_batches_that_come_in_bursts_are_counted_over_all_seconds(tmp_path: Path
 
 
 def test_what_mfu_assumes_stands_beside_it(tmp_path: Path) -> None:
-    words = ["engine.kind=torch", "data.max_tokens=77"]
+    words = ["engine.kind=torch", "data.max_tokens=77", "engine.activation_checkpointing=true"]
     scale = load_scale(write_ladder(tmp_path, peak_tflops=1.0), words)
     (job,) = plan_jobs(scale, Path(TINY))
-    record = build_record([{"forward": 1.0}])
+    record = build_record([{"forward": 1.0}]) | {"step_s": [2.0]}
     (row,) = scaling.build_rows(scale, [job], {(job.name, "full"): [record]})
     said = "reports of data.max_tokens=77 tokens (shorter ones cost less where they are packed)"
-    assert row["mfu"] > 0
+    plan = build_plan(job.config, 1, job.config.train.global_batch, 0)
+    flops = compute_flops(measure_footprint(job.config), plan, job.config, recomputed=False)
+    assert row["mfu"] == flops / 2.0 / 1e12
+    assert row["flop_worker"] > flops, "the time of a step holds what is computed again"
     assert row["mfu_assumed"].startswith(said)
     results = {"scaling": "strong", "commit": "", "flop_rule": "", "rows": [row], "model": {"why_not": "no network"}}
     assert said in write_results(tmp_path, "mfu", results).read_text()
