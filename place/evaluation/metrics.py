@@ -1,135 +1,154 @@
-"""What the loop asks of an engine, and the plain torch engine."""
+"""Figures with their bootstrap intervals: resampled patients are weights, so 1,000 resamples are one matrix product."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+import numpy as np
+from numpy.typing import NDArray
 
-from place.batch import Batch, Outputs
-from place.config import Config
-from place.distributed import is_distributed, read_world
-from place.training.optim import build_optimizer
-from place.training.state import Layout, Share, copy_share, list_whole, load_share, read_layout
+Array = NDArray[Any]
+MAX_CELLS = 1 << 23
+NUM_BINS = 15
 
 
-class Engine(Protocol):
-    """Model, optimiser and numerics of one training process. Every method is called by all ranks alike."""
+class Metric(NamedTuple):
+    """A figure and its 95 % bootstrap interval; none where no resample could tell."""
 
-    device: torch.device
-    layout: Layout
-    scale: LossScale
-
-    def forward(self, batch: Batch, train: bool = True) -> Outputs:
-        """Run the model; without gradient where the caller says so with torch.no_grad."""
-
-    def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Add this rank's gradients; `is_last` marks the last chunk of an optimiser step."""
-
-    def step(self, lr: float) -> Tensor:
-        """Average gradients over ranks, clip, update.
-
-        Returns:
-            The gradient norm before clipping; 0 where fp16 overflowed and the step was left out.
-        """
-
-    def copy_share(self) -> Share:
-        """Copy what this rank saves to host memory, without a collective."""
-
-    def load(self, folder: Path, numbers: dict[str, float]) -> None:
-        """Read a checkpoint: the shares of any number of ranks, of any engine. `numbers` are those of a share."""
+    value: float
+    low: float | None = None
+    high: float | None = None
 
 
-class LossScale:
-    """Dynamic loss scale of fp16: halved when a gradient overflows, doubled after 2,000 steps without. Final.
+class TaskResult(NamedTuple):
+    """What one task found.
 
-    Source: quoted (Micikevicius et al. 2018); start and interval are those of torch.amp.GradScaler.
+    `metrics` by name, the headline first; `protocol` says how they came about, chance levels included; `num_samples`
+    counts the images that were judged, or the phrases. `rows` are columns of what each figure was computed from,
+    written as TASK.parquet: with sample_id, finding, label and score the page draws curves.
     """
 
-    def __init__(self, is_dynamic: bool):
-        self.is_dynamic, self.value, self.age = is_dynamic, 2.0**16 if is_dynamic else 1.0, 0
-
-    def update(self, norm: Tensor) -> Tensor:
-        """Go on from a step whose unscaled gradients had this norm, the same on all ranks; returns the norm to report.
-
-        A norm that is not finite counts as an overflow, 0, while the scale can still fall.
-        """
-        if not self.is_dynamic:
-            return norm
-        if not norm.isfinite():
-            has_room, self.age, self.value = self.value > 1, 0, max(1.0, self.value / 2)
-            return torch.zeros_like(norm) if has_room else norm
-        self.age += 1
-        if self.age == 2000:
-            self.age, self.value = 0, self.value * 2
-        return norm
-
-    def read_numbers(self) -> dict[str, float]:
-        """What a checkpoint keeps of it."""
-        return {"loss_scale": self.value, "loss_scale_age": self.age} if self.is_dynamic else {}
-
-    def load(self, numbers: dict[str, float]) -> None:
-        """Go on with what a checkpoint kept; one of another precision kept nothing."""
-        if self.is_dynamic:
-            self.value = numbers.get("loss_scale", self.value)
-            self.age = int(numbers.get("loss_scale_age", 0))
+    task: str
+    metrics: dict[str, Metric]
+    protocol: dict[str, Any]
+    num_samples: int
+    rows: dict[str, Any] | None = None
 
 
-AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+def draw_weights(unit_B: Array, count: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Draw bootstrap resamples of whole units (patients) and say how often each row is in each of them.
+
+    Args:
+        unit_B: unit of each row; rows of one unit come and go together.
+        count: resamples R; 0 gives an empty matrix, hence no intervals.
+        seed: of the resampling.
+    Returns: weight_RB, uint8.
+    Source: ours.
+    """
+    unit_B = np.unique(unit_B, return_inverse=True)[1].ravel()
+    num_units = int(unit_B.max()) + 1
+    rng = np.random.default_rng(seed)
+    weight_RB = np.empty((count, len(unit_B)), np.uint8)
+    for row in range(count):
+        picks = rng.integers(num_units, size=num_units)
+        weight_RB[row] = np.bincount(picks, minlength=num_units)[unit_B]
+    return weight_RB
 
 
-def set_training(model: nn.Module, train: bool) -> None:
-    """Training or evaluation mode, where it changes: the walk through all modules takes milliseconds of a step."""
-    if model.training != train:
-        model.train(train)
+def summarize(value: float, resampled_R: Array) -> Metric:
+    """Put the 2.5 and 97.5 percentiles of the resamples beside a figure; undefined resamples (NaN) are left out."""
+    resampled_R = resampled_R[~np.isnan(resampled_R)]
+    if not len(resampled_R):
+        return Metric(float(value))
+    low, high = np.percentile(resampled_R, [2.5, 97.5])
+    return Metric(float(value), float(low), float(high))
 
 
-class TorchEngine:
-    """Plain torch: fp32 parameters, gradients averaged over ranks, no sharding. Final."""
+def summarize_mean(value_Q: Array, weight_RQ: Array) -> Metric:
+    """Mean of a per-query figure, with its interval."""
+    return summarize(value_Q.mean(), compute_means(value_Q, weight_RQ))
 
-    def __init__(self, model: nn.Module, config: Config, device: torch.device):
-        self.model, self.device, self.layout = model.to(device), device, read_layout(model)
-        self.parameters = list(model.parameters())
-        self.precision, self.clip_norm = config.engine.precision, config.optim.clip_norm
-        self.optimizer, self.scale = build_optimizer(model, config.optim), LossScale(self.precision == "fp16")
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if is_distributed():
-                dist.broadcast(tensor.data, src=0)
 
-    def forward(self, batch: Batch, train: bool = True) -> Outputs:
-        set_training(self.model, train)
-        with torch.autocast(self.device.type, AUTOCAST[self.precision], enabled=self.precision != "fp32"):
-            return self.model(batch)
+def compute_means(value_Q: Array, weight_RQ: Array) -> Array:
+    """Weighted mean in each resample; NaN values of a query are left out."""
+    known_Q = ~np.isnan(value_Q)
+    with np.errstate(invalid="ignore"):
+        return weight_RQ @ np.where(known_Q, value_Q, 0.0) / (weight_RQ @ known_Q.astype(float))
 
-    def backward(self, loss: Tensor, is_last: bool) -> None:
-        (loss * self.scale.value).backward()
 
-    def step(self, lr: float) -> Tensor:
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if read_world().world > 1:
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
-            flat /= read_world().world
-            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
-        if self.scale.is_dynamic:
-            torch._foreach_div_(gradients, self.scale.value)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm or float("inf"))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        if not self.scale.is_dynamic or norm.isfinite():
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return self.scale.update(norm)
+def compute_f1s(predicted_B: Array, target_B: Array, weight_RB: Array) -> Array:
+    """F1 of 0 or 1 predictions in each resample; 0 where there is neither a positive nor a prediction of one.
 
-    def copy_share(self) -> Share:
-        world = read_world()
-        pieces = list_whole(self.model)[world.rank :: world.world]
-        return copy_share(self.model, pieces, self.optimizer, self.scale.read_numbers())
+    Source: ours; equals scikit-learn's `f1_score` with `sample_weight` and `zero_division=0`, which a test shows.
+    """
+    hits_R = weight_RB @ (predicted_B * target_B).astype(float)
+    sums_R = weight_RB @ (predicted_B.astype(float) + target_B)
+    return 2 * hits_R / np.maximum(sums_R, 1)
 
-    def load(self, folder: Path, numbers: dict[str, float]) -> None:
-        self.scale.load(numbers)
-        load_share(folder, self.model, self.layout, list_whole(self.model), self.optimizer, numbers)
+
+def compute_calibration_errors(share_B: Array, target_B: Array, weight_RB: Array) -> Array:
+    """Expected calibration error in each resample: of each bin of equal width the gap of probability and truth.
+
+    Args:
+        share_B: probability of the positive class.
+        target_B: 0 or 1.
+        weight_RB: resamples from `draw_weights`; NaN for one without a row.
+    Source: ours; equals torchmetrics' `binary_calibration_error` of the rows that were drawn, which a test shows.
+    """
+    bin_B = np.digitize(share_B, np.linspace(0, 1, NUM_BINS + 1)) - 1
+    gap_BN = np.where(bin_B[:, None] == np.arange(NUM_BINS + 1), (share_B - target_B)[:, None], 0.0)
+    with np.errstate(invalid="ignore"):
+        return np.abs(weight_RB @ gap_BN).sum(axis=1) / weight_RB.sum(axis=1, dtype=float)
+
+
+def compute_medians(rank_Q: Array, weight_RQ: Array) -> Array:
+    """Smallest rank that at least half of each resample reaches."""
+    order_Q = np.argsort(rank_Q, kind="stable")
+    reached_RQ = weight_RQ[:, order_Q].astype(np.int64).cumsum(axis=1)
+    return rank_Q[order_Q][(2 * reached_RQ >= reached_RQ[:, -1:]).argmax(axis=1)]
+
+
+def compute_aurocs(score_B: Array, target_B: Array, weight_RB: Array) -> Array:
+    """AUROC in each resample, ties count half; NaN where a resample lacks a class.
+
+    Args:
+        score_B: the higher, the more positive.
+        target_B: 0 or 1.
+        weight_RB: resamples from `draw_weights`.
+    Source: ours; equals scikit-learn's `roc_auc_score` with `sample_weight`, which a test shows.
+    """
+
+    def compute(positive_RT: Array, negative_RT: Array) -> Array:
+        below_RT = negative_RT.cumsum(axis=1) - negative_RT
+        wins_R = (positive_RT * (below_RT + negative_RT / 2)).sum(axis=1)
+        return wins_R / (positive_RT.sum(axis=1) * negative_RT.sum(axis=1))
+
+    return _over_ties(compute, score_B, target_B, weight_RB)
+
+
+def compute_average_precisions(score_B: Array, target_B: Array, weight_RB: Array) -> Array:
+    """Average precision in each resample; arguments, NaN and source as `compute_aurocs`."""
+
+    def compute(positive_RT: Array, negative_RT: Array) -> Array:
+        hit_RT = positive_RT[:, ::-1].cumsum(axis=1)
+        miss_RT = negative_RT[:, ::-1].cumsum(axis=1)
+        precision_RT = hit_RT / np.maximum(hit_RT + miss_RT, 1)
+        return (positive_RT[:, ::-1] * precision_RT).sum(axis=1) / hit_RT[:, -1]
+
+    return _over_ties(compute, score_B, target_B, weight_RB)
+
+
+def _over_ties(compute: Callable[[Array, Array], Array], score_B: Array, target_B: Array, weight_RB: Array) -> Array:
+    """Weight of positives and negatives at each distinct score T, rising, handed over in pieces that fit memory."""
+    order_B = np.argsort(score_B, kind="stable")
+    starts_T = np.flatnonzero(np.diff(score_B[order_B], prepend=-np.inf))
+    target_B = target_B[order_B].astype(np.float64)
+    step = max(1, MAX_CELLS // len(score_B))
+    parts = [np.empty(0)]
+    for first in range(0, len(weight_RB), step):
+        weight_PB = weight_RB[first : first + step, order_B].astype(np.float64)
+        positive_PT = np.add.reduceat(weight_PB * target_B, starts_T, axis=1)
+        with np.errstate(invalid="ignore"):
+            parts.append(compute(positive_PT, np.add.reduceat(weight_PB, starts_T, axis=1) - positive_PT))
+    return np.concatenate(parts)
