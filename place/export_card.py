@@ -1,196 +1,110 @@
-"""The training loop: fetch, forward, objective, backward, step, log, evaluate, save, in that order."""
+"""The model card of an export: where the weights come from, how to load them, and what was measured."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor
+import yaml
 
-from place.batch import Batch, Losses
-from place.config import Config, RunError
-from place.data.loader import PairLoader
-from place.data.mixture import read_fingerprint
-from place.distributed import is_distributed, mean_over_ranks, read_world
-from place.runlog import RunLog
-from place.training.engine import Engine
-from place.training.gpu import GpuMeter
-from place.training.gradcache import Objective, backward_contrast
-from place.training.meter import Meter
-from place.training.phases import Phases
-from place.training.plan import RunPlan
-from place.training.profile import StepProfiler
-from place.training.saver import Saver
-from place.training.stop import is_asked
-from place.training.watchdog import Watchdog
+from place.evaluation.leaks import list_leak_notes
 
+if TYPE_CHECKING:
+    from place.pretrained.config import PlaceConfig
 
-class Progress(dict[str, Any]):
-    """Where a run stands: `step` (steps done), `best_val` and `best_step` (None at first); saved as JSON."""
+MAX_METRICS = 10
+CARD = """---
+library_name: transformers
+tags: [chest-radiograph, image-text, place]
+---
 
+# PLACE: chest radiographs and radiology reports in one space
 
-def train(
-    config: Config,
-    plan: RunPlan,
-    engine: Engine,
-    loader: PairLoader,
-    val_loader: PairLoader | None,
-    objective: Objective,
-    log: RunLog | None,
-    watchdog: Watchdog,
-    progress: Progress,
-    phases: Phases | None = None,
-    gpu: GpuMeter | None = None,
-) -> str:
-    """Train to the end of the plan or until asked to stop.
+For research; not for diagnosis. The terms of the training data hold for these weights too.
 
-    Args:
-        log: on rank 0, None elsewhere.
-        watchdog: ends this process when a step hangs.
-        progress: where to begin; kept up to date.
-        phases: where the time of a step is counted, if it is.
-        gpu: reads power and utilisation of this rank's GPU, where that is possible.
-    Returns:
-        `done` or `stopped`.
-    Raises:
-        RunError: the loss is not finite (names the last good checkpoint), a shard is damaged, or a checkpoint could
-            not be written.
-    """
-    run_dir, world = Path(config.run.dir), read_world()
-    saver = Saver(run_dir, engine, config.train.keep_checkpoints, config.cluster.timeout_s)
-    meter = Meter(log, plan, engine.device, saver, phases, gpu)
-    profiler = StepProfiler(config.run, world.rank, progress["step"], engine.device)
-    timed = meter.time_arrivals(objective)
-    stopping = False
-    batches = loader.read_steps(progress["step"], plan.total_steps, plan.steps_per_epoch, world.world)
-    if config.run.probe == "synthetic":
-        batches = itertools.repeat(next(batches))
-    elif config.run.probe == "loader":
-        return _read_only(plan, batches, meter, watchdog, config.run.log_every_steps)
-    while progress["step"] < plan.total_steps and not stopping:
-        epoch, first_step = divmod(progress["step"], plan.steps_per_epoch)
-        last_step = min(plan.steps_per_epoch, plan.total_steps - epoch * plan.steps_per_epoch)
-        for batch in meter.time_waits(itertools.islice(batches, last_step - first_step)):
-            watchdog.feed()
-            seed_step(config.run.seed, progress["step"], world.rank)
-            batch = batch.to(engine.device)
-            meter.mark("copy")
-            losses, scales = backward_contrast(engine, batch, plan.accumulation, timed)
-            meter.mark("backward")
-            lr = plan.compute_lr(progress["step"], config.optim.min_lr_ratio)
-            grad_norm = engine.step(lr)
-            meter.mark("optimiser")
-            saver.check()
-            profiler.step()
-            progress["step"] += 1
-            step = progress["step"]
-            meter.count(step, epoch, batch)
-            ends_epoch = step % plan.steps_per_epoch == 0 or step == plan.total_steps
-            is_due = step % config.train.checkpoint_every_steps == 0
-            stopping = _agree(world.is_first and is_asked(run_dir), engine.device)
-            if step % config.run.log_every_steps == 0 or is_due or stopping or ends_epoch:
-                meter.write(step, epoch, losses, scales, lr, grad_norm)
-                values = mean_over_ranks(torch.stack([losses.total.detach(), grad_norm.to(losses.total)])).tolist()
-                _check_finite({"loss": values[0], "gradient norm": values[1]}, step, run_dir, saver)
-            if (stopping or is_due) and not ends_epoch:
-                meter.mark("other")
-                saver.save({**progress, **describe_lineage(config, plan), "world": plan.world})
-                meter.mark("checkpoint")
-            if stopping and not ends_epoch:
-                saver.wait()
-                profiler.close()
-                return "stopped"
-        is_best, is_last = False, progress["step"] == plan.total_steps
-        if val_loader is not None and ((epoch + 1) % config.train.evaluate_every_epochs == 0 or is_last):
-            value = evaluate_loss(plan, engine, val_loader, objective, epoch, log, watchdog, progress["step"])
-            _check_finite({"validation loss": value}, progress["step"], run_dir, saver)
-            is_best = progress["best_val"] is None or value < progress["best_val"]
-            if is_best:
-                progress.update(best_val=value, best_step=progress["step"])
-        if is_best or is_last or stopping or progress["step"] % config.train.checkpoint_every_steps == 0:
-            saver.save({**progress, **describe_lineage(config, plan), "world": plan.world})
-        meter.restart()
-    saver.wait()
-    profiler.close()
-    return "done" if progress["step"] == plan.total_steps else "stopped"
+```python
+import place
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained(FOLDER)
+image = AutoImageProcessor.from_pretrained(FOLDER)(PIL_IMAGE, return_tensors="pt")
+report = AutoTokenizer.from_pretrained(FOLDER)("No pleural effusion.", return_tensors="pt")
+output = model(image.pixel_values, report.input_ids, report.attention_mask)
+output.image_embeds @ output.text_embeds.T
+```
+
+`last_hidden_state` are patch tokens, `observation_embeds` the pathology observations, `observation_attentions` where
+each of them looks.{timm}{onnx}
+
+## Training
+
+| | |
+| --- | --- |
+| data fingerprint | `{fingerprint}` |
+| commit | `{commit}` |
+| optimiser step | {step} |
+| vision encoder started from | {vision} |
+| report encoder started from | {text} |
+| grey levels | mean {mean:.4f}, deviation {std:.4f} (0 to 1) |
+| written by | {exported_by} |
+
+```yaml
+{config}```
+
+## Results
+
+{results}
+"""
+TIMM = (
+    "\n\n`timm.create_model('local-dir:FOLDER/timm', pretrained=True)` is the vision encoder alone: one grey channel."
+)
 
 
-def _read_only(plan: RunPlan, batches: Iterator[Batch], meter: Meter, watchdog: Watchdog, every: int) -> str:
-    """Read every batch and train nothing: the rate at which data come."""
-    for step, _ in enumerate(meter.time_waits(batches), start=1):
-        watchdog.feed()
-        meter.steps += 1
-        if step % every == 0:
-            meter.write_rate(step, (step - 1) // plan.steps_per_epoch)
-    return "done"
+ONNX = (
+    "\n\n`onnx/vision.onnx` is the vision encoder for other runtimes: `pixel_values` of the image processor, any batch,"
+    " to `image` and `patches`."
+)
 
 
-def evaluate_loss(
-    plan: RunPlan,
-    engine: Engine,
-    loader: PairLoader,
-    objective: Objective,
-    epoch: int,
-    log: RunLog | None,
-    watchdog: Watchdog,
-    step: int,
-) -> float:
-    """Mean losses over the validation split, logged; returns the total."""
-    totals: list[Tensor] = []
-    with torch.no_grad():
-        for batch in loader.read_epoch(epoch, 0, plan.val_steps, plan.world):
-            watchdog.feed()
-            batch = batch.to(engine.device)
-            outputs = engine.forward(batch, train=False)
-            if log is not None and not totals and outputs.attention_BKN.shape[1]:
-                log.write_attention(step, outputs.attention_BKN[0].tolist())
-            totals.append(torch.stack(objective(outputs, batch)))
-    means = mean_over_ranks(torch.stack(totals).mean(0)).tolist()
-    if log is not None:
-        log.write_metrics(step, {"epoch": epoch, **{f"val_{name}": v for name, v in zip(Losses._fields, means)}})
-    return means[0]
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Dropout and masks of a step depend on (seed, step, rank) alone, so that a resumed run draws the same ones."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
-
-
-def _agree(flag: bool, device: torch.device) -> bool:
-    """True on all ranks if it is on any."""
-    if not is_distributed():
-        return flag
-    votes = torch.tensor([float(flag)], device=device)
-    dist.all_reduce(votes)
-    return bool(votes.item())
-
-
-def _check_finite(values: dict[str, float], step: int, run_dir: Path, saver: Saver) -> None:
-    if all(math.isfinite(value) for value in values.values()):
-        return
-    saver.wait()
-    latest = run_dir / "checkpoints" / "latest"
-    good = latest.read_text().strip() if latest.is_file() else "none"
-    said = ", ".join(f"{name} {value:g}" for name, value in values.items())
-    raise RunError(
-        f"{said} at step {step}: not finite; last good checkpoint: {good}; lower optim.lr or check the data, "
-        "then start again with run.resume=auto"
+def build_card(config: PlaceConfig, results: dict[str, dict[str, Any]], has_timm: bool, has_onnx: bool = False) -> str:
+    """The card as Markdown; every figure comes from a result file."""
+    trained = config.trained
+    return CARD.format(
+        timm=TIMM if has_timm else "",
+        onnx=ONNX if has_onnx else "",
+        fingerprint=trained["data_fingerprint"],
+        commit=trained["commit"],
+        step=trained["step"],
+        **trained["started_from"],
+        mean=config.image_mean,
+        std=config.image_std,
+        exported_by=trained["exported_by"],
+        config=yaml.safe_dump(config.place, sort_keys=False),
+        results="\n\n".join(map(_show_result, results.values())) or "None: this checkpoint had not been evaluated.",
     )
 
 
-def describe_lineage(config: Config, plan: RunPlan) -> dict[str, Any]:
-    """What must be the same when a run goes on, for its sample order and its curve to be those of one run."""
-    return {
-        "global_batch": plan.global_batch,
-        "seed": config.run.seed,
-        "num_canonical_nodes": config.data.num_canonical_nodes,
-        "shuffle_block_size": config.data.shuffle_block_size,
-        "train_split": config.data.train_split,
-        "data_fingerprint": read_fingerprint(config.data),
-    }
+def _show_result(result: dict[str, Any]) -> str:
+    split, unit = result["protocol"].get("split", ""), "phrases" if result["task"] == "grounding" else "images"
+    lines = [
+        f"### {result['task']}: {result['num_samples']} {unit}, split '{split}'",
+        "",
+        f"Data `{result['data_fingerprint']}`, commit `{result['commit']}`; all: evaluation/{result['task']}.json.",
+        *_list_leaks(result["protocol"].get("leaks")),
+        "",
+        "| measure | value | 95 % |",
+        "| --- | ---: | ---: |",
+    ]
+    for name, metric in islice(result["metrics"].items(), MAX_METRICS):
+        interval = "" if metric["low"] is None else f"{metric['low']:.3f} to {metric['high']:.3f}"
+        lines.append(f"| {name} | {metric['value']:.3f} | {interval} |")
+    return "\n".join(lines)
+
+
+def _list_leaks(leaks: dict[str, Any] | None) -> list[str]:
+    """What the check for leaks has to say, a line each; why a check was not possible names folders of the machine."""
+    if leaks is None:
+        return []
+    notes = list_leak_notes(leaks | {"not_checked": {}})
+    notes += [f"no check against {name}" for name in leaks["not_checked"]]
+    return ["", *(f"- {note}" for note in notes)] if notes else []
