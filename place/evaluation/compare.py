@@ -20,6 +20,8 @@ from place.evaluation.encoder import get_units, read_units
 from place.evaluation.metrics import Array, draw_weights
 from place.evaluation.paired import Difference, Rows, compare_rows
 
+KEYS = ("sample_id", "finding", "phrase", "label", "truths", "reference_findings")
+"""Columns of TASK.parquet that must be the same in both: what was judged, and the truth."""
 METHOD = "bootstrap over patients, the same resamples for both; B - A with its 95 % percentile interval"
 
 
@@ -133,8 +135,9 @@ def check_same(name: str, first: Judged, second: Judged, kept: dict[str, Any]) -
     ):
         if ours != theirs:
             raise UsageError(f"{name}: {what} {ours} against {theirs}; evaluate both on the same data and split")
-    keys = [_list_keys(judged.columns) for judged in (first, second)]
-    if "sample_id" in first.columns and "sample_id" in second.columns and keys[0] != keys[1]:
+    shared = [name for name in KEYS if name in first.columns and name in second.columns]
+    keys = [set(zip(*(judged.columns[name].tolist() for name in shared))) for judged in (first, second)]
+    if "sample_id" in shared and keys[0] != keys[1]:
         raise UsageError(
             f"{name}: {len(keys[0] ^ keys[1])} images or findings were judged, or labelled, in one of the two only; "
             "evaluate both on the same data, split and evaluation.findings"
@@ -145,24 +148,20 @@ def _name_data(result: dict[str, Any]) -> tuple[str, str]:
     return result["data_fingerprint"][:12], result["protocol"]["split"]
 
 
-def _list_keys(columns: dict[str, Array]) -> set[tuple[Any, ...]]:
-    names = [name for name in ("sample_id", "finding", "phrase", "label", "truths") if name in columns]
-    return set(zip(*(columns[name].tolist() for name in names)))
-
-
 def list_notes(name: str, first: dict[str, Any], second: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """What a reader of a task's differences has to know."""
-    if name == "generation":
-        return ["generation: texts are not compared report by report; see TASK.json of both"]
     if not found:
         return [f"{name}: no figures of single images are there, in TASK.parquet; evaluate again, or see TASK.json"]
     scores = [result["protocol"].get("score") for result in (first, second)]
-    return [f"{name}: A is {scores[0]}; B is {scores[1]}"] if scores[0] != scores[1] else []
+    notes = [f"{name}: A is {scores[0]}; B is {scores[1]}"] if scores[0] != scores[1] else []
+    if name == "generation":
+        notes.append("generation: F1 of findings alone is compared report by report; see TASK.json of both for words")
+    return notes
 
 
 def is_mean(name: str) -> bool:
     """Whether a figure is of the whole task, not of one finding."""
-    return name.startswith("image_to_text.") or name.rpartition(".")[2].startswith("mean_")
+    return "." not in name or name.startswith("image_to_text.") or name.rpartition(".")[2].startswith("mean_")
 
 
 def write_comparison(comparison: Comparison, bootstrap: int, path: Path) -> None:

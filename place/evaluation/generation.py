@@ -19,7 +19,7 @@ from torch import Tensor
 from place.config import UsageError
 from place.data.prepared import read_samples
 from place.evaluation.encoder import VisualFeatures, build_study, encode_visual, get_units, read_units, take
-from place.evaluation.generation_metrics import TOKENS, load_judges, score_reports
+from place.evaluation.generation_metrics import TOKENS, label_reports, load_judges, pack_findings, score_reports
 from place.evaluation.labeler import hash_rules
 from place.evaluation.metrics import Metric, TaskResult
 from place.evaluation.report_decoder import Pairs, ReportDecoder, Visual, train_decoder
@@ -87,6 +87,8 @@ def run_generation(task: Task) -> TaskResult:
     protocol["without_report"] = len(patients) - len(test.sample_ids)
     protocol |= {name: text for name, text in JUDGED_BY.items() if getattr(judges, name) is not None}
     rows = {"sample_id": test.sample_ids, "reference": reference, **written}
+    for name, texts in (("generated", written["generated"]), ("reference", reference)):
+        rows[f"{name}_findings"] = pack_findings(label_reports(texts))
     return TaskResult("generation", merge_scores(scores), protocol, len(reference), rows)
 
 

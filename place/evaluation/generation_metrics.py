@@ -168,6 +168,16 @@ def label_reports(reports: Sequence[str]) -> Array:
     return np.array([[label[name] == POSITIVE for name in OBSERVATIONS] for label in labels])
 
 
+def pack_findings(has_BF: Array) -> Array:
+    """The 14 findings of each report as one number (B,), bit f for the f-th of `OBSERVATIONS`."""
+    return (has_BF << np.arange(len(OBSERVATIONS))).sum(axis=1).astype(np.uint16)
+
+
+def unpack_findings(bits_B: Array) -> Array:
+    """Which findings each report has (B,14), back from `pack_findings`."""
+    return (bits_B[:, None] >> np.arange(len(OBSERVATIONS)) & 1).astype(bool)
+
+
 def compute_finding_f1(said_BF: Array, true_BF: Array, weight_RB: Array) -> dict[str, Array]:
     """F1 of the findings in each resample: micro and macro, over the 14 and the five of CheXpert's competition.
 

@@ -5,6 +5,7 @@ Rows of a TASK.parquet say what a figure was computed from, so that it can be co
 - `label` and `score`, perhaps of several subsets of the training labels: AUROC, average precision; with `predicted` F1;
 - `rank`: recall at K, median and mean reciprocal rank;
 - `truths`, `scores` and `hits` of an image and finding: average precision of boxes;
+- `reference_findings` and `generated_findings` of a report: F1 of findings;
 - any other numbers beside `finding`: their mean over the rows of each finding, undefined ones (NaN) left out.
 """
 
@@ -134,6 +135,14 @@ def _judge_boxes(rows: Rows, weight_RB: Array) -> Figures:
     return _name(kinds)
 
 
+def _judge_reports(rows: Rows, weight_RB: Array) -> Figures:
+    # Here, because report generation brings torch.
+    from place.evaluation.generation_metrics import compute_finding_f1, unpack_findings
+
+    said_BF, true_BF = (unpack_findings(rows.columns[f"{name}_findings"]) for name in ("generated", "reference"))
+    return compute_finding_f1(said_BF, true_BF, weight_RB[:, rows.image_Q])
+
+
 def _judge_values(rows: Rows, weight_RB: Array) -> Figures:
     numbers = [name for name, column in rows.columns.items() if column.dtype.kind == "f"]
     kinds: dict[str, dict[str, Array]] = {name: {} for name in numbers}
@@ -160,6 +169,7 @@ READERS: dict[str, Callable[[Rows, Array], Figures]] = {
     "label": _judge_scores,
     "rank": _judge_ranks,
     "truths": _judge_boxes,
+    "reference_findings": _judge_reports,
     "finding": _judge_values,
 }
 """How rows are read, by a column that tells them apart; the first one that is there decides."""

@@ -14,12 +14,15 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from place.cli import main
 from place.config import EvaluationConfig, GenerationConfig, UsageError
 from place.data.prepared import read_samples
+from place.evaluation.compare import run_compare
 from place.evaluation.encoder import encode_visual, get_units, read_units
 from place.evaluation.frozen import wrap_run
 from place.evaluation.generation import BASELINES, HEADLINE, run_generation
-from place.evaluation.generation_metrics import score_reports
+from place.evaluation.generation_metrics import compute_finding_f1, label_reports, score_reports, unpack_findings
+from place.evaluation.metrics import draw_weights
 from place.evaluation.report_decoder import (
     Pairs,
     Visual,
@@ -133,6 +136,8 @@ def test_the_task_scores_what_it_stored(result, run_dir, data_dir):
     for before, texts in written.items():
         for name, metric in score_reports(texts, rows["reference"], units, task.evaluation.bootstrap).items():
             assert result.metrics[before + name] == metric
+    for name in ("generated", "reference"):
+        assert (unpack_findings(rows[f"{name}_findings"]) == label_reports(rows[name])).all()
     assert next(iter(result.metrics)) == HEADLINE
     assert result.num_samples == 41
     assert rows["sample_id"] == sorted(rows["sample_id"])
@@ -177,14 +182,64 @@ def test_the_protocol_says_which_baselines_were_beaten(result):
     assert "30" in result.protocol["trained_on"].split("of")[-1]
 
 
-def test_texts_are_kept_and_shown_on_the_page(run_dir, data_dir, tmp_path):
-    run_evaluation(run_dir, data_dir, ["generation"], output=tmp_path)
-    rows = pq.read_table(tmp_path / "generation.parquet").to_pylist()
-    page = (tmp_path / "report.html").read_text()
+@pytest.fixture(scope="module")
+def evaluated(run_dir, data_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generation")
+    run_evaluation(run_dir, data_dir, ["generation"], output=folder)
+    return folder
+
+
+def test_texts_are_kept_and_shown_on_the_page(evaluated):
+    rows = pq.read_table(evaluated / "generation.parquet").to_pylist()
+    page = (evaluated / "report.html").read_text()
     for row in rows[:4]:
         assert all(row[name] in page for name in ("generated", "reference", "nearest"))
     assert "shuffled" in page
-    assert json.loads((tmp_path / "generation.json").read_text())["protocol"]["settings"]["beams"] == 2
+    assert json.loads((evaluated / "generation.json").read_text())["protocol"]["settings"]["beams"] == 2
+
+
+def rewrite(evaluated, folder, **columns):
+    """A copy whose generation.parquet has other columns; None takes one out."""
+    path = shutil.copytree(evaluated, folder) / "generation.parquet"
+    table = pq.read_table(path).to_pydict() | columns
+    pq.write_table(pa.table({name: column for name, column in table.items() if column is not None}), path)
+    return folder
+
+
+def test_finding_f1_of_two_evaluations_is_compared_report_by_report(evaluated, data_dir, tmp_path, capsys):
+    table = pq.read_table(evaluated / "generation.parquet")
+    truth = table["reference_findings"].to_numpy()
+    right = rewrite(evaluated, tmp_path / "right", generated_findings=truth)
+    found = run_compare(evaluated, right, data_dir, 200).tasks["generation"]
+    metrics = json.loads((evaluated / "generation.json").read_text())["metrics"]
+    assert set(found) == {name for name in metrics if name.startswith("f1_")}
+    assert all(item.first == pytest.approx(metrics[name]["value"]) for name, item in found.items())
+    gap, low, high = found["f1_macro_14"].difference
+    assert found["f1_macro_14"].second == 1
+    assert 0 < low < gap < high
+    units_B = np.array(get_units(read_units(data_dir, "test"), sorted(table["sample_id"].to_pylist())))
+    order = np.argsort(table["sample_id"].to_numpy())
+    said_BF, true_BF = (
+        unpack_findings(table[f"{name}_findings"].to_numpy()[order]) for name in ("generated", "reference")
+    )
+    drawn_R = 1 - compute_finding_f1(said_BF, true_BF, draw_weights(units_B, 200))["f1_macro_14"]
+    assert (low, high) == pytest.approx(np.percentile(drawn_R, [2.5, 97.5]))
+    assert main(["compare", str(evaluated), str(right), "--data", str(data_dir), "--bootstrap", "100"]) == 0
+    shown = capsys.readouterr().out
+    assert "f1 macro 14" in shown
+    assert "F1 of findings alone is compared report by report" in " ".join(shown.split())
+
+
+def test_other_findings_of_the_references_are_refused_and_texts_alone_are_told(evaluated, data_dir, tmp_path):
+    truth = pq.read_table(evaluated / "generation.parquet")["reference_findings"].to_numpy()
+    with pytest.raises(UsageError, match="generation: 2 images or findings were judged, or labelled, in one of"):
+        run_compare(
+            evaluated, rewrite(evaluated, tmp_path / "a", reference_findings=[truth[0] ^ 1, *truth[1:]]), data_dir
+        )
+    old = rewrite(evaluated, tmp_path / "b", reference_findings=None, generated_findings=None)
+    found = run_compare(evaluated, old, data_dir, 100)
+    assert found.tasks == {}
+    assert found.notes[0].startswith("generation: no figures of single images are there")
 
 
 def test_a_split_that_was_trained_on_is_refused_and_not_offered(run_dir, data_dir):
