@@ -555,7 +555,9 @@ class Config(Section):
         return loss
 
 
-SourceName = Literal["phantom", "csv", "mimic-cxr", "mimic-cxr-jpg", "openi", "dicom-tree", "r2gen-json", "table"]
+SourceName = Literal[
+    "phantom", "csv", "folder", "mimic-cxr", "mimic-cxr-jpg", "openi", "dicom-tree", "r2gen-json", "table"
+]
 
 
 class PrepareConfig(Section):
@@ -566,7 +568,8 @@ class PrepareConfig(Section):
     output: str
     """Folder the prepared data set is written to, shared by all hosts, or s3://BUCKET/PREFIX."""
     input: str | None = None
-    """csv: the table (csv, tsv or parquet), one row an image. Others: the folder of the download, or of DICOM files."""
+    """csv: the table (csv, tsv or parquet), one row an image. folder: CLASS/*.png, or SPLIT/CLASS/*.png. Others: the
+    folder of the download, or of DICOM files."""
     protocol: str | None = None
     """File of configs/eval: gives source, options and layout of a data set, and the counts that must be met."""
     allow_counts: tuple[str, ...] = ()
@@ -598,14 +601,14 @@ class PrepareConfig(Section):
     only: str | None = None
     """mimic-cxr: table with a column dicom_id; its images alone are kept, all as test split: a published test set."""
     views: tuple[str, ...] = ()
-    """Views that are kept, such as FRONTAL, LATERAL, UNKNOWN, ALL. None keeps the frontal ones, and of csv, openi and
-    r2gen-json also the unknown."""
+    """Views that are kept, such as FRONTAL, LATERAL, UNKNOWN, ALL. None keeps the frontal ones, and of csv, folder,
+    openi, r2gen-json and table also the unknown."""
     case: Literal["keep", "lower"] = "keep"
     """Letters of the stored report: as written, or all small."""
     split: tuple[float, float, float] = (0.8, 0.1, 0.1)
     """Shares of patients in train, val and test; a split column comes first."""
     min_words: int = Field(3, ge=0)
-    """Reports with fewer words are rejected; 0 keeps images without a report, for tasks that need none."""
+    """Reports with fewer words are rejected; 0 keeps images without a report, for tasks that need none (folder: 0)."""
     launcher: Literal["ray", "local"] = "ray"
     """Who spreads the work: Ray, or processes of this host without it. The result is the same."""
     address: str | None = None
@@ -618,6 +621,12 @@ class PrepareConfig(Section):
     """Largest MDS shard before compression, in MiB."""
     salt_file: str | None = None
     """File with the secret that ids are hashed with; none takes (or makes, mode 600) ~/.config/place/salt."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _asks_no_report_of_folders(cls, given: Any) -> Any:
+        without = isinstance(given, dict) and given.get("source") == "folder"
+        return {"min_words": 0, **given} if without else given
 
     @field_validator("split")
     @classmethod

@@ -69,6 +69,8 @@ class PrepareProgress:
         )
         for reason, number in Counter(card["drop_reasons"]).most_common():
             self.console.print(f"  rejected  {reason}: {number:,}")
+        for note in card.get("notes", []):
+            self.console.print(f"  note      {note}", markup=False)
         for warning, number in card["warnings"].items():
             self.console.print(f"  warning   {warning}: {number:,} (what it means: {output}/card.md)")
         table = Table("split", "images", "studies", "patients", "unique reports", box=None, header_style="bold")

@@ -7,7 +7,7 @@ import pandas as pd
 from place.config import PrepareConfig, RunError, UsageError
 from place.data.identity import compute_split, describe_hash_split
 
-_SPLIT_NAMES = {
+SPLIT_NAMES = {
     "train": "train",
     "training": "train",
     "val": "val",
@@ -38,7 +38,7 @@ def assign_splits(frame: pd.DataFrame, config: PrepareConfig, advice: str) -> tu
     by_hash = {patient: compute_split(patient, config.seed, config.split) for patient in frame["patient"].unique()}
     if "split" not in frame:
         return frame["patient"].map(by_hash), hashed
-    official = frame["split"].str.lower().map(lambda name: _SPLIT_NAMES.get(name, "?") if name else "")
+    official = frame["split"].str.lower().map(lambda name: SPLIT_NAMES.get(name, "?") if name else "")
     if (official == "?").any():
         unknown = sorted(set(frame["split"][official == "?"]))[:5]
         raise UsageError(

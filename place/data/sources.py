@@ -7,6 +7,7 @@ from collections.abc import Callable
 from place.config import PrepareConfig, UsageError
 from place.data.csv_source import open_csv
 from place.data.dicom_tree_source import open_dicom_tree
+from place.data.folder_source import open_folder
 from place.data.mimic_source import open_mimic
 from place.data.openi_source import open_openi
 from place.data.phantom_source import open_phantom
@@ -17,6 +18,7 @@ from place.data.table_source import open_table
 SOURCES: dict[str, Callable[[PrepareConfig], Table]] = {
     "phantom": open_phantom,
     "csv": open_csv,
+    "folder": open_folder,
     "mimic-cxr": open_mimic,
     "mimic-cxr-jpg": open_mimic,
     "openi": open_openi,

@@ -13,7 +13,8 @@ _TELL_VIEWS = ("mimic-cxr", "mimic-cxr-jpg", "dicom-tree", "phantom")
 def resolve_views(config: PrepareConfig) -> frozenset[str]:
     """Names of the views that are kept, in upper case; an empty one stands for an unknown view, ALL for every one.
 
-    Without a wish the frontal ones; an unknown view only of sources that often cannot tell it (csv, openi, r2gen-json).
+    Without a wish the frontal ones; an unknown view only of sources that often cannot tell it (csv, folder, openi,
+    r2gen-json, table).
     Source: ours; MIMIC-CXR's users take AP and PA as frontal.
     """
     wanted = {" ".join(view.upper().split()) for view in config.views}
