@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -197,11 +198,17 @@ def test_the_examples_of_a_source_and_of_a_task_work(tmp_path: Path, monkeypatch
     assert results["feature_norm"].metrics["norm"].value > 0
 
 
-def test_the_first_hour_on_a_table_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = PAGES["getting-started.md"]
-    (table,) = read_blocks(text, "csv")
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "salt"))
-    monkeypatch.chdir(tmp_path)
+(TABLE,) = read_blocks(PAGES["getting-started.md"], "csv")
+MINE = [words for page, words in COMMANDS if page == "getting-started.md" and "datasets/mine" in " ".join(words)]
+
+
+def prepare_mine(table: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lay out the table with its images in a folder, go there, and prepare it as the page says."""
+    salt = folder / "salt" / "place" / "salt"
+    salt.parent.mkdir(parents=True)
+    salt.write_text("0123456789abcdef")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "salt"))
+    monkeypatch.chdir(folder)
     shutil.copytree(ROOT / "configs", "configs")
     Path("metadata.csv").write_text(table)
     Path("images").mkdir()
@@ -209,12 +216,31 @@ def test_the_first_hour_on_a_table_runs_as_written(tmp_path: Path, monkeypatch: 
         if not line.startswith("gone"):
             pixels = np.random.default_rng(number).integers(0, 255, (64, 64), dtype=np.uint8)
             Image.fromarray(pixels).save(Path("images") / line.split(",")[0])
-    mine = [words for page, words in COMMANDS if page == "getting-started.md" and "datasets/mine" in words]
-    (prepare,) = [words for words in mine if words[0] == "prepare"]
+    (prepare,) = [words for words in MINE if words[0] == "prepare"]
     assert main([*prepare, "--launcher", "local"]) == 0
+
+
+def test_the_first_hour_on_a_table_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_mine(TABLE, tmp_path, monkeypatch)
     rejected = pq.read_table("datasets/mine/rejected.parquet")["reason"].to_pylist()
     assert sorted(rejected) == ["missing_image", "view_excluded"]
     assert {*pq.read_table("datasets/mine/manifest.parquet")["split"].to_pylist()} == {"train", "val", "test"}
-    for words in mine:
+    for words in MINE:
         if words[0] == "data":
             assert main(words) == 0, words
+
+
+def test_a_larger_table_is_trained_on_and_judged_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header, *lines = TABLE.splitlines()
+    cells = [line.split(",", 3) for line in lines if not line.startswith("gone")]
+    rows = [f"{n}{file},{n}{patient},{n}{study},{rest}" for n in range(40) for file, patient, study, rest in cells]
+    prepare_mine("\n".join([header, *rows]), tmp_path, monkeypatch)
+    smaller = {
+        "pretrain": ["cluster.launcher=local", "engine.kind=torch", "train.max_steps=1"],
+        "evaluate": ["evaluation.bootstrap=20", "evaluation.gallery_size=5", "evaluation.generation.steps=2"],
+    }
+    for words in MINE:
+        if words[0] in smaller and "configs/pretrain_vitb16.yaml" not in words:
+            assert main([*words, *smaller[words[0]]]) == 0, words
+    result = json.loads(Path("runs/mine/evaluation/zero_shot.json").read_text())
+    assert [name for name in result["metrics"] if "effusion" in name]
