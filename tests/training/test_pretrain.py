@@ -189,7 +189,8 @@ def test_one_grey_level_of_255_is_measured_in_standardised_units(
     monkeypatch.setattr(pretrain_module, "compute_losses", lambda *given: seen.add(given[-1]) or plain(*given))
     config = write_config(tmp_path, prepared, train={"epochs": 1, "max_steps": 1})
     assert pretrain(config).code == 0
-    assert seen == {1 / (255 * json.loads((prepared / "card.json").read_text())["std"])}
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert seen == {1 / (255 * about["std"])}
 
 
 def test_images_without_reports_are_refused(pretrain: Any, prepared: Path, tmp_path: Path) -> None:
