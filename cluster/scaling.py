@@ -457,15 +457,18 @@ def _add_efficiency(rows: list[dict[str, Any]]) -> None:
 
 
 def _add_curves(rows: list[dict[str, Any]], found: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
-    """For full runs of one global batch: how far their losses lie apart, at most, relative to the first of them."""
+    """How far losses of full runs, repeats too, lie off the first run of their global batch, at most; None for it."""
     first: dict[int, np.ndarray] = {}
     for row in rows:
         if row["probe"] != "full" or row["status"] != "ok":
             continue
-        losses = np.array(next(r for r in found[row["rung"], "full"] if not r["reason"])["loss"])
-        base = first.setdefault(row["global_batch"], losses)
-        size = min(len(base), len(losses))
-        row["loss_apart"] = float(np.max(np.abs(losses[:size] / base[:size] - 1)))
+        curves = [np.array(r["loss"]) for r in found[row["rung"], "full"] if not r["reason"]]
+        if row["global_batch"] not in first:
+            first[row["global_batch"]] = curves.pop(0)
+        base = first[row["global_batch"]]
+        sizes = [min(len(base), len(losses)) for losses in curves]
+        apart = [np.max(np.abs(losses[:size] / base[:size] - 1)) for losses, size in zip(curves, sizes)]
+        row["loss_apart"] = float(max(apart)) if apart else None
 
 
 def read_model(path: Path) -> tuple[Model, Network]:
@@ -488,5 +491,5 @@ def list_faults(rows: list[dict[str, Any]]) -> Iterator[str]:
             yield f"{where}: failed, {row['reason']}"
         if row.get("unexplained") is not None and row["unexplained"] > 0.03:
             yield f"{where}: the phases miss {row['unexplained']:.1%} of the step"
-        if row.get("loss_apart", 0.0) > 1e-2:
-            yield f"{where}: its losses are up to {row['loss_apart']:.2%} off those of the first rung with that batch"
+        if (row.get("loss_apart") or 0.0) > 1e-2:
+            yield f"{where}: its losses are up to {row['loss_apart']:.2%} off those of the first run with that batch"

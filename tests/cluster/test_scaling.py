@@ -83,7 +83,7 @@ def test_rungs_become_rows_and_a_failed_one_has_its_reason(scaled: tuple[Path, l
     assert full["pairs_per_s"] == pytest.approx(full["global_batch"] / full["step_s"])
     assert full["phase_s"]["forward"] > 0
     assert loader["pairs_per_s"] > full["pairs_per_s"]
-    assert full["loss_apart"] == 0
+    assert full["loss_apart"] is None, "there is no other run to compare"
     assert "efficiency" not in full, "there is but one size"
     assert results["model"]["factors"]["per_wire"] == 0
     with (folder / "scaling.csv").open() as file:
@@ -359,6 +359,19 @@ def test_faults_are_told_before_the_figures() -> None:
         {"rung": "c", "probe": "full", "status": "ok", "unexplained": 0.02, "loss_apart": 0.001},
     ]
     assert [line.split(":")[0] for line in list_faults(rows)] == ["a, full", "b, full", "b, full"]
+
+
+def test_loss_curves_of_one_global_batch_are_compared_repeats_too() -> None:
+    rows = [
+        {"rung": rung, "probe": "full", "status": "ok", "global_batch": pairs}
+        for rung, pairs in (("a", 8), ("b", 8), ("c", 16), ("d", 32))
+    ]
+    curves = {"a": [[2.0, 1.0]], "b": [[2.0, 1.1], [2.5, 1.0]], "c": [[1.0]], "d": [[1.0, 1.0], [1.0, 0.9, 9.0]]}
+    found = {(rung, "full"): [{"reason": "", "loss": loss} for loss in runs] for rung, runs in curves.items()}
+    found["a", "full"].insert(0, {"reason": "gone", "loss": [7.0]})
+    scaling._add_curves(rows, found)
+    assert [row["loss_apart"] for row in rows] == [None, pytest.approx(0.25), None, pytest.approx(0.1)]
+    assert [line.split(":")[0] for line in list_faults(rows)] == ["b, full", "d, full"]
 
 
 def test_efficiency_is_that_of_a_worker_against_the_smallest_rung() -> None:
