@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parents[1]
 # Drops what an editable install left on the way, then looks for `place` in the folder given.
@@ -48,6 +52,28 @@ def test_a_checkout_works_uninstalled(tmp_path: Path) -> None:
 def test_the_folders_at_the_top_keep_their_short_names_to_themselves(tmp_path: Path) -> None:
     code = "import importlib.util as u; print([n for n in ('cluster', 'kernels') if u.find_spec(n)])"
     assert run_code(code, tmp_path) == "[]"
+
+
+def test_the_python_that_is_asked_for_is_the_oldest_that_all_pins_take() -> None:
+    pins = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    there = {
+        dist.name.lower().replace("_", "-"): dist.metadata.get("Requires-Python", "")
+        for dist in metadata.distributions()
+    }
+    needs = {
+        name: SpecifierSet(there[name]) for name in (pin.lower().replace("_", "-") for pin in pins) if name in there
+    }
+    assert len(needs) > 100
+    assert all("3.11.5" in need for need in needs.values())
+    refuse = {name for name, need in needs.items() if "3.11.4" not in need}
+    pages = {Requirement(text).name for text in metadata.requires("mkdocs-material") or []}
+    assert refuse
+    assert refuse <= pages, "the package itself takes 3.11.0"
+    assert [name for name, need in needs.items() if "3.10.99" not in need and name not in pages]
+    assert 'requires-python = ">=3.11"\n' in (ROOT / "pyproject.toml").read_text()
+    assert "sys.version_info < (3, 11, 5)" in (ROOT / "Makefile").read_text()
+    for name in ("README.md", "docs/index.md", "docs/getting-started.md"):
+        assert re.findall(r"Python ([\d.]+) or newer", (ROOT / name).read_text()) == ["3.11.5"], name
 
 
 def test_the_demo_leaves_a_gpu_alone(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
@@ -42,7 +42,7 @@ def build_card(
     none = [0, 0, 0, 0]
     return {
         "source": config.source,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "counts": {"input": len(table.rows), "kept": kept, "rejected": len(table.rows) - kept, **counts},
         "without_report": _count_wordless(store),
         "drop_reasons": total.reasons,
