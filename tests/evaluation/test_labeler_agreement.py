@@ -140,3 +140,16 @@ def test_the_labeler_agrees_with_the_terms_of_the_real_reports_of_the_held_out_h
     scores = compute_agreement(read_indexed_reports(real_data / "openi-reports"))
     assert len(list_counted(scores)) >= 8
     assert compute_macro_f1(scores, "held_out") >= 0.8
+
+
+def test_the_page_has_the_figures_of_the_held_out_half(real_data):
+    scores = compute_agreement(read_indexed_reports(real_data / "openi-reports"))
+    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
+    rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.count("|") == 6)
+    told = {name: cells for name, *cells in rows}
+    counted = list_counted(scores)
+    assert [told[name][0] for name in counted] == [str(scores[name]["held_out"].num_true) for name in counted]
+    shown = {name: float(told[name][-1]) for name in counted}
+    assert shown == pytest.approx({name: scores[name]["held_out"].f1 for name in counted}, abs=0.005)
+    mean = float(told[f"mean of {len(counted)}"][-1])
+    assert mean == pytest.approx(compute_macro_f1(scores, "held_out"), abs=0.005)
