@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ import yaml
 from documents import read_blocks, read_commands
 from PIL import Image
 from place.cluster.scaling import RungConfig, ScaleConfig
+from torch.distributed.run import get_args_parser
 
 from place.cli import build_parser, main
 from place.config import Config, EvaluationConfig, PrepareConfig, Section, UsageError, build_config, check_config
@@ -111,6 +114,16 @@ def test_files_and_make_targets_that_are_named_exist() -> None:
         )
     for target in re.findall(r"(?:^|`)make ([a-z-]+)", ALL, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_options_of_torchrun_that_are_named_are_its_own() -> None:
+    lines = [line for block in read_blocks(ALL, "sh") for line in block.splitlines() if line.startswith("torchrun ")]
+    (signals,) = re.findall(r"`(--signals-to-handle=\S+)`", PAGES["clusters.md"])
+    for line in lines:
+        known = get_args_parser().parse_args([signals, *shlex.split(line.split("#")[0])[1:]])
+        assert (known.module, known.training_script) == (True, "place")
+        assert all(hasattr(signal, name) for name in known.signals_to_handle.split(","))
+    assert lines
 
 
 def test_yaml_blocks_are_configurations_or_protocols() -> None:
