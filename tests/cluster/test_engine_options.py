@@ -11,7 +11,7 @@ import torch
 from curves import build_engine, run_steps
 from place.cluster.deepspeed_engine import build_deepspeed_config
 from spawn import run_ranks
-from tiny import build_tiny_config
+from tiny import build_batch, build_tiny_config
 
 from place.config import Config, UsageError
 from place.distributed import World
@@ -21,6 +21,7 @@ from place.training.saver import Saver
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(900)]
 SAVED_AT, STEPS = 2, 4
+BF16 = {"enabled": True, "dtype": "bfloat16"}
 EXACT, ROUNDED = 1e-4, 5e-2
 # bf16 by DeepSpeed comes last: its autocast, once on, holds for every later engine of a process.
 CASES: dict[str, tuple[dict[str, Any], float]] = {
@@ -59,13 +60,16 @@ def run_options(folder: str, options: dict[str, Any]) -> dict[str, torch.Tensor]
     saver = Saver(Path(folder), engine, 2, 60)
     saver.save({"step": SAVED_AT})
     curve = torch.cat([first, run_steps(engine, config, SAVED_AT, STEPS)])
+    with torch.no_grad():
+        dtype = engine.forward(build_batch(4, 0, config), train=False).z_BNE.dtype
     saver.wait()
     torch.distributed.barrier()
     fresh = build_engine(config, 1)
     found, _ = agree_on_checkpoint(Path(folder))
     assert found is not None
     fresh.load(found, read_state(found)["numbers"])
-    return {"curve": curve, "resumed": run_steps(fresh, config, SAVED_AT, STEPS), **skipped}
+    bits = torch.tensor(torch.finfo(dtype).bits)
+    return {"curve": curve, "resumed": run_steps(fresh, config, SAVED_AT, STEPS), "bits": bits, **skipped}
 
 
 def skip_a_step(engine: Any, config: Config) -> dict[str, torch.Tensor]:
@@ -114,6 +118,37 @@ def test_an_option_goes_on_from_its_checkpoint(name: str, curves: dict[str, Any]
     torch.testing.assert_close(
         curves[name]["resumed"], curves[name]["curve"][SAVED_AT:], rtol=tolerance, atol=tolerance / 10
     )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_model_computes_in_the_precision_that_is_asked_for(name: str, curves: dict[str, Any]) -> None:
+    assert curves[name]["bits"] == (32 if CASES[name][0].get("precision", "fp32") == "fp32" else 16)
+
+
+HOST = {"device": "cpu", "pin_memory": False}
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ({"precision": "bf16"}, {"torch_autocast": BF16 | {"lower_precision_safe_modules": []}}),
+        ({"precision": "bf16", "wire_precision": "bf16"}, {"torch_autocast": BF16}),
+        ({"wire_precision": "bf16"}, {"communication_data_type": "bf16"}),
+        ({"gradient_reduction": "reduce"}, {"use_multi_rank_bucket_allreduce": False}),
+        ({"gradient_reduction": "all_reduce"}, {"use_multi_rank_bucket_allreduce": True}),
+        ({"bucket_mib": 7}, {"reduce_bucket_size": 7 << 18, "stage3_prefetch_bucket_size": 7 << 18}),
+        ({"offload": "optimizer"}, {"offload_optimizer": HOST}),
+        ({"offload": "all", "zero_stage": 3}, {"offload_optimizer": HOST, "offload_param": HOST}),
+    ],
+    ids=str,
+)
+def test_each_option_reaches_deepspeed_and_nothing_else_changes(options: dict[str, Any], asked: dict[str, Any]) -> None:
+    stage = options.get("zero_stage", 2)
+    made, plain = (
+        build_deepspeed_config(build_case({"zero_stage": stage} | words), World(0, 2, 0, 2)) for words in (options, {})
+    )
+    made, plain = (config.pop("zero_optimization") | config for config in (made, plain))
+    assert made == plain | asked
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("fp16")])

@@ -91,7 +91,6 @@ def test_two_workers_follow_the_curve_of_one_process(case: tuple, single: dict, 
     curve = double["-".join(map(str, case))]
     torch.testing.assert_close(curve["losses"], single["losses"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(curve["norms"], single["norms"], rtol=1e-4, atol=0)
-    assert curve["losses"][-1, 0] < curve["losses"][0, 0] or not torch.equal(curve["losses"][0], curve["losses"][1])
 
 
 def test_zero_three_gives_the_full_weights(double: dict) -> None:
