@@ -128,5 +128,5 @@ def _get(reference: Any) -> Any:
     except ray.exceptions.RayError as error:
         raise RunError(
             f"workers died {RETRIES + 1} times over one task ({type(error).__name__}), perhaps for lack of memory; "
-            "run the same command again to continue, with fewer workers or rows_per_task"
+            "run the same command again to continue, with fewer workers"
         ) from None

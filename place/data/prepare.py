@@ -86,7 +86,7 @@ def run_prepare(
         except BrokenProcessPool:
             raise RunError(
                 "a worker process died, perhaps for lack of memory; run the same command again to continue, "
-                "with fewer workers or rows_per_task"
+                "with fewer workers"
             ) from None
         except OSError as error:
             raise RunError(_describe(error, store)) from None
@@ -172,10 +172,10 @@ def _run_parts(
     on_progress: OnProgress | None,
 ) -> PartResult:
     """Finish all parts. Returns their sum."""
-    _begin_parts(store, request)
     done, size = find_parts(store), config.rows_per_task
     missing = sorted({*range(-(-len(table.rows) // size))} - {*done})
     _check_disk(config, len(missing) * size)
+    _begin_parts(store, request)
     tasks = (Task(at, table.rows[at * size : (at + 1) * size], config.output, config) for at in missing)
     total = reduce(add_results, (read_part(store, number).result for number in done), NOTHING)
     _report(on_progress, total, len(table.rows))

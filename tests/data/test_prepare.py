@@ -403,6 +403,8 @@ def test_too_little_disk_is_told_before_work_begins(tmp_path):
     config = PrepareConfig(source="phantom", output=str(tmp_path / "out"), count=rows, rows_per_task=rows)
     with pytest.raises(RunError, match=r"too little disk at .*: about .* GiB needed, .* GiB free"):
         run_prepare(config)
+    smaller = config.model_copy(update={"count": 3, "rows_per_task": 3, "size_px": 32, "num_workers": 1})
+    assert run_prepare(smaller)["counts"]["kept"] == 3, "the refused command has left nothing in the folder"
 
 
 def test_a_disk_that_fills_up_is_one_clear_line_and_the_run_continues_once_there_is_room(tmp_path):
@@ -455,6 +457,7 @@ def test_a_worker_that_dies_is_one_clear_line(tmp_path):
 
     with pytest.raises(RunError, match="a worker process died, perhaps for lack of memory; run the same command again"):
         run_prepare(config, map_tasks=broken)
+    assert run_prepare(config.model_copy(update={"num_workers": 1}))["counts"]["kept"] == 12, "as advised"
 
 
 def test_phantoms_through_dicom_are_those_through_jpeg(tmp_path):
