@@ -17,6 +17,7 @@ from place.batch import Batch, Outputs
 from place.config import TextConfig, UsageError, VisionConfig, dump_config
 from place.data.tokens import ReportTokenizer, train_tokenizer
 from place.model.place import PlaceModel, build_model
+from place.model.projection import mean_by_sentence
 from place.model.text import build_report_encoder
 from place.model.vision import build_image_encoder
 from place.training.checkpoint import load_run, write_definition
@@ -117,6 +118,24 @@ def test_the_mask_marks_the_sentences_that_have_a_token() -> None:
     batch = build_batch(5)
     expected = [[bool((row == s).any()) for s in range(4)] for row in batch.sentence_of_token_BT]
     assert run(build(), batch).mask_BS.tolist() == expected
+
+
+def test_a_sentence_is_the_mean_of_its_tokens() -> None:
+    tokens = torch.tensor([[[9.0, 9.0], [1.0, 2.0], [3.0, 6.0], [5.0, 7.0]]])
+    mean_BSD, mask_BS = mean_by_sentence(tokens, torch.tensor([[-1, 0, 0, 2]]), 4)
+    assert mean_BSD.tolist() == [[[2.0, 4.0], [0.0, 0.0], [5.0, 7.0], [0.0, 0.0]]]
+    assert mask_BS.tolist() == [[True, False, True, False]]
+
+
+def test_observations_see_each_other() -> None:
+    """Learned queries attend to one another, so that two need not read the same."""
+    model = build()
+    patches = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, _ = model.observe(patches)
+        model.observe.queries[0] += 1.0
+        after, _ = model.observe(patches)
+    assert ((after - before).abs().amax(-1) > 1e-4).all()
 
 
 def test_without_masking_every_patch_counts_and_the_target_is_its_pixels() -> None:
