@@ -409,7 +409,7 @@ class ClusterConfig(Section):
     rejoin_timeout_s: int = Field(60, ge=0)
     """Longest wait for a lost node to come back, in seconds; then see `min_nodes`."""
     min_nodes: int | None = Field(None, ge=1)
-    """Go on with fewer workers on at least so many nodes, at the same global batch; none stops with a checkpoint."""
+    """Go on with fewer workers on at least so many nodes, at the same global batch; none ends the run."""
     grow_after_s: int = Field(60, ge=1)
     """A run that goes on with fewer workers restarts with more once nodes have been back for so long, in seconds."""
     hang_timeout_s: int = Field(600, ge=1)
