@@ -37,7 +37,7 @@ from place.data.mixture import read_fingerprint
 from place.kept import read_kept, run_logged, write_kept
 from place.runlog import read_jsonl
 from place.training.footprint import Footprint, measure_footprint
-from place.training.plan import build_plan
+from place.training.plan import build_plan, compute_accumulation
 from place.training.pretrain import read_commit
 
 PROBES = {
@@ -49,6 +49,8 @@ HIDDEN = (
     "the phases hold their communication, as they do on GPUs: exposed is what a step takes beyond the compute of one "
     "worker with its share, in proportion to FLOPs, waits for slower workers included"
 )
+ORIGIN = ("commit", "versions", "device")
+"""What measurements of one ladder share, where only their size differs."""
 SLURM_SCRIPT = Path(__file__).parent.parent / "slurm" / "pretrain.sh"
 
 
@@ -56,7 +58,7 @@ class RungConfig(Section):
     workers: int = Field(ge=1)
     """Training workers, one a GPU where there are any."""
     nodes: int | None = Field(None, ge=1)
-    """Nodes of the Slurm job; none takes one a worker."""
+    """Nodes of the Slurm job; none takes one a worker. Not by Ray, which places the workers itself."""
     name: str | None = None
     """Name of the row; none takes the workers and what differs."""
     config: tuple[str, ...] = ()
@@ -132,6 +134,12 @@ def load_scale(path: Path, overrides: Sequence[str] = ()) -> ScaleConfig:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise UsageError(f"{path}: two rungs are called '{twice}'; give them a name")
+    placed = next((rung for rung in scale.rungs if rung.nodes and scale.launcher == "ray"), None)
+    if placed:
+        raise UsageError(
+            f"{path}: nodes={placed.nodes} of '{name_rung(placed)}' is for launcher=slurm alone; leave it out: Ray "
+            "places the workers itself"
+        )
     return scale
 
 
@@ -215,7 +223,7 @@ def run_job(job: Job, scale: ScaleConfig, say: Callable[[str], None]) -> dict[st
     """Run one run, or read what an earlier call measured; one that failed before is tried again.
 
     Returns: `reason` (empty where it went well) and, step by step behind the warm-up, `samples_per_s`, `step_s`,
-        `phase_s`, `lag_s`, `sent_mib`, `power_w`, `loss`; `memory_mib`, `start_s`.
+        `phase_s`, `lag_s`, `sent_mib`, `power_w`, `loss`; `memory_mib`, `start_s`; and as `read_origin`.
     """
     key, path = compute_key(job, scale), job.folder / "measured.json"
     known = read_kept(path, key)
@@ -236,7 +244,7 @@ def run_job(job: Job, scale: ScaleConfig, say: Callable[[str], None]) -> dict[st
             run_logged([sys.executable, "-m", "place", "pretrain", "--config", str(config)], log, scale.timeout_s)
     except RunError as error:
         reason = str(error)
-    record = {"reason": reason, **read_steps(run, scale, job.config, began)}
+    record = {"reason": reason, **read_steps(run, scale, job.config, began), **read_origin(run)}
     if not reason and not record["samples_per_s"]:
         record["reason"] = f"no step behind the warm-up was logged ({log})"
     write_kept(path, key, record)
@@ -254,12 +262,16 @@ def compute_key(job: Job, scale: ScaleConfig) -> str:
 
 def build_batch(job: Job, scale: ScaleConfig, config: Path) -> list[str]:
     """What follows `sbatch` for a run: the job's own limits, those of the site, the script and its arguments."""
-    nodes = 1 if job.probe == "alone" else job.rung.nodes or job.rung.workers
     # Slurm keeps the time: what a job waits in the queue does not count.
-    limits = [f"--nodes={nodes}", "--no-requeue", f"--time={math.ceil(scale.timeout_s / 60)}"]
+    limits = [f"--nodes={count_nodes(job)}", "--no-requeue", f"--time={math.ceil(scale.timeout_s / 60)}"]
     site = shlex.split(os.environ.get("PLACE_SBATCH", ""))
     # The script would take every GPU of its nodes.
     return [*limits, *site, str(SLURM_SCRIPT), str(config), f"cluster.num_workers={job.config.cluster.num_workers}"]
+
+
+def count_nodes(job: Job) -> int:
+    """Nodes of a run's Slurm job."""
+    return 1 if job.probe == "alone" else job.rung.nodes or job.rung.workers
 
 
 def read_steps(run: Path, scale: ScaleConfig, config: Config, began: float) -> dict[str, Any]:
@@ -283,6 +295,20 @@ def read_steps(run: Path, scale: ScaleConfig, config: Config, began: float) -> d
     }
 
 
+def read_origin(run: Path) -> dict[str, Any]:
+    """What made a measurement: commit, versions, device, and on how many nodes; nothing of a run that did not start."""
+    if not (run / "run.json").is_file():
+        return {}
+    about = json.loads((run / "run.json").read_text())
+    workers = [worker for record in read_jsonl(run / "attempts.jsonl") for worker in record.get("workers", [])]
+    return {
+        "commit": about["commit"],
+        "versions": ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "deepspeed")),
+        "device": ", ".join(sorted({worker["device"] for worker in workers})),
+        "nodes": len({worker["host"] for worker in workers}),
+    }
+
+
 def build_rows(
     scale: ScaleConfig, jobs: list[Job], found: dict[tuple[str, str], list[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
@@ -290,24 +316,33 @@ def build_rows(
 
     `pairs_per_s` all pairs over all seconds, which costs and efficiency are counted from; `step_pairs_per_s` median,
     p5, p95 of single steps, which come in bursts where reading is the limit; `efficiency` of a worker against a worker
-    of the smallest rung that went well; `phase_s` means, `unexplained` the share of the step that they miss;
-    `exposed_s` what is waited for in collectives; `mfu` of the model's FLOPs (`flop_rule`), under what
-    `mfu_assumed` says of them. Source: ours.
+    of the smallest rung that went well, `efficiency_node` against one of a single node, both among rungs of equal
+    `config` and absent where there is no other; `nodes` None where not known; `phase_s` means, `unexplained` the share
+    of the step that they miss; `exposed_s` what is waited for in collectives; `mfu` of the model's FLOPs
+    (`flop_rule`), under what `mfu_assumed` says of them; `commit`, `versions`, `device` of the runs, None where an
+    earlier version did not keep them. Source: ours.
     """
     rows, footprints = [], {}
     for job in {(job.name, job.probe): job for job in jobs}.values():
         records = found.get((job.name, job.probe), [])
         good = [record for record in records if not record["reason"]]
+        engine = job.config.engine
         row: dict[str, Any] = {
             "rung": job.name,
             "probe": job.probe,
+            "config": list(job.rung.config),
             "workers": job.rung.workers,
+            "nodes": _read_nodes(good, count_nodes(job) if scale.launcher == "slurm" else None),
+            "engine": engine.kind if engine.kind == "torch" else f"ZeRO-{engine.zero_stage}",
+            "precision": engine.precision,
             "global_batch": job.config.train.global_batch,
             "hold_out": job.rung.hold_out,
             "status": "ok" if good else "failed",
             "reason": "; ".join(sorted({record["reason"] for record in records if record["reason"]})),
             "mfu": None,
         }
+        for name in ORIGIN:
+            row[name] = " | ".join(sorted({r[name] for r in good or records if r.get(name)})) or None
         if good:
             row |= _summarize(good, job.config)
             if job.probe != "loader":
@@ -319,6 +354,12 @@ def build_rows(
     _add_efficiency(rows)
     _add_curves(rows, found)
     return rows
+
+
+def _read_nodes(records: list[dict[str, Any]], asked: int | None) -> int | None:
+    """Nodes that runs were on; those asked for where they say none, or not the same."""
+    counts = {record.get("nodes") for record in records}
+    return counts.pop() or asked if len(counts) == 1 else asked
 
 
 def _compute_step_s(records: list[dict[str, Any]]) -> float:
@@ -379,6 +420,7 @@ def _describe_work(job: Job, footprint: Footprint, step_s: float, scale: ScaleCo
     return {
         **work,
         "local_batch": config.train.global_batch // world,
+        "micro_batch": config.train.global_batch // world // compute_accumulation(config.train, world),
         "mfu": work["model_flop_worker"] / step_s / (scale.peak_tflops * 1e12) if scale.peak_tflops else None,
         "mfu_assumed": "; ".join(footprint.assumed) if scale.peak_tflops else None,
         "rounds": compute_rounds(world, network.topology) if network else None,
@@ -389,12 +431,17 @@ def _describe_work(job: Job, footprint: Footprint, step_s: float, scale: ScaleCo
 def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]], steps: Steps) -> dict[str, Any]:
     """Fit the model to the full rungs that went well, and say what it gives for those held out and for larger sizes.
 
+    One set of factors holds for one `config`: that of the base where such a rung was measured, else that of most rungs.
+
     Args:
         steps: the phases of the steps of each rung and probe.
     Returns: `factors`; `rungs`, measured beside predicted seconds; `sizes`, predicted; `notes`, how exposed
-        communication was found and which sizes were left out; or only `why_not`.
+        communication was found and which rungs and sizes were left out; or only `why_not`.
     """
     full = [row for row in rows if row["probe"] == "full" and row["status"] == "ok" and row["network"]]
+    own = choose_config([row["config"] for row in full])
+    others = [row["rung"] for row in full if row["config"] != own]
+    full = [row for row in full if row["config"] == own]
     alone = {row["rung"]: row for row in rows if row["probe"] == "alone" and row["status"] == "ok"}
     lacking = [row["rung"] for row in full if row["exposed_s"] is None and row["rung"] not in alone]
     full = [row for row in full if row["rung"] not in lacking]
@@ -416,6 +463,9 @@ def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]]
     notes = [HIDDEN] if hidden else []
     if lacking:
         notes.append(f"left out of the model: {unseen}")
+    if others:
+        fitted_with = " ".join(own) or "no config of their own"
+        notes.append(f"left out of the model: {', '.join(others)}, for the rungs fitted have {fitted_with}")
     models = fit_resampled(fitted)
     rungs = []
     for row, point in zip(full, points, strict=True):
@@ -423,7 +473,7 @@ def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]]
         compute, exposed, rest = compute_typical(point.seconds_S3).tolist()
         measured = {"compute": compute, "exposed": exposed, "rest": rest, "step": compute + exposed + rest}
         rungs.append({"rung": row["rung"], "hold_out": row["hold_out"], "measured": measured, "predicted": says})
-    config = build_config(base, list(scale.overrides))
+    config = build_config(base, [*scale.overrides, *own])
     footprint, sizes = measure_footprint(config), []
     works = {}
     if scale.predict and not several:
@@ -444,16 +494,28 @@ def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]]
     return {"factors": models[0]._asdict(), "rungs": rungs, "sizes": sizes, "notes": notes}
 
 
+def choose_config(configs: Sequence[list[str]]) -> list[str]:
+    """Of the `config` of each rung the empty one where there is one, else that of most."""
+    return [] if [] in configs else max(configs, key=configs.count, default=[])
+
+
 def _add_efficiency(rows: list[dict[str, Any]]) -> None:
-    """Against the smallest rung, where rungs differ in size."""
-    if len({row["workers"] for row in rows}) == 1:
-        return
-    for probe in ("full", "synthetic"):
-        own = [row for row in rows if row["probe"] == probe and row["status"] == "ok"]
-        if own:
-            base = min(own, key=lambda row: row["workers"])
-            for row in own:
-                row["efficiency"] = row["pairs_per_s_worker"] / base["pairs_per_s_worker"]
+    """Of a worker, among rungs of equal config: against the smallest, where they differ in size, and against one node.
+
+    One node is the rung with the most workers on one; smaller ones are not compared with it.
+    """
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["probe"] in ("full", "synthetic") and row["status"] == "ok":
+            groups.setdefault((row["probe"], *row["config"]), []).append(row)
+    for own in groups.values():
+        base = min(own, key=lambda row: row["workers"])
+        for row in own if len({row["workers"] for row in own}) > 1 else ():
+            row["efficiency"] = row["pairs_per_s_worker"] / base["pairs_per_s_worker"]
+        node = max((row for row in own if row["nodes"] == 1), key=lambda row: row["workers"], default=None)
+        larger = [row for row in own if (row["nodes"] or 1) > 1]
+        for row in [node, *larger] if node and larger else ():
+            row["efficiency_node"] = row["pairs_per_s_worker"] / node["pairs_per_s_worker"]
 
 
 def _add_curves(rows: list[dict[str, Any]], found: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
@@ -484,7 +546,7 @@ def read_model(path: Path) -> tuple[Model, Network]:
 
 
 def list_faults(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """What a reader must know before the figures: rungs that failed, gaps in the breakdown, losses that differ."""
+    """What a reader must know first: rungs that failed, gaps in the breakdown, losses and origins that differ."""
     for row in rows:
         where = f"{row['rung']}, {row['probe']}"
         if row["status"] != "ok":
@@ -493,3 +555,11 @@ def list_faults(rows: list[dict[str, Any]]) -> Iterator[str]:
             yield f"{where}: the phases miss {row['unexplained']:.1%} of the step"
         if (row.get("loss_apart") or 0.0) > 1e-2:
             yield f"{where}: its losses are up to {row['loss_apart']:.2%} off those of the first run with that batch"
+    for name in ORIGIN:
+        rungs: dict[str, dict[str, None]] = {}
+        for row in (row for row in rows if row["status"] == "ok"):
+            for value in (row.get(name) or "not recorded").split(" | "):
+                rungs.setdefault(value, {})[row["rung"]] = None
+        if len(rungs) > 1:
+            said = "; ".join(f"{value} ({', '.join(of)})" for value, of in rungs.items())
+            yield f"the rows differ not only in size: {name} {said}"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from place.cluster.scaling import PROBES, list_faults
+from place.cluster.scaling import ORIGIN, PROBES, choose_config, list_faults
 
 from place.data.page import embed, render_page, write_page
 from place.evaluation.figure import render_svg, save_figure
@@ -19,11 +19,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = (
-    "rung", "probe", "status", "workers", "global_batch", "local_batch", "runs", "steps", "pairs_per_s",
+    "rung", "probe", "status", "workers", "nodes", "engine", "precision", "global_batch", "local_batch", "micro_batch",
+    "runs", "steps", "pairs_per_s",
     "pairs_per_s_worker", "step_pairs_per_s_p5", "step_pairs_per_s_median", "step_pairs_per_s_p95", "efficiency",
+    "efficiency_node",
     "step_s", *(f"{name}_s" for name in PHASES), "unexplained", "exposed_s", "lag_s", "sent_mib", "memory_mib", "mfu",
-    "mfu_assumed", "worker_hours_per_million", "kwh_per_million", "start_s", "loss_apart", "hold_out", "reason",
+    "mfu_assumed", "worker_hours_per_million", "kwh_per_million", "start_s", "loss_apart", "hold_out",
+    *ORIGIN, "reason",
 )  # fmt: skip
+DIFFERING = ("nodes", "engine", "precision", "micro_batch", *ORIGIN)
+"""Columns that the page shows where they differ between rows."""
 COLOURS = {
     "forward": "#3b6fb6", "loss": "#6b9fe0", "backward": "#24487a", "optimiser": "#8f6bb3", "gather": "#e0a43a",
     "communication": "#b4443a", "wait": "#3f8f5f", "copy": "#8fc7a5", "checkpoint": "#7a6a58", "other": "#b9c2cc",
@@ -35,7 +40,8 @@ def write_results(folder: Path, title: str, results: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scaling.json").write_text(json.dumps(results, indent=1) + "\n")
     (folder / "scaling.csv").write_text(build_csv(results["rows"]))
-    full = [row for row in results["rows"] if row["probe"] == "full" and row["status"] == "ok"]
+    good = [row for row in results["rows"] if row["status"] == "ok"]
+    full = [row for row in good if row["probe"] == "full"]
     pictures = []
     if full:
         figure = draw_scaling(results)
@@ -51,6 +57,9 @@ def write_results(folder: Path, title: str, results: dict[str, Any]) -> Path:
         pictures=pictures,
         phases=[name for name in PHASES if any(name in row.get("phase_s", {}) for row in full)],
         full=full,
+        origin={name: list(dict.fromkeys(row[name] for row in good if row.get(name))) for name in ORIGIN},
+        differing=[name for name in DIFFERING if len({row[name] for row in good if row.get(name) is not None}) > 1],
+        has_node=any("efficiency_node" in row for row in full),
         has_mfu=any(row["mfu"] for row in full),
         mfu_assumed=sorted({row["mfu_assumed"] for row in full if row["mfu"]}),
         has_energy=any(row["kwh_per_million"] for row in full),
@@ -77,10 +86,11 @@ def draw_scaling(results: dict[str, Any]) -> Figure:
     full = [row for row in results["rows"] if row["probe"] == "full" and row["status"] == "ok"]
     figure = Figure(figsize=(11, 4.3), dpi=110, facecolor="white", layout="constrained")
     rates, parts = figure.subplots(1, 2, width_ratios=(1, 1 + 0.12 * len(full)))
-    base = min(full, key=lambda row: row["workers"])
+    own = choose_config([row["config"] for row in full])
+    base = min((row for row in full if row["config"] == own), key=lambda row: row["workers"])
     most = max(row["workers"] for row in full)
     ideal = [0, most * base["pairs_per_s_worker"]]
-    rates.plot([0, most], ideal, color="0.6", linestyle="--", linewidth=1, label="ideal")
+    rates.plot([0, most], ideal, color="0.6", linestyle="--", linewidth=1, label=f"ideal, from {base['rung']}")
     # Bars end at the frame: a single step of a burst may be a hundred times as fast as all.
     top = 1.25 * max(max(row["pairs_per_s"] for row in full), ideal[1])
     shown = {

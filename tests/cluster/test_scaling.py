@@ -52,6 +52,17 @@ def build_record(phase_s: list[dict[str, float]]) -> dict[str, Any]:
     return {**empty, **measured, "phase_s": phase_s}
 
 
+def build_run(run: Path, commit: str, device: str) -> Path:
+    """What a run folder says of its origin."""
+    run.mkdir()
+    versions = {"torch": "2", "deepspeed": "1", "numpy": "3"}
+    (run / "run.json").write_text(json.dumps({"commit": commit, "versions": versions}))
+    workers = [{"host": host, "pid": 1, "device": device} for host in ("x", "y", "y")]
+    lines = [{"command": {"host": "x"}}, {"attempt": 0, "launch": "1", "workers": workers}]
+    (run / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
 @pytest.fixture(scope="module")
 def scaled(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> tuple[Path, list[str], int]:
     """A ladder of one worker without Ray, with every probe, and a rung that cannot be."""
@@ -90,6 +101,8 @@ def test_rungs_become_rows_and_a_failed_one_has_its_reason(scaled: tuple[Path, l
         lines = list(csv.DictReader(file))
     assert [row["status"] for row in lines] == ["ok", "ok", "ok", "failed", "failed", "failed"]
     assert float(lines[0]["pairs_per_s"]) == full["pairs_per_s"]
+    assert [lines[0][name] for name in ("nodes", "engine", "precision", "micro_batch")] == ["1", "torch", "fp32", "8"]
+    assert (lines[0]["commit"], lines[0]["device"]) == (results["commit"], "cpu")
     assert float(lines[0]["step_pairs_per_s_p5"]) == spread["p5"]
     page = (folder / "scaling.html").read_text()
     assert page.count("<tr>") > 8
@@ -138,16 +151,17 @@ def test_what_was_measured_counts_for_the_same_nodes_launcher_and_data_alone(tmp
         scale = load_scale(write_ladder(tmp_path, **options), [f"data.path={tmp_path}"])
         return scaling.compute_key(plan_jobs(scale, Path(TINY))[0], scale)
 
-    rung = {"workers": 4, "nodes": 2}
-    unseen = compute(rungs=[rung])
+    slurm = {"rungs": [{"workers": 4, "nodes": 2}], "launcher": "slurm"}
+    unseen = compute(**slurm)
     (tmp_path / "card.json").write_text('{"fingerprint": "a"}')
-    first = compute(rungs=[rung])
-    keys = [unseen, first, compute(rungs=[rung | {"nodes": 4}]), compute(rungs=[rung], launcher="slurm")]
+    first = compute(**slurm)
+    keys = [unseen, first, compute(**slurm | {"rungs": [{"workers": 4, "nodes": 4}]})]
+    keys += [compute(**slurm | {"rungs": [{"workers": 4}]}), compute(rungs=[{"workers": 4}])]
     (tmp_path / "card.json").write_text('{"fingerprint": "b"}')
-    keys.append(compute(rungs=[rung]))
-    assert len(set(keys)) == 5
+    keys.append(compute(**slurm))
+    assert len(set(keys)) == 6
     (tmp_path / "card.json").write_text('{"fingerprint": "a"}')
-    assert compute(rungs=[rung]) == first
+    assert compute(**slurm) == first
 
 
 def test_each_rung_has_the_work_of_its_own_images_and_losses(tmp_path: Path) -> None:
@@ -250,6 +264,33 @@ def test_nothing_is_predicted_where_communication_was_not_seen(tmp_path: Path) -
     assert says == {"why_not": "no rung of several workers shows any exposed communication to fit to"}
 
 
+def test_the_model_is_that_of_rungs_with_one_config(tmp_path: Path) -> None:
+    rungs = [
+        {"workers": workers, "config": config} for config in ([], ["train.accumulation=2"]) for workers in (1, 2, 4)
+    ]
+    rungs.append({"workers": 1, "name": "fp32", "config": ["data.image_size_px=64"]})
+    options = {"rungs": rungs, "scaling": "weak", "predict_workers": [8]}
+    scale, rows, steps = build_gpu_ladder(tmp_path, 3e-3, **options)
+    model = scaling.build_predictions(scale, Path(TINY), rows, steps)
+    assert [rung["rung"] for rung in model["rungs"]] == ["1 worker", "2 workers", "4 workers"]
+    assert model["notes"][1:] == [
+        "left out of the model: 1 worker train.accumulation=2, 2 workers train.accumulation=2, "
+        "4 workers train.accumulation=2, fp32, for the rungs fitted have no config of their own"
+    ]
+    page = write_results(
+        tmp_path, "configs", {"scaling": "weak", "commit": "", "flop_rule": "", "rows": rows, "model": model}
+    ).read_text()
+    assert "<th>micro-batch</th>" in page
+    assert "<th>engine</th>" not in page
+    others = [row for row in rows if row["config"]]
+    changed = scaling.build_predictions(scale, Path(TINY), others, steps)
+    assert [rung["rung"] for rung in changed["rungs"]] == [
+        f"{rung['rung']} train.accumulation=2" for rung in model["rungs"]
+    ]
+    plain, again = (one["sizes"][0]["predicted"]["step"][0] for one in (model, changed))
+    assert again == pytest.approx(plain, rel=0.01), "the time grows with what is computed again, in both alike"
+
+
 def test_a_size_that_cannot_be_is_left_out_and_told(tmp_path: Path) -> None:
     options = {"scaling": "strong", "rungs": [{"workers": 2}, {"workers": 4}], "predict_workers": [8, 48, 64]}
     words = ["train.global_batch=96", "train.accumulation=4"]
@@ -344,6 +385,7 @@ def test_a_rung_that_takes_too_long_is_a_row(tmp_path: Path) -> None:
         ({"rungs": [{"workers": 1}, {"workers": 1}]}, "two rungs are called '1 worker'"),
         ({"warmup_steps": 5}, "leaves too little"),
         ({"scalling": "weak"}, "scalling"),
+        ({"rungs": [{"workers": 2, "nodes": 2}]}, "nodes=2 of '2 workers' is for launcher=slurm alone"),
     ],
 )
 def test_a_wrong_ladder_is_one_line(options: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -374,13 +416,49 @@ def test_loss_curves_of_one_global_batch_are_compared_repeats_too() -> None:
     assert [line.split(":")[0] for line in list_faults(rows)] == ["b, full", "d, full"]
 
 
+def test_rows_of_another_commit_or_device_are_told(tmp_path: Path) -> None:
+    scale = load_scale(write_ladder(tmp_path, rungs=[{"workers": 1}, {"workers": 2}]), ["engine.kind=torch"])
+    jobs = plan_jobs(scale, Path(TINY))
+    first, second = (build_run(tmp_path / name, name, device) for name, device in (("a", "H100"), ("b", "H200")))
+    origin = {"commit": "a", "versions": "torch 2, deepspeed 1", "device": "H100", "nodes": 2}
+    assert scaling.read_origin(first) == origin
+    record = build_record([{"forward": 1.0}])
+    # What an earlier version measured says nothing of its origin.
+    for runs, faults in (
+        ([{}, {}], []),
+        ([origin, origin], []),
+        ([origin, scaling.read_origin(second)], ["commit a (1 worker); b (2 workers)", "device H100 (1 worker); H200"]),
+        ([origin, {}], [f"{name} {origin[name]} (1 worker); not recorded (2 workers)" for name in scaling.ORIGIN]),
+    ):
+        found = {(job.name, "full"): [record | run] for job, run in zip(jobs, runs, strict=True)}
+        rows = scaling.build_rows(scale, jobs, found)
+        assert [row["commit"] for row in rows] == [run.get("commit") for run in runs]
+        told = list(list_faults(rows))
+        assert len(told) == len(faults)
+        assert all(fault in line for fault, line in zip(faults, told, strict=True))
+        results = {"scaling": "strong", "commit": "", "flop_rule": "", "rows": rows, "model": {"why_not": "untried"}}
+        page = write_results(tmp_path, "origin", results).read_text()
+        assert ("<th>commit</th>" in page) == ("b" in rows[1].values())
+    assert "Measured at commit <code>a</code>, torch 2, deepspeed 1, on H100." in page
+
+
 def test_efficiency_is_that_of_a_worker_against_the_smallest_rung() -> None:
     rows = [
         {"rung": str(workers), "probe": "full", "status": "ok", "workers": workers, "pairs_per_s_worker": rate}
-        for workers, rate in ((4, 60.0), (1, 80.0), (2, 72.0))
+        | {"config": config, "nodes": nodes}
+        for workers, rate, config, nodes in (
+            (4, 60.0, [], 2),
+            (1, 80.0, [], 1),
+            (2, 72.0, [], 1),
+            (8, 45.0, [], None),
+            (4, 30.0, ["engine.precision=fp32"], 2),
+            (2, 40.0, ["engine.precision=fp32"], 2),
+            (2, 50.0, ["engine.zero_stage=3"], 2),
+        )
     ]
     scaling._add_efficiency(rows)
-    assert [row["efficiency"] for row in rows] == [0.75, 1.0, 0.9]
+    assert [row.get("efficiency") for row in rows] == [0.75, 1.0, 0.9, 45 / 80, 0.75, 1.0, None]
+    assert [row.get("efficiency_node") for row in rows] == [60 / 72, None, 1.0, None, None, None, None]
 
 
 def test_a_rung_is_called_by_what_differs() -> None:
