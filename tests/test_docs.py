@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,15 @@ def test_the_messages_that_are_explained_are_those_of_the_code() -> None:
             continue
         pattern = re.sub(r"\bNAME\b|\bN\b", ".+?", re.escape(message))
         assert any(re.match(pattern, text) for text in texts), message
+
+
+def test_what_is_told_to_be_installed_can_be() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    told = "\n".join([*read_texts(), ALL, (ROOT / "README.md").read_text()])
+    named = re.findall(r"-e \.\[([\w-]+)\]", told)
+    assert {*named} >= {"bench", "clinical", "gpu", "track"}
+    assert {*named} <= {*extras}
+    assert "place-cxr[" not in told, "PLACE is on no package index"
 
 
 def test_the_reasons_of_rejection_are_those_of_the_code() -> None:

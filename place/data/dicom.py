@@ -104,7 +104,7 @@ def _decode_pixels(dataset: Dataset) -> NDArray[Any]:
         text = str(error).lower()
         lacks_extra = find_spec("libjpeg") is None
         if syntax in _NEEDS_EXTRA and lacks_extra and ("missing dependencies" in text or "does not support" in text):
-            hint = f"{_NEEDS_EXTRA[syntax]}: install place-cxr[dicom-gpl]"
+            hint = f"{_NEEDS_EXTRA[syntax]}: pip install -e .[dicom-gpl]"
             raise Rejected("unsupported_compression", hint) from None
         if any(word in text for word in ("truncated", "less than", "incomplete", "unexpected end", "not enough")):
             raise Rejected("truncated_image") from None

@@ -164,7 +164,7 @@ def import_extra(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:
-        raise UsageError(f"{name} is not installed; pip install 'place-cxr[bench]'") from None
+        raise UsageError(f"{name} is not installed; pip install -c constraints.txt -e .[bench]") from None
 
 
 def list_files(paths: Iterable[Path]) -> list[Path]:

@@ -34,7 +34,8 @@ class RadGraphF1:
             from radgraph import RadGraph
         except ImportError:
             raise UsageError(
-                "evaluation.generation.radgraph: the package is not installed; pip install 'place-cxr[clinical]'"
+                "evaluation.generation.radgraph: the package is not installed; "
+                "pip install -c constraints.txt -e .[clinical]"
             ) from None
         try:
             # On a CPU the package reads weights without pickle's code; it tells its device with print.

@@ -58,5 +58,5 @@ def test_a_way_goes_on_in_the_middle_of_an_epoch(bench: benchmark.Bench) -> None
 
 
 def test_a_missing_package_is_one_line() -> None:
-    with pytest.raises(UsageError, match=r"pip install 'place-cxr\[bench\]'"):
+    with pytest.raises(UsageError, match=r"pip install -c constraints.txt -e .\[bench\]"):
         rivals.import_extra("no_such_package")

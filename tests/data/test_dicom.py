@@ -318,7 +318,7 @@ def test_what_cannot_be_used_is_refused_with_a_reason(name, reason):
 def test_the_hint_names_what_to_install_where_a_decoder_is_missing():
     with pytest.raises(Rejected) as caught:
         decode_image(read_testdata("MR_small_jpeg_ls_lossless.dcm"))
-    assert "place-cxr[dicom-gpl]" in caught.value.detail
+    assert "pip install -e .[dicom-gpl]" in caught.value.detail
 
 
 def test_nothing_of_the_header_but_codes_comes_out():
