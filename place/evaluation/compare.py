@@ -17,7 +17,7 @@ from place.config import RunError, UsageError, build_config
 from place.data.identity import SPLITS
 from place.data.prepared import read_card
 from place.evaluation.encoder import get_units, read_units
-from place.evaluation.metrics import Array, draw_weights
+from place.evaluation.metrics import Array, count_resamples, draw_weights, note_resamples
 from place.evaluation.paired import Difference, Rows, compare_rows
 
 KEYS = ("sample_id", "finding", "phrase", "label", "truths", "reference_findings")
@@ -72,6 +72,9 @@ def run_compare(
     units = {sample_id: unit for name in SPLITS for sample_id, unit in read_units(folder, name).items()}
     found = {name: compare_task(ours[name].columns, theirs[name].columns, units, bootstrap) for name in shared}
     notes = [note for name in shared for note in list_notes(name, ours[name].result, theirs[name].result, found[name])]
+    gaps = {name: {key: item.difference for key, item in found[name].items()} for name in shared}
+    few = {name: note_resamples(count_resamples(gaps[name], bootstrap), bootstrap) for name in shared}
+    notes += [f"{name}: {note}" for name, told in few.items() for note in told]
     notes += [f"{name}: judged in one of the two only" for name in sorted(ours.keys() ^ theirs.keys()) if not tasks]
     compared = {name: differences for name, differences in found.items() if differences}
     return Comparison(str(first), str(second), split, fingerprint, compared, notes)

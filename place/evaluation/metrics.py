@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 MAX_CELLS = 1 << 23
 NUM_BINS = 15
+MIN_RESAMPLES, MAX_NOTED = 0.95, 4
+"""Share of the resamples that an interval is of unless a note says otherwise, and how many figures a note names."""
 
 
 class Metric(NamedTuple):
@@ -19,6 +21,12 @@ class Metric(NamedTuple):
     value: float
     low: float | None = None
     high: float | None = None
+
+
+class CountedMetric(Metric):
+    """A figure that knows how many resamples its interval is of: those that lack a class of some finding tell none."""
+
+    resamples: int = 0
 
 
 class TaskResult(NamedTuple):
@@ -59,10 +67,26 @@ def draw_weights(unit_B: Array, count: int, seed: int = 0) -> NDArray[np.uint8]:
 def summarize(value: float, resampled_R: Array) -> Metric:
     """Put the 2.5 and 97.5 percentiles of the resamples beside a figure; undefined resamples (NaN) are left out."""
     resampled_R = resampled_R[~np.isnan(resampled_R)]
-    if not len(resampled_R):
-        return Metric(float(value))
-    low, high = np.percentile(resampled_R, [2.5, 97.5])
-    return Metric(float(value), float(low), float(high))
+    ends = np.percentile(resampled_R, [2.5, 97.5]).tolist() if len(resampled_R) else ()
+    metric = CountedMetric(float(value), *ends)
+    metric.resamples = len(resampled_R)
+    return metric
+
+
+def count_resamples(metrics: Mapping[str, Metric], bootstrap: int) -> dict[str, int]:
+    """Of each figure whose interval is of fewer resamples than were drawn: of how many."""
+    counted = {name: metric.resamples for name, metric in metrics.items() if isinstance(metric, CountedMetric)}
+    return {name: count for name, count in counted.items() if count < bootstrap}
+
+
+def note_resamples(used: Mapping[str, int], bootstrap: int) -> list[str]:
+    """A line on intervals that are of too few resamples; none where all are of enough."""
+    few = [f"{name} {count}" for name, count in used.items() if count < MIN_RESAMPLES * bootstrap]
+    if not few:
+        return []
+    shown, more = ", ".join(few[:MAX_NOTED]), f" and {len(few) - MAX_NOTED} more" if len(few) > MAX_NOTED else ""
+    why = "in the others some finding has no positive or no negative image"
+    return [f"intervals of fewer than the {bootstrap} resamples, as {why}: {shown}{more}"]
 
 
 def summarize_mean(value_Q: Array, weight_RQ: Array) -> Metric:

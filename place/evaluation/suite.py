@@ -26,7 +26,7 @@ from place.evaluation.frozen import name_run, wrap_run
 from place.evaluation.generation import run_generation
 from place.evaluation.grounding import run_grounding
 from place.evaluation.leaks import Judged, Pretraining, check_leaks, read_pretraining, trace_pretraining
-from place.evaluation.metrics import TaskResult
+from place.evaluation.metrics import TaskResult, count_resamples, note_resamples
 from place.evaluation.pixel_probe import run_pixel_probe
 from place.evaluation.report import write_report
 from place.evaluation.retrieval import run_retrieval
@@ -169,13 +169,21 @@ def judge(
     results = {}
     for name in names:
         result = TASKS[name](task)
-        results[name] = result._replace(protocol=result.protocol | list_peers(task.card, name) | {"leaks": leaks})
+        protocol = describe_intervals(result, task.evaluation.bootstrap) | list_peers(task.card, name)
+        results[name] = result._replace(protocol=result.protocol | protocol | {"leaks": leaks})
         write_result(folder, results[name], task, which)
     if task.has_reports:
         write_explanation(task, folder / "explain.png")
     title = f"Evaluation of {task.encoder.name} on data set {task.data_dir.resolve().name}"
     write_report(task, folder, title, list(TASKS))
     return results
+
+
+def describe_intervals(result: TaskResult, bootstrap: int) -> dict[str, Any]:
+    """Figures whose intervals are of fewer resamples than were drawn, and a note where they are of too few."""
+    used = count_resamples(result.metrics, bootstrap)
+    notes = result.protocol.get("notes", []) + note_resamples(used, bootstrap)
+    return {"resamples_used": used, "notes": notes} if used else {}
 
 
 def list_peers(card: dict[str, Any], task: str) -> dict[str, list[dict[str, Any]]]:

@@ -189,6 +189,18 @@ def test_what_cannot_be_compared_is_said(evaluated: Path, data_dir: Path, tmp_pa
         run_compare(evaluated, other, data_dir, tasks=["detection"])
 
 
+def test_differences_that_few_resamples_tell_are_noted(evaluated: Path, data_dir: Path, tmp_path: Path) -> None:
+    rows = pq.read_table(evaluated / "zero_shot.parquet").to_pydict()
+    label = np.zeros(len(rows["label"]), np.int8)
+    label[[rows["finding"].index(name) for name in set(rows["finding"])]] = 1
+    rare = [copy(evaluated, tmp_path / name) for name in "ab"]
+    for folder in rare:
+        rewrite(folder / "zero_shot.parquet", label=label)
+    notes = run_compare(*rare, data_dir, 200, ["zero_shot"]).notes
+    assert any(note.startswith("zero_shot: intervals of fewer than the 200 resamples") for note in notes)
+    assert not run_compare(evaluated, evaluated, data_dir, 200, ["zero_shot"]).notes
+
+
 def test_folders_that_do_not_fit_are_named(evaluated: Path, data_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="empty has no evaluation; run `place evaluate` first"):
         run_compare(evaluated, tmp_path / "empty", data_dir)

@@ -14,7 +14,9 @@ from place.evaluation.metrics import (
     compute_calibration_errors,
     compute_means,
     compute_medians,
+    count_resamples,
     draw_weights,
+    note_resamples,
     summarize,
     summarize_mean,
 )
@@ -61,7 +63,19 @@ def test_a_resample_without_positives_is_undefined_and_left_out():
     figures = compute_aurocs(np.array([0.9, 0.1, 0.2]), np.array([1, 0, 0]), weight)
     assert np.isnan(figures[0])
     assert figures[1] == 1
-    assert summarize(1.0, figures) == (1.0, 1.0, 1.0)
+    metric = summarize(1.0, figures)
+    assert metric == (1.0, 1.0, 1.0)
+    used = count_resamples({"auroc": metric, "mean": summarize(1.0, np.ones(2))}, 2)
+    assert used == {"auroc": 1}
+    assert note_resamples(used, 2)[0].endswith("no negative image: auroc 1")
+    assert count_resamples({"auroc": summarize(1.0, np.full(2, np.nan))}, 2) == {"auroc": 0}
+    assert count_resamples({"auroc": summarize(1.0, np.empty(0))}, 0) == {}
+
+
+def test_few_resamples_are_told_from_95_per_cent_down_and_four_figures_are_named():
+    assert note_resamples({"a": 95, "b": 99}, 100) == []
+    (note,) = note_resamples({"a": 95, "b": 94, "c": 2, "d": 93, "e": 92, "f": 91}, 100)
+    assert note.endswith(": b 94, c 2, d 93, e 92 and 1 more")
 
 
 def test_rows_of_a_patient_come_and_go_together():

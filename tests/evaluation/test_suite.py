@@ -15,7 +15,10 @@ from rich.console import Console
 from place.config import EvaluationConfig, FinetuneConfig, GenerationConfig, RunError, UsageError
 from place.data.masks import MASKS_FILE
 from place.data.prepared import read_card
-from place.evaluation.suite import IN_FOLDS, TASKS, choose_tasks, find_offers, print_results, run_evaluation
+from place.evaluation.metrics import draw_weights
+from place.evaluation.suite import IN_FOLDS, TASKS, choose_tasks, find_offers, judge, print_results, run_evaluation
+from place.evaluation.task import Task, TaskInput
+from place.training.checkpoint import load_run
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,25 @@ def test_every_figure_has_an_interval(results):
     figures = {f"{task}:{name}": metric for task, found in results.items() for name, metric in found.metrics.items()}
     assert {"classification:mean_calibration_error", "classification:calibration_error.edema"} <= set(figures)
     assert [name for name, metric in figures.items() if metric.low is None or metric.high is None] == []
+
+
+def test_resamples_that_lack_a_class_are_counted_beside_the_intervals_and_told(run_dir, data_dir, tmp_path):
+    evaluation = EvaluationConfig(bootstrap=200)
+    task = Task(TaskInput(load_run(run_dir), data_dir, read_card(data_dir), "test", evaluation, folder=tmp_path))
+    rare = task.encoded.studies[0].sample_id
+    studies = [s._replace(labels=s.labels | {"nodule": int(s.sample_id == rare)}) for s in task.encoded.studies]
+    task.encoded = task.encoded._replace(studies=studies)
+    found = judge(task, ["zero_shot"], tmp_path, "latest")
+    tree = json.loads((tmp_path / "zero_shot.json").read_text())
+    has_it_R = draw_weights(task.encoded.unit_B, 200)[:, 0] > 0
+    used = tree["protocol"]["resamples_used"]
+    assert used["mean_auroc"] == used["auroc.nodule"] == used["pathology.mean_auroc"] == has_it_R.sum() < 190
+    assert "auroc.edema" not in used
+    note = f"in the others some finding has no positive or no negative image: mean_auroc {has_it_R.sum()}"
+    stream = io.StringIO()
+    print_results(found, Console(file=stream, width=100))
+    assert note in " ".join(stream.getvalue().split())
+    assert note in " ".join((tmp_path / "report.html").read_text().split())
 
 
 def test_uncertain_labels_and_findings_without_both_classes_are_told(results):
