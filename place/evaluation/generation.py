@@ -86,7 +86,7 @@ def run_generation(task: Task) -> TaskResult:
     protocol = {"decoder": origin, "trained_on": trained_on, "settings": config.model_dump()} | _describe(task, scores)
     protocol["without_report"] = len(patients) - len(test.sample_ids)
     protocol |= {name: text for name, text in JUDGED_BY.items() if getattr(judges, name) is not None}
-    rows = {"sample_id": test.sample_ids, "reference": reference, **written}
+    rows: dict[str, Any] = {"sample_id": test.sample_ids, "reference": reference, **written}
     for name, texts in (("generated", written["generated"]), ("reference", reference)):
         rows[f"{name}_findings"] = pack_findings(label_reports(texts))
     return TaskResult("generation", merge_scores(scores), protocol, len(reference), rows)

@@ -16,7 +16,7 @@ from place.data.prepared import read_card
 from place.evaluation.classification import judge_probe, run_classification
 from place.evaluation.findings import choose_findings
 from place.evaluation.frozen import FrozenEncoder, wrap_run
-from place.evaluation.metrics import compute_f1s, draw_weights
+from place.evaluation.metrics import compute_calibration_errors, compute_f1s, draw_weights
 from place.evaluation.pixel_probe import run_pixel_probe
 from place.evaluation.probe import FeatureSplit, Probed, choose_threshold, draw_subsets, probe
 from place.evaluation.task import Task, TaskInput
@@ -154,6 +154,9 @@ def test_figures_are_those_of_scikit_learn_and_count_known_labels_alone() -> Non
     place = np.minimum((share * 15).astype(int), 14)
     gaps = [abs((share[place == b] - truth[place == b]).sum()) for b in range(15)]
     assert figures["calibration_error.a"][0] == pytest.approx(sum(gaps) / 45, abs=1e-6)
+    errors_R = compute_calibration_errors(share, truth, weight_RB[:, 5:])
+    np.testing.assert_allclose(figures["calibration_error.a"][1], errors_R)
+    np.testing.assert_allclose(figures["mean_calibration_error"][1], errors_R)
 
 
 def test_f1_is_zero_without_positives_and_predictions() -> None:
