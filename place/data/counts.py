@@ -14,6 +14,7 @@ from place.data.protocol import Protocol, list_counts, list_deviations, refuse_d
 from place.data.storage import Store
 
 _COLUMNS = ["split", "study", "patient", "labels", "boxes"]
+_NOT_THERE = ("missing_image", "truncated_image")
 
 
 def count_prepared(store: Store, stated: Collection[str]) -> dict[str, int]:
@@ -24,6 +25,10 @@ def count_prepared(store: Store, stated: Collection[str]) -> dict[str, int]:
     Source: ours.
     """
     found: Counter[str] = Counter()
+    for batch in read_batches(store, REJECTED_FILE, ["reason", "split"]):
+        for row in batch.to_pylist():
+            found[f"{row.get('split')}.rows"] += 1
+            found[f"{row.get('split')}.missing"] += row["reason"] in _NOT_THERE
     members: dict[str, set[str]] = {"studies": set(), "patients": set(), "masks": set()}
     for batch in read_batches(store, MANIFEST_FILE, _COLUMNS):
         for row in batch.to_pylist():
@@ -39,11 +44,11 @@ def count_prepared(store: Store, stated: Collection[str]) -> dict[str, int]:
         split, _, name = key.partition(".")
         found[f"all.{name}"] += value
         found[f"train+val.{name}"] += value if split != "test" else 0
-    found["all.rows"] = found["all.images"] + sum(len(batch) for batch in read_batches(store, REJECTED_FILE, ["row"]))
     return {name: found[name] for name in stated if not name.startswith("pool.")}
 
 
 def _measure(row: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    yield "rows", 1
     yield "images", 1
     yield "boxes", len(json.loads(row["boxes"]))
     for label, sign in json.loads(row["labels"]).items():

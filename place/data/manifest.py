@@ -54,8 +54,10 @@ REJECTED = pa.schema(
         pa.field("sample_id", pa.int64(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("detail", pa.string(), nullable=False),
+        pa.field("split", pa.string()),
     ]
 )
+"""`split` is none where an earlier version rejected the row."""
 
 
 def pack_table(records: list[dict[str, Any]], schema: pa.Schema) -> bytes:

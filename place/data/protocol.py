@@ -24,7 +24,9 @@ class Counts(Section):
     """Numbers that a split must have once it is prepared; what nobody knows is left out."""
 
     rows: int | None = Field(None, ge=0)
-    """all: rows of the input, rejected ones included."""
+    """Rows of the input, rejected ones included."""
+    missing: int | None = Field(None, ge=0)
+    """Rows whose image file is not there or ends too early: 0 where half a download must not pass."""
     images: int | None = Field(None, ge=0)
     """Images that are kept."""
     studies: int | None = Field(None, ge=0)
@@ -121,8 +123,6 @@ class Protocol(Section):
         if twice := [name for name in labels if labels.count(name) > 1]:
             raise ValueError(f"label '{twice[0]}' has two rules")
         for split, counts in self.counts.items():
-            if counts.rows is not None and split != "all":
-                raise ValueError(f"counts.{split}.rows: rows are counted before they are split; state all.rows")
             if self.layout and (strange := sorted({*counts.positive} - {*labels})):
                 raise ValueError(f"counts.{split}.positive.{strange[0]} is no label of the layout")
 

@@ -162,7 +162,9 @@ def _build_part(task: Task, folder: Path) -> tuple[PartResult, Tables]:
             try:
                 sample = read_sample(row, task.config)
             except Rejected as drop:
-                rejected.append(dict(zip(REJECTED.names, (row.number, row.sample_id, drop.reason, drop.detail))))
+                rejected.append(
+                    dict(zip(REJECTED.names, (row.number, row.sample_id, drop.reason, drop.detail, row.split)))
+                )
                 continue
             writer.write(row.split, sample.stored)
             kept.append(sample.record)

@@ -295,15 +295,43 @@ def test_mimic_5x200_keeps_the_images_of_the_published_list_as_test(tmp_path):
     chosen = table[table["ViewPosition"] == "PA"]["dicom_id"].tolist()[1:3]
     lines = ["Path,dicom_id,subject_id,study_id,Report", *(f"path/of/images,{name},1,2,Here." for name in chosen)]
     (folder / "mimic_5x200_ids.csv").write_text("\n".join(lines) + "\n")
-    protocol = write_protocol("mimic_5x200", folder, counts={"all": {"rows": 2, "images": 2}, "test": {"images": 2}})
+    protocol = write_protocol("mimic_5x200", folder, counts={"all": {"rows": 2, "missing": 0}, "test": {"images": 2}})
     card = run_prepare(parse_prepare(*prepare_words(protocol, folder)))
     assert card["counts"]["test"]["images"] == 2
     assert card["labels"]
     assert card["split_rule"] == "all images are test images, those of mimic_5x200_ids.csv"
+    image = next(folder.glob(f"files/*/*/*/{chosen[0]}.jpg"))
+    image.rename(tmp_path / "half.jpg")
+    halved = parse_prepare(*prepare_words(protocol, folder, "--output", tmp_path / "halved"))
+    with pytest.raises(RunError, match="all.missing: 1 found, protocol mimic_5x200 says 0; test.images: 1"):
+        run_prepare(halved)
+    (tmp_path / "half.jpg").rename(image)
     with (folder / "mimic_5x200_ids.csv").open("a") as file:
         file.write("path/of/images,ffff,1,2,Here.\n")
     with pytest.raises(UsageError, match="--only mimic_5x200_ids.csv: 1 of its 3 images are not in this MIMIC-CXR"):
         run_prepare(parse_prepare(*prepare_words(protocol, folder)))
+
+
+def test_mimic_cxr_keeps_the_official_split_and_counts_what_was_rejected_too(tmp_path):
+    counts = {"all": {"rows": 12, "missing": 0}, **{split: {"rows": 4} for split in ("train", "val", "test")}}
+    found = prepare("mimic_cxr", write_mimic, tmp_path, counts)
+    # Every second row is lateral; patients are interleaved.
+    assert {row: found.rows[row]["split"] for row in sorted(found.rows)} == dict(
+        zip(range(0, 12, 2), ["train", "val", "test"] * 2)
+    )
+    assert all(row["view"] == "PA" for row in found.rows.values())
+    assert found.samples[4]["labels"] == {"Edema": 1, "No Finding": None, "Pleural Effusion": -1}
+    assert found.samples[4]["sentences"][-1] == {"section": "impression", "text": "No acute cardiopulmonary process."}
+
+    def halve(folder: Path) -> None:
+        table = write_mimic(folder)
+        (name,) = table[(table["split"] == "test") & (table["ViewPosition"] == "PA")]["dicom_id"].tolist()[:1]
+        next(folder.glob(f"files/*/*/*/{name}.jpg")).unlink()
+
+    with pytest.raises(RunError) as caught:
+        prepare("mimic_cxr", halve, tmp_path / "half", counts | {"test": {"rows": 5}})
+    told = str(caught.value)
+    assert "all.missing: 1 found, protocol mimic_cxr says 0; test.rows: 4 found, protocol mimic_cxr says 5;" in told
 
 
 def test_a_phantom_protocol_takes_its_options_and_checks_its_counts(tmp_path):

@@ -11,7 +11,7 @@ from miniatures import PROTOCOLS, parse_prepare
 
 from place.config import UsageError
 from place.data.layout import PLACEHOLDER
-from place.data.protocol import fill_options, read_protocol
+from place.data.protocol import fill_options, list_counts, read_protocol
 from place.data.sources import SOURCES
 from place.evaluation.suite import NEEDS, TASKS
 
@@ -77,6 +77,12 @@ def test_peers_name_a_task_a_source_and_how_sure_it_is(path: Path) -> None:
         assert all(0 < abs(value) <= 100 for value in peer.values.values())
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_half_a_download_does_not_meet_the_counts(path: Path) -> None:
+    """Rows are of the tables, which come whole; images, or none that is missing, are of the archive."""
+    assert {name.split(".")[1] for name in list_counts(read_protocol(path))} & {"images", "missing"}
+
+
 def test_the_scoreboard_is_the_same_in_every_file() -> None:
     measured = [peer for path in FILES for peer in read_protocol(path).peers if peer.source.startswith("BenchX")]
     assert len(measured) > 60
@@ -94,7 +100,7 @@ def test_the_scoreboard_is_the_same_in_every_file() -> None:
         ({"prepare": {"output": "x"}}, "prepare.output is no option of a protocol"),
         ({"counts_from": ""}, "counts need `counts_from`"),
         ({"counts": {"all": {"positive": {"Pneumnia": 3}}}}, "positive.Pneumnia is no label"),
-        ({"counts": {"test": {"rows": 3}}}, "state all.rows"),
+        ({"counts": {"test": {"missing": -1}}}, "counts.test.missing: Input should be greater than or equal to 0"),
         ({"counts": {"dev": {"images": 3}}}, "counts.dev"),
         ({"peers": [{"name": "MRM"}]}, "peers.0.task: Field required"),
     ],
