@@ -56,7 +56,7 @@ def unpack(x_P: Tensor, packing: Packing) -> Tensor:
     shape = len(packing.lengths), packing.padded, *x_P.shape[1:]
     if packing.index_P is None:
         return x_P.reshape(shape)
-    return x_P.new_zeros(shape[0] * shape[1], *shape[2:]).index_copy(0, packing.index_P, x_P).view(shape)
+    return x_P.new_zeros(shape[0] * shape[1], *shape[2:]).index_copy_(0, packing.index_P, x_P).view(shape)
 
 
 def mark_real(packing: Packing) -> Tensor:

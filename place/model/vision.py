@@ -74,7 +74,9 @@ def _to_pixels(patch_BN: Tensor, image_BCYX: Tensor, patch_px: int) -> Tensor:
 
 def patchify(image_BCYX: Tensor, patch_px: int) -> Tensor:
     """Pixels of each patch, (B,N,patch_px squared), row by row."""
-    return nn.functional.unfold(image_BCYX, patch_px, stride=patch_px).transpose(1, 2)
+    # unfold would start two kernels for each image of a batch.
+    grid = image_BCYX.unflatten(-1, (-1, patch_px)).unflatten(-3, (-1, patch_px))
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def build_image_encoder(config: VisionConfig, image_size_px: int, with_weights: bool = True) -> ImageEncoder:

@@ -67,7 +67,7 @@ def train(
     meter = Meter(log, plan, engine.device, saver, phases, gpu)
     profiler = StepProfiler(config.run, world.rank, progress["step"], engine.device)
     timed = meter.time_arrivals(objective)
-    stopping = False
+    vote, stopping = _Vote(engine.device), False
     batches = loader.read_steps(progress["step"], plan.total_steps, plan.steps_per_epoch, world.world)
     if config.run.probe == "synthetic":
         batches = itertools.repeat(next(batches))
@@ -93,7 +93,7 @@ def train(
             meter.count(step, epoch, batch)
             ends_epoch = step % plan.steps_per_epoch == 0 or step == plan.total_steps
             is_due = step % config.train.checkpoint_every_steps == 0
-            stopping = _agree(world.is_first and is_asked(run_dir), engine.device)
+            stopping = vote.take(world.is_first and is_asked(run_dir))
             if step % config.run.log_every_steps == 0 or is_due or stopping or ends_epoch:
                 meter.write(step, epoch, losses, scales, lr, grad_norm)
                 values = mean_over_ranks(torch.stack([losses.total.detach(), grad_norm.to(losses.total)])).tolist()
@@ -162,13 +162,34 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
 
 
-def _agree(flag: bool, device: torch.device) -> bool:
-    """True on all ranks if it is on any."""
-    if not is_distributed():
-        return flag
-    votes = torch.tensor([float(flag)], device=device)
-    dist.all_reduce(votes)
-    return bool(votes.item())
+class _Vote:
+    """What one rank wants, known to all of them at their next step, so that no step waits for the device. Final."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._cast: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def take(self, flag: bool) -> bool:
+        """Cast this rank's vote; returns whether any rank's was true in the step before, or this one where it is alone.
+
+        Called by all ranks alike.
+        """
+        if not is_distributed():
+            return flag
+        before = self._cast
+        votes = torch.full((1,), float(flag), device=self.device)
+        dist.all_reduce(votes)
+        host, event = torch.empty(1, pin_memory=votes.is_cuda), None
+        host.copy_(votes, non_blocking=True)
+        if votes.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._cast = host, event
+        if before is None:
+            return False
+        if before[1] is not None:
+            before[1].synchronize()
+        return bool(before[0])
 
 
 def _check_finite(values: dict[str, float], step: int, run_dir: Path, saver: Saver) -> None:

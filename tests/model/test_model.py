@@ -19,7 +19,7 @@ from place.data.tokens import ReportTokenizer, train_tokenizer
 from place.model.place import PlaceModel, build_model
 from place.model.projection import mean_by_sentence
 from place.model.text import build_report_encoder
-from place.model.vision import build_image_encoder
+from place.model.vision import build_image_encoder, patchify
 from place.training.checkpoint import load_run, write_definition
 from place.training.engine import TorchEngine
 from place.training.saver import Saver
@@ -222,6 +222,12 @@ def test_hidden_pixels_do_not_reach_the_encoder_but_visible_ones_do() -> None:
         torch.testing.assert_close(getattr(hidden, name), getattr(clean, name), msg=name)
         assert not torch.allclose(getattr(visible, name), getattr(clean, name)), name
     assert not torch.allclose(hidden.target_BND, clean.target_BND), "the target must show what was hidden"
+
+
+def test_patches_are_the_image_row_by_row() -> None:
+    images = torch.randn(3, 1, 24, 16)
+    expected = torch.nn.functional.unfold(images, 8, stride=8).transpose(1, 2)
+    assert torch.equal(patchify(images, 8), expected)
 
 
 def test_targets_of_patch_features_carry_no_gradient() -> None:

@@ -109,11 +109,11 @@ def ask_to_stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Let the workers see a wish to stop once, after this many steps."""
     seen: list[bool] = []
 
-    def agree(flag: bool, _: object) -> bool:
+    def take(_: object, flag: bool) -> bool:
         seen.append(flag)
         return len(seen) == step
 
-    monkeypatch.setattr(loop, "_agree", agree)
+    monkeypatch.setattr(loop._Vote, "take", take)
 
 
 def list_checkpoints(run: Path) -> list[str]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from spawn import run_ranks
 
+from place.distributed import read_world
+from place.training.loop import _Vote
 from place.training.stop import RESIZE, ask_to_stop, is_asked, read_stop, withdraw_resize, withdraw_stop
 
 
@@ -39,3 +43,18 @@ def test_a_wish_to_grow_is_taken_back(tmp_path: Path) -> None:
     ask_to_stop(tmp_path, RESIZE)
     withdraw_stop(tmp_path)
     assert read_stop(tmp_path) == ""
+
+
+def vote_at_the_third_step() -> list[bool]:
+    vote = _Vote(torch.device("cpu"))
+    return [vote.take(read_world().rank == 1 and step == 3) for step in range(1, 6)]
+
+
+@pytest.mark.multiprocess
+def test_all_ranks_know_at_their_next_step_what_one_wants() -> None:
+    assert run_ranks(vote_at_the_third_step, 2) == [[False, False, False, True, False]] * 2
+
+
+def test_a_rank_alone_knows_at_once() -> None:
+    assert vote_at_the_third_step() == [False] * 5
+    assert _Vote(torch.device("cpu")).take(True)
