@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -170,3 +172,10 @@ def test_a_shipped_config_loads_and_its_header_names_command_and_hardware(path: 
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     for word in ("command", "hardware"):
         assert any(word in line for line in header), f"no '{word}' in the header"
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_a_command_of_a_header_can_be_pasted(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    broken = [line for line, following in pairwise(lines) if re.match(r"# {14,}\S", following) and line[-2:] != " \\"]
+    assert broken == []

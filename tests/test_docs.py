@@ -20,6 +20,8 @@ import yaml
 from documents import read_blocks, read_commands
 from PIL import Image
 from place.cluster.scaling import RungConfig, ScaleConfig
+from place.cluster.scaling_model import Network
+from place.kernels.patch_correlation import METHODS
 from torch.distributed.run import get_args_parser
 
 from place.cli import build_parser, main
@@ -100,6 +102,8 @@ def test_the_keys_of_a_ladder_are_those_of_the_code() -> None:
     told = {name for line in re.findall(r"^\| (`.+?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", line)}
     assert told == {*ScaleConfig.model_fields}
     assert {*RungConfig.model_fields} <= {*re.findall(r"`(\w+)`", table)}
+    (network,) = re.findall(r"^\| `network` \|.*", table, re.MULTILINE)
+    assert {*re.findall(r"`(\w+)`", network)} - {"network", "ring", "tree"} == {*Network.model_fields}
 
 
 def test_files_and_make_targets_that_are_named_exist() -> None:
@@ -186,6 +190,13 @@ def test_the_reasons_of_rejection_are_those_of_the_code() -> None:
     raised = re.findall(r'Rejected\(\s*"(\w+)"', source) + re.findall(r'mark_rejects\(\s*[^"]*?"(\w+)"\s*\)', source)
     assert {*raised} - told == set()
     assert {name for name in told if f'"{name}"' not in source} == set()
+
+
+@pytest.mark.parametrize("page", ["docs/kernel.md", "kernels/README.md"])
+def test_the_methods_of_the_kernel_that_are_listed_are_all(page: str) -> None:
+    lines = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| .+ \| .+ \|$", (ROOT / page).read_text(), re.MULTILINE)
+    listed = {name for line in lines for name in re.findall(r"`(\w+)`", line)}
+    assert {*METHODS} <= listed
 
 
 def run_block(page: str, word: str) -> None:
