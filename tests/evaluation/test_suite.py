@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from pathlib import Path
 
 import cv2
 import pyarrow.parquet as pq
@@ -15,10 +16,13 @@ from rich.console import Console
 from place.config import EvaluationConfig, FinetuneConfig, GenerationConfig, RunError, UsageError
 from place.data.masks import MASKS_FILE
 from place.data.prepared import read_card
+from place.data.protocol import read_protocol
 from place.evaluation.metrics import draw_weights
 from place.evaluation.suite import IN_FOLDS, TASKS, choose_tasks, find_offers, judge, print_results, run_evaluation
 from place.evaluation.task import Task, TaskInput
 from place.training.checkpoint import load_run
+
+PROTOCOLS = Path(__file__).parents[2] / "configs" / "eval"
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +41,12 @@ def test_all_tasks_write_their_contract(results, run_dir):
         assert tree["data_fingerprint"] == "f" * 64
         assert tree["metrics"].keys() == result.metrics.keys()
         assert all(set(metric) == {"value", "low", "high"} for metric in tree["metrics"].values())
+
+
+@pytest.mark.parametrize("path", sorted(PROTOCOLS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_protocol_names_figures_that_its_tasks_give(results, path):
+    for task, metrics in read_protocol(path).tasks.items():
+        assert {*metrics} - {*results[task].metrics} == set(), task
 
 
 def test_every_figure_has_an_interval(results):
