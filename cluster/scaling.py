@@ -79,7 +79,7 @@ class ScaleConfig(Section):
     scaling: Literal["strong", "weak"] = "strong"
     """`strong`: every rung has the base's global batch; `weak`: the base's batch is that of one worker."""
     steps: int = Field(40, ge=4)
-    """Optimiser steps of a rung."""
+    """Optimiser steps of a rung; a checkpoint is written in the last one, which is counted for itself."""
     warmup_steps: int = Field(10, ge=1)
     """Steps at its start that are not counted."""
     repeats: int = Field(1, ge=1)
@@ -174,7 +174,8 @@ def _plan_job(scale: ScaleConfig, base: Path, rung: RungConfig, probe: str, repe
         f"cluster.num_workers={workers}",
         f"train.global_batch={pairs}",
         f"train.max_steps={scale.steps}",
-        f"train.checkpoint_every_steps={scale.steps}",
+        # One is written behind the last step but one, and so is part of the last line.
+        f"train.checkpoint_every_steps={scale.steps - 1}",
         "run.log_every_steps=1",
         "run.time_phases=true",
         "run.tensorboard=false",
@@ -223,7 +224,7 @@ def run_job(job: Job, scale: ScaleConfig, say: Callable[[str], None]) -> dict[st
     """Run one run, or read what an earlier call measured; one that failed before is tried again.
 
     Returns: `reason` (empty where it went well) and, step by step behind the warm-up, `samples_per_s`, `step_s`,
-        `phase_s`, `lag_s`, `sent_mib`, `power_w`, `loss`; `memory_mib`, `start_s`; and as `read_origin`.
+        `phase_s`, `lag_s`, `sent_mib`, `power_w`, `loss`; `checkpoint_s`, `memory_mib`, `start_s`; and `read_origin`.
     """
     key, path = compute_key(job, scale), job.folder / "measured.json"
     known = read_kept(path, key)
@@ -256,7 +257,10 @@ def compute_key(job: Job, scale: ScaleConfig) -> str:
     data = ""
     with contextlib.suppress(UsageError, RunError):
         data = read_fingerprint(job.config.data)
-    parts = [dump_config(job.config), scale.steps, scale.warmup_steps, scale.launcher, job.rung.nodes, data]
+    # Older measurements wrote no checkpoint before their end; their steps are of the same kind.
+    train = job.config.train.model_copy(update={"checkpoint_every_steps": scale.steps})
+    config = job.config.model_copy(update={"train": train})
+    parts = [dump_config(config), scale.steps, scale.warmup_steps, scale.launcher, job.rung.nodes, data]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -275,9 +279,11 @@ def count_nodes(job: Job) -> int:
 
 
 def read_steps(run: Path, scale: ScaleConfig, config: Config, began: float) -> dict[str, Any]:
-    """What a run wrote of its steps, those of the warm-up left out."""
+    """What a run wrote of its steps, without those of the warm-up and the one that a checkpoint was written in."""
     records = [record for record in read_jsonl(run / "metrics.jsonl") if "samples_per_s" in record]
     pairs = list(zip(records, records[1:]))[scale.warmup_steps - 1 :]
+    saved = [after for _, after in pairs if "checkpoint_copy_s" in after]
+    pairs = [pair for pair in pairs if pair[1] not in saved]
     # From line to line: what writing the line takes is part of the step.
     seconds = [after["time"] - before["time"] for before, after in pairs]
     steps = [after for _, after in pairs]
@@ -290,6 +296,7 @@ def read_steps(run: Path, scale: ScaleConfig, config: Config, began: float) -> d
         "sent_mib": [step["sent_mib"] for step in steps if "sent_mib" in step],
         "loss": [record["total"] for record in records if "total" in record],
         "power_w": [step["gpu_power_w"] for step in steps if "gpu_power_w" in step],
+        "checkpoint_s": [step["checkpoint_wait_s"] + step["checkpoint_copy_s"] for step in saved],
         "memory_mib": max((step.get("memory_mib", 0) for step in steps), default=0),
         "start_s": round(records[0]["time"] - began, 2) if records else None,
     }
@@ -318,7 +325,8 @@ def build_rows(
     p5, p95 of single steps, which come in bursts where reading is the limit; `efficiency` of a worker against a worker
     of the smallest rung that went well, `efficiency_node` against one of a single node, both among rungs of equal
     `config` and absent where there is no other; `nodes` None where not known; `phase_s` means, `unexplained` the share
-    of the step that they miss; `exposed_s` what is waited for in collectives; `mfu` of the model's FLOPs
+    of the step that they miss; `checkpoint_s` what a step waits for a checkpoint, which is in no other figure;
+    `exposed_s` what is waited for in collectives; `mfu` of the model's FLOPs
     (`flop_rule`), under what `mfu_assumed` says of them; `commit`, `versions`, `device` of the runs, None where an
     earlier version did not keep them. Source: ours.
     """
@@ -378,8 +386,9 @@ def _summarize(records: list[dict[str, Any]], config: Config) -> dict[str, Any]:
     exposed = [phase.get("gather", 0.0) + phase.get("communication", 0.0) for phase in phases]
     lags = [value for record in records for value in record["lag_s"]]
     sent = [value for record in records for value in record["sent_mib"]]
-    # What an earlier version measured is kept, without power.
+    # What an earlier version measured is kept, without power and checkpoints.
     power_w = [value for record in records for value in record.get("power_w", [])]
+    saved_s = [value for record in records for value in record.get("checkpoint_s", [])]
     return {
         "runs": len(records),
         "steps": len(rates),
@@ -393,6 +402,7 @@ def _summarize(records: list[dict[str, Any]], config: Config) -> dict[str, Any]:
         "exposed_s": float(np.median(exposed)) if any(exposed) or (exposed and workers == 1) else None,
         "lag_s": float(np.median(lags)) if lags else None,
         "sent_mib": float(np.mean(sent)) if sent else None,
+        "checkpoint_s": float(np.median(saved_s)) if saved_s else None,
         "memory_mib": max(record["memory_mib"] for record in records) or None,
         "start_s": float(np.median([record["start_s"] for record in records])),
         "worker_hours_per_million": 1e6 * workers / rate / 3600,

@@ -88,7 +88,10 @@ def test_rungs_become_rows_and_a_failed_one_has_its_reason(scaled: tuple[Path, l
     assert "nowhere" in rows["wrong", "full"]["reason"]
     full, loader = rows["1 worker", "full"], rows["1 worker", "loader"]
     assert full["unexplained"] < 0.03
-    assert full["steps"] == 4
+    assert full["steps"] == 3, "6, less 2 of warm-up and the one with the checkpoint"
+    assert full["checkpoint_s"] > 0
+    assert "checkpoint" not in full["phase_s"]
+    assert loader["checkpoint_s"] is None
     spread = full["step_pairs_per_s"]
     assert spread["p5"] <= spread["median"] <= spread["p95"]
     assert full["pairs_per_s"] == pytest.approx(full["global_batch"] / full["step_s"])
@@ -102,7 +105,9 @@ def test_rungs_become_rows_and_a_failed_one_has_its_reason(scaled: tuple[Path, l
     assert [row["status"] for row in lines] == ["ok", "ok", "ok", "failed", "failed", "failed"]
     assert float(lines[0]["pairs_per_s"]) == full["pairs_per_s"]
     assert [lines[0][name] for name in ("nodes", "engine", "precision", "micro_batch")] == ["1", "torch", "fp32", "8"]
-    assert (lines[0]["commit"], lines[0]["device"]) == (results["commit"], "cpu")
+    about = json.loads((folder / "1_worker" / "full0" / "run" / "run.json").read_text())
+    assert (lines[0]["commit"], lines[0]["device"]) == (about["commit"], "cpu")
+    assert float(lines[0]["checkpoint_s"]) == full["checkpoint_s"]
     assert float(lines[0]["step_pairs_per_s_p5"]) == spread["p5"]
     page = (folder / "scaling.html").read_text()
     assert page.count("<tr>") > 8
@@ -164,6 +169,18 @@ def test_what_was_measured_counts_for_the_same_nodes_launcher_and_data_alone(tmp
     assert compute(**slurm) == first
 
 
+def test_what_was_measured_without_a_checkpoint_before_the_end_counts_on(tmp_path: Path) -> None:
+    scale = load_scale(write_ladder(tmp_path))
+    (job,) = plan_jobs(scale, Path(TINY))
+    assert job.config.train.checkpoint_every_steps == 5
+    whole = job.config.train.model_copy(update={"checkpoint_every_steps": 6})
+    before = job._replace(config=job.config.model_copy(update={"train": whole}))
+    assert scaling.compute_key(before, scale) == scaling.compute_key(job, scale)
+    record = build_record([{"forward": 1.0}])
+    (row,) = scaling.build_rows(scale, [job], {(job.name, "full"): [record]})
+    assert (row["checkpoint_s"], row["commit"], row["nodes"]) == (None, None, None)
+
+
 def test_each_rung_has_the_work_of_its_own_images_and_losses(tmp_path: Path) -> None:
     changes = [], ["data.image_size_px=128"], ["loss.correlation.weight=0"]
     rungs = [{"workers": 1, "config": change} for change in changes]
@@ -182,12 +199,15 @@ def test_batches_that_come_in_bursts_are_counted_over_all_seconds(tmp_path: Path
         # Four readers are done at once, and then nothing comes for a while.
         times = [1000 + gap_s * (step // 4) for step in range(12)]
         lines = [{"step": step, "time": time, "samples_per_s": 1.0, "total": 1.0} for step, time in enumerate(times)]
+        saved = {"time": times[-1] + 9, "checkpoint_wait_s": 0.5, "checkpoint_copy_s": 2.0}
+        lines.append(lines[-1] | saved)
         run = tmp_path / job.name
         run.mkdir()
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         found[job.name, "full"] = [{"reason": "", **scaling.read_steps(run, scale, job.config, 1000)}]
     one, two = scaling.build_rows(scale, plan_jobs(scale, Path(TINY)), found)
-    assert one["step_s"] == pytest.approx(0.8 / 9)
+    assert one["step_s"] == pytest.approx(0.8 / 9), "the step with the checkpoint is not among them"
+    assert one["checkpoint_s"] == 2.5
     assert one["pairs_per_s"] == pytest.approx(24 * 9 / 0.8)
     assert one["step_pairs_per_s"]["median"] == 24 / 1e-3
     assert one["worker_hours_per_million"] == pytest.approx(1e6 / one["pairs_per_s"] / 3600)
