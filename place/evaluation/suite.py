@@ -168,7 +168,7 @@ def judge(
     leaks = check_leaks(Judged(task.data_dir, task.card, splits), task.evaluation, pretraining, task.report)
     results = {}
     for name in names:
-        result = TASKS[name](task)
+        result = add_absent(task.card, name, TASKS[name](task))
         protocol = describe_intervals(result, task.evaluation.bootstrap) | list_peers(task.card, name)
         results[name] = result._replace(protocol=result.protocol | protocol | {"leaks": leaks})
         write_result(folder, results[name], task, which)
@@ -184,6 +184,14 @@ def describe_intervals(result: TaskResult, bootstrap: int) -> dict[str, Any]:
     used = count_resamples(result.metrics, bootstrap)
     notes = result.protocol.get("notes", []) + note_resamples(used, bootstrap)
     return {"resamples_used": used, "notes": notes} if used else {}
+
+
+def add_absent(card: dict[str, Any], task: str, result: TaskResult) -> TaskResult:
+    """The result with a note for each figure that the data set's protocol file names and the task did not give."""
+    named = card.get("protocol", {}).get("tasks", {}).get(task, [])
+    told = [f"the data set's protocol names {name}, which is not given" for name in named if name not in result.metrics]
+    notes = result.protocol.get("notes", []) + told
+    return result._replace(protocol=result.protocol | {"notes": notes}) if told else result
 
 
 def list_peers(card: dict[str, Any], task: str) -> dict[str, list[dict[str, Any]]]:

@@ -139,17 +139,22 @@ def test_scores_of_others_stand_beside_those_of_their_task(run_dir, data_dir, tm
         {"name": "GLoRIA", "values": {"100 %": 71.25}} | told,
         {"name": "MedKLIP", "values": {"100 %": 1.0}} | told | {"task": "detection"},
     ]
+    figures = {"retrieval": ["image_to_text.mrr", "mrr"], "detection": ["mean_app"]}
     data = tmp_path / "data"
     shutil.copytree(data_dir, data)
     card = json.loads((data / "card.json").read_text())
-    (data / "card.json").write_text(json.dumps(card | {"protocol": {"peers": peers}}))
+    (data / "card.json").write_text(json.dumps(card | {"protocol": {"peers": peers, "tasks": figures}}))
     results = run_evaluation(run_dir, data, ["retrieval"], output=tmp_path / "out")
     stream = io.StringIO()
     print_results(results, Console(file=stream, width=100))
     rows = [line.split() for line in stream.getvalue().splitlines()]
     assert ["ConVIRT", "R@5", "61.5", "70", *["its", "paper,", "table", "2", "(measured)"]] in rows
     assert ["GLoRIA", "R@5", "71.25", *["its", "paper,", "table", "2", "(measured)"]] in rows
-    assert json.loads((tmp_path / "out" / "retrieval.json").read_text())["protocol"]["peers"] == peers[:2]
+    written = json.loads((tmp_path / "out" / "retrieval.json").read_text())["protocol"]
+    assert written["peers"] == peers[:2]
+    absent = [note for note in written["notes"] if "names" in note]
+    assert absent == ["the data set's protocol names mrr, which is not given"]
+    assert "protocol names mrr, which is not given" in " ".join(stream.getvalue().split())
     page = (tmp_path / "out" / "report.html").read_text()
     assert "ConVIRT" in page
     assert "<span>1 %: 61.5,</span> <span>100 %: 70</span>" in page
