@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from documents import read_commands
 from place.cluster.scaling import load_scale
 
+from place.cli import build_parser
 from place.config import Config, UsageError, build_config, check_config, dump_config
 from place.evaluation.ablation import load_experiment
 
@@ -179,3 +181,10 @@ def test_a_command_of_a_header_can_be_pasted(path: Path) -> None:
     lines = path.read_text().splitlines()
     broken = [line for line, following in pairwise(lines) if re.match(r"# {14,}\S", following) and line[-2:] != " \\"]
     assert broken == []
+    commands = read_commands(["\n".join(line[14:] for line in lines if line.startswith("#"))])
+    for words in commands:
+        build_parser().parse_args(words)
+    # What is trained on is prepared first, in the same header or by another that the reader is sent to.
+    if path.stem == "covid_cxr":
+        assert commands[0][0] == "prepare"
+        assert commands[0][commands[0].index("--output") + 1] in " ".join(commands[1])
