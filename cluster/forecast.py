@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from place.cluster.budget import STAGES, Setting, compute_flops, compute_memory, compute_traffic
 from place.cluster.scaling import count_work, read_model
-from place.cluster.scaling_model import compute_rounds
+from place.cluster.scaling_model import describe_network
 
 from place.config import Config
 from place.data.prepared import read_shard_list
@@ -119,8 +119,8 @@ def _compute_time(footprint: Footprint, plan: RunPlan, config: Config, question:
     if question.scaling is not None:
         model, network = read_model(question.scaling)
         work = count_work(config, footprint, plan.world, plan.global_batch)
-        rounds, bandwidth = compute_rounds(plan.world, network.topology), network.bandwidth_gbit * 1e9 / 8
-        step_s = model.predict(work["flop_worker"], work["bytes_worker"], rounds, bandwidth)["step"]
+        terms = describe_network(network, plan.world)
+        step_s = model.predict(work["flop_worker"], work["bytes_worker"], *terms)["step"]
     rate = plan.local_batch / step_s
     return {
         "tflop_per_step": flops / 1e12,

@@ -26,6 +26,7 @@ from place.cluster.scaling_model import (
     build_point,
     compute_rounds,
     compute_typical,
+    describe_network,
     fit_resampled,
     predict_interval,
 )
@@ -479,7 +480,8 @@ def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]]
     models = fit_resampled(fitted)
     rungs = []
     for row, point in zip(full, points, strict=True):
-        says = predict_interval(models, point.flop_worker, point.bytes_worker, point.rounds, point.bandwidth)
+        network = point.rounds, point.bandwidth, point.latency_s
+        says = predict_interval(models, point.flop_worker, point.bytes_worker, *network)
         compute, exposed, rest = compute_typical(point.seconds_S3).tolist()
         measured = {"compute": compute, "exposed": exposed, "rest": rest, "step": compute + exposed + rest}
         rungs.append({"rung": row["rung"], "hold_out": row["hold_out"], "measured": measured, "predicted": says})
@@ -496,11 +498,11 @@ def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]]
             works[world] = pairs, count_work(config, footprint, world, pairs)
         except UsageError as error:
             notes.append(f"{world} workers are not predicted: {error}")
-    for network in scale.predict:
+    for other in scale.predict:
         for world, (pairs, work) in works.items():
-            rounds, bandwidth = compute_rounds(world, network.topology), network.bandwidth_gbit * 1e9 / 8
-            says = predict_interval(models, work["flop_worker"], work["bytes_worker"], rounds, bandwidth)
-            sizes.append({"network": network.name, "workers": world, "global_batch": pairs, "predicted": says})
+            network = describe_network(other, world)
+            says = predict_interval(models, work["flop_worker"], work["bytes_worker"], *network)
+            sizes.append({"network": other.name, "workers": world, "global_batch": pairs, "predicted": says})
     return {"factors": models[0]._asdict(), "rungs": rungs, "sizes": sizes, "notes": notes}
 
 

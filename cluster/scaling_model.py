@@ -6,6 +6,7 @@
                   on GPUs, whose phases hold it: what compute takes beyond that of one worker with its share
     wait, rest    as measured, mean over steps and rungs             data, copies, logging
 
+On another network r changes by what its latency differs by, where both latencies are known, and is never below 0.
 Rounds are the messages that follow each other in one collective: 2(N-1) on a ring, 2 log2 N on a tree. All factors are
 at least 0 (non-negative least squares), and each is fitted on the phases that it explains, not on the sum.
 Source: ours; rounds and bytes of a collective as Thakur et al. 2005 count them.
@@ -36,7 +37,7 @@ class Network(Section):
     bandwidth_gbit: float = Field(gt=0)
     """Bandwidth of one worker in one direction, in Gbit/s."""
     latency_us: float = Field(0.0, ge=0)
-    """Time of one message of no size, in microseconds."""
+    """Time of one message of no size, in microseconds; 0: not known, and no difference to other networks is made."""
     topology: Literal["ring", "tree"] = "ring"
     """How a collective goes around."""
 
@@ -50,6 +51,8 @@ class Point(NamedTuple):
     rounds: float
     bandwidth: float
     """Bytes a second."""
+    latency_s: float = 0.0
+    """Of one message; 0: not known."""
 
 
 class Model(NamedTuple):
@@ -60,11 +63,16 @@ class Model(NamedTuple):
     per_round_s: float
     per_wire: float
     rest_s: float
+    latency_s: float = 0.0
+    """What is within r, the mean over the rungs fitted; 0: not known."""
 
-    def predict(self, flop_worker: float, bytes_worker: float, rounds: float, bandwidth: float) -> dict[str, float]:
+    def predict(
+        self, flop_worker: float, bytes_worker: float, rounds: float, bandwidth: float, latency_s: float = 0.0
+    ) -> dict[str, float]:
         """Seconds of a step by term."""
         compute = self.start_s + self.per_flop_s * flop_worker
-        exposed = self.per_round_s * rounds + self.per_wire * bytes_worker / bandwidth
+        beyond_s = latency_s - self.latency_s if latency_s and self.latency_s else 0.0
+        exposed = max(self.per_round_s + beyond_s, 0.0) * rounds + self.per_wire * bytes_worker / bandwidth
         return {"compute": compute, "exposed": exposed, "rest": self.rest_s, "step": compute + exposed + self.rest_s}
 
 
@@ -73,6 +81,11 @@ def compute_rounds(world: int, topology: str) -> float:
     if world == 1:
         return 0.0
     return 2 * math.log2(world) if topology == "tree" else 2.0 * (world - 1)
+
+
+def describe_network(network: Network, world: int) -> tuple[float, float, float]:
+    """What `Model.predict` takes of a network: rounds, bytes a second, seconds of latency."""
+    return compute_rounds(world, network.topology), network.bandwidth_gbit * 1e9 / 8, network.latency_us / 1e6
 
 
 def build_point(
@@ -102,8 +115,8 @@ def build_point(
         own_S = np.resize(own, len(parts)) * row["flop_worker"] / alone[0]["flop_worker"]
         seconds_S3[:, 1] = np.maximum(seconds_S3[:, 0] - np.median(own_S), 0)
         seconds_S3[:, 0] = own_S
-    bandwidth = row["network"]["bandwidth_gbit"] * 1e9 / 8
-    return Point(seconds_S3, row["flop_worker"], row["bytes_worker"], row["rounds"], bandwidth)
+    network = describe_network(Network(**row["network"]), row["workers"])
+    return Point(seconds_S3, row["flop_worker"], row["bytes_worker"], *network)
 
 
 def fit(points: Sequence[Point], rng: np.random.Generator | None = None) -> Model:
@@ -114,8 +127,11 @@ def fit(points: Sequence[Point], rng: np.random.Generator | None = None) -> Mode
     start, per_flop = _solve([np.ones_like(flops), flops / flops.max()], seconds_P3[:, 0])
     rounds = np.array([point.rounds for point in points])
     wire = np.array([point.bytes_worker / point.bandwidth for point in points])
-    per_round, per_wire = _solve([rounds, wire], seconds_P3[:, 1])
-    return Model(start, per_flop / flops.max(), per_round, per_wire, float(np.mean(seconds_P3[:, 2])))
+    latency_s = float(np.mean([point.latency_s for point in points if point.rounds and point.latency_s] or [0.0]))
+    # Of a rung whose latency is another, r holds as much more or less.
+    beyond = np.array([point.latency_s - latency_s if point.latency_s else 0.0 for point in points])
+    per_round, per_wire = _solve([rounds, wire], seconds_P3[:, 1] - rounds * beyond)
+    return Model(start, per_flop / flops.max(), per_round, per_wire, float(np.mean(seconds_P3[:, 2])), latency_s)
 
 
 def fit_resampled(points: Sequence[Point], count: int = RESAMPLES, seed: int = 0) -> list[Model]:
@@ -125,10 +141,15 @@ def fit_resampled(points: Sequence[Point], count: int = RESAMPLES, seed: int = 0
 
 
 def predict_interval(
-    models: Sequence[Model], flop_worker: float, bytes_worker: float, rounds: float, bandwidth: float
+    models: Sequence[Model],
+    flop_worker: float,
+    bytes_worker: float,
+    rounds: float,
+    bandwidth: float,
+    latency_s: float = 0.0,
 ) -> dict[str, tuple[float, float, float]]:
     """Of each term: value, and the 2.5 and 97.5 percentiles over the resamples."""
-    found = [model.predict(flop_worker, bytes_worker, rounds, bandwidth) for model in models]
+    found = [model.predict(flop_worker, bytes_worker, rounds, bandwidth, latency_s) for model in models]
     intervals = {}
     for name in found[0]:
         low, high = np.percentile([one[name] for one in found[1:]] or [found[0][name]], [2.5, 97.5])

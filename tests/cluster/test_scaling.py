@@ -502,10 +502,29 @@ def build_points(rng: np.random.Generator, noise: float) -> list[Point]:
 
 def test_the_fit_finds_the_factors_that_made_the_data() -> None:
     model = fit(build_points(np.random.default_rng(0), 0.0))
-    assert model == pytest.approx((0.01, 2e-11, 3e-3, 1.2, 0.005), rel=1e-6)
+    assert model == pytest.approx((0.01, 2e-11, 3e-3, 1.2, 0.005, 0), rel=1e-6)
     says = model.predict(1e9, 3.5e7, compute_rounds(8, "ring"), 4e9)
     assert says["exposed"] == pytest.approx(3e-3 * 14 + 1.2 * 3.5e7 / 4e9)
     assert says["step"] == pytest.approx(says["compute"] + says["exposed"] + says["rest"])
+
+
+def test_another_network_is_slower_by_its_latency() -> None:
+    points = build_points(np.random.default_rng(0), 0.0)
+    known = [point._replace(latency_s=1e-3) for point in points]
+    model = fit(known)
+    assert model == pytest.approx((0.01, 2e-11, 3e-3, 1.2, 0.005, 1e-3), rel=1e-6)
+    rounds = compute_rounds(8, "ring")
+    for latency_s, per_round_s in ((1e-3, 3e-3), (5e-3, 7e-3), (1e-4, 2.1e-3), (0.0, 3e-3)):
+        says = model.predict(1e9, 0.0, rounds, 4e9, latency_s)["exposed"]
+        assert says == pytest.approx(per_round_s * rounds)
+    quick = model._replace(per_round_s=5e-4)
+    assert quick.predict(1e9, 0.0, rounds, 4e9, 1e-4)["exposed"] == 0
+    assert fit(points).predict(1e9, 0.0, rounds, 4e9, 5e-3)["exposed"] == pytest.approx(3e-3 * rounds)
+    # The rung on the second network waits 4 ms more a round.
+    slower = known[3].seconds_S3 + [0.0, 4e-3 * known[3].rounds, 0.0]
+    mixed = [*known[:3], known[3]._replace(seconds_S3=slower, latency_s=5e-3)]
+    for point in mixed:
+        assert fit(mixed).predict(*point[1:])["exposed"] == pytest.approx(np.median(point.seconds_S3[:, 1]))
 
 
 def test_the_wait_for_batches_that_come_in_bursts_is_in_the_step() -> None:
