@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+ON_HOST = ("length_B", "num_sentences_B")
+
 
 class Batch(NamedTuple):
     """Pairs as the model takes them.
@@ -19,7 +21,8 @@ class Batch(NamedTuple):
     `image_BCYX` fp32 (B,1,Y,X), standardised grey; `token_ids_BT` int64; `attention_BT` bool, true on real tokens;
     `sentence_of_token_BT` int64, -1 on special and padding tokens; `sentence_hash_BS` int64, 0 where there is no
     sentence; `report_group_B` int64, equal for identical reports; `sample_id_B` int64; `valid_patch_BN` bool, false on
-    padding patches; `length_B` int64, real tokens of each report, always on the host: shapes follow from it.
+    padding patches; `length_B` and `num_sentences_B` int64, real tokens and sentences of each report, always on the
+    host: shapes follow from them.
     """
 
     image_BCYX: Tensor
@@ -31,13 +34,12 @@ class Batch(NamedTuple):
     sample_id_B: Tensor
     valid_patch_BN: Tensor
     length_B: Tensor
+    num_sentences_B: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         fields = self._asdict().items()
-        return Batch(
-            *(tensor if name == "length_B" else tensor.to(device, non_blocking=True) for name, tensor in fields)
-        )
+        return Batch(*(tensor if name in ON_HOST else tensor.to(device, non_blocking=True) for name, tensor in fields))
 
     def chunks(self, count: int) -> list[Batch]:
         """Cut into `count` equal batches along B."""

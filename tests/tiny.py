@@ -65,4 +65,5 @@ def build_batch(size: int, seed: int = 0, config: Config | None = None) -> Batch
         torch.arange(size) + 1000 * seed,
         torch.ones(size, (side // 8) ** 2, dtype=torch.bool),
         attention_BT.sum(1),
+        counts,
     )

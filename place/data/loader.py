@@ -203,6 +203,7 @@ class Collate:
             torch.tensor([pair.sample_id for pair in pairs]),
             torch.ones(len(pairs), self.num_patches, dtype=torch.bool),
             attention_BT.sum(1),
+            (hash_BS != 0).sum(1),
         )
 
 

@@ -18,6 +18,7 @@ def pathology_loss(
     scale: Tensor,
     pairing: str = "soft",
     negatives: str = "global",
+    num_sentences: int | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE over T-POR/V-POR pairs, divided by the pair count of all ranks.
 
@@ -31,25 +32,20 @@ def pathology_loss(
         scale: inverse temperature.
         pairing: a key of `PAIRINGS`.
         negatives: `study`, `rank` or `global`.
+        num_sentences: real sentences of this rank, known to the host; none counts them, and waits for the device.
     Source: quoted (PLACE abstract: maximise the consistency of pathology observations from both images and reports);
         soft pairing inferred (Wang et al. 2022, MGCA: a word attends to patches so); contrast and the rest are ours.
     """
+    num_sentences = int(mask_BS.sum()) if num_sentences is None else num_sentences
+    rows_R = torch.nonzero_static(mask_BS.flatten(), size=num_sentences)[:, 0]
     matched_BSE, mask_BS = PAIRINGS[pairing](observations_BKE, sentences_BSE, mask_BS, scale)
     visual_PE, textual_PE, mask_P = matched_BSE.flatten(0, 1), sentences_BSE.flatten(0, 1), mask_BS.flatten()
-    rows_R = _list_rows(mask_P)
     pairs = _build_pairs(rows_R, mask_BS, sentence_hash_BS, negatives)
     exchange = gather_with_grad if negatives == "global" else torch.Tensor.contiguous
     forth_R = contrast(visual_PE[rows_R], exchange(textual_PE), scale, pairs)
     back_R = contrast(textual_PE[rows_R], exchange(visual_PE), scale, pairs)
     total = torch.where(mask_P[rows_R], forth_R + back_R, 0).sum() / 2
     return average_global(total, mask_P.sum())
-
-
-def _list_rows(mask_P: Tensor) -> Tensor:
-    """The rows that are contrasted: on a CPU the real ones, elsewhere all, because to count them is to wait."""
-    if mask_P.device.type == "cpu":
-        return mask_P.nonzero()[:, 0]
-    return torch.arange(len(mask_P), device=mask_P.device)
 
 
 def _build_pairs(rows_R: Tensor, mask_BS: Tensor, hash_BS: Tensor, negatives: str) -> Pairs:

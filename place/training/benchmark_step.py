@@ -53,6 +53,7 @@ def build_batch(config: Config, pairs: int, patch_px: int, vocab_size: int, leng
         torch.arange(pairs),
         torch.ones(pairs, (data.image_size_px // patch_px) ** 2, dtype=torch.bool),
         length_B,
+        length_B.clamp(max=data.max_sentences),
     )
 
 

@@ -241,6 +241,7 @@ def _build_batch(config: Config, pairs: int, patch_px: int) -> Batch:
         torch.zeros(pairs, dtype=torch.long),
         torch.ones(patches, dtype=torch.bool),
         torch.full((pairs,), data.max_tokens),
+        torch.full((pairs,), data.max_sentences),
     )
 
 

@@ -30,6 +30,7 @@ from place.data.shards import COLUMNS
 from place.data.streaming import select_sentences
 from place.data.tokens import ReportTokenizer, train_tokenizer
 from place.distributed import Node, barrier, broadcast_text, read_world
+from place.model.projection import mean_by_sentence
 
 GLOBAL_BATCH, STEPS = 24, 5
 Step = dict[int, tuple[float, int]]
@@ -247,6 +248,15 @@ def test_validation_is_in_stored_order_and_not_augmented(prepared: Path, tokeniz
     assert first == again
     stored = [sample["sample_id"] for sample in read_samples(prepared, "val")]
     assert {sample for step in first for sample in step} <= set(stored)
+
+
+def test_what_the_host_knows_of_a_batch_is_what_the_device_has(prepared: Path, tokenizer: str, tmp_path: Path) -> None:
+    batch = next(iter(build_loader(prepared, tokenizer, tmp_path, max_tokens=40).read_epoch(0, 0, 1, 1)))
+    _, mask_BS = mean_by_sentence(torch.zeros(*batch.token_ids_BT.shape, 1), batch.sentence_of_token_BT, 16)
+    assert batch.num_sentences_B.tolist() == mask_BS.sum(1).tolist()
+    assert batch.length_B.tolist() == batch.attention_BT.sum(1).tolist()
+    assert len(set(batch.num_sentences_B.tolist())) > 1
+    assert batch.to("meta").num_sentences_B.device.type == "cpu"
 
 
 def build_loader(

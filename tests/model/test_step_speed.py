@@ -41,7 +41,8 @@ def test_model_and_losses_never_wait_for_a_value_of_the_device(monkeypatch: pyte
     out = model(given)
     scales = out.logit_scales
     loss = instance_loss(out.image_BE, out.text_BE, scales[0], given.report_group_B)
-    loss = loss + pathology_loss(*out[2:5], given.sentence_hash_BS, scales[1])
+    num_sentences = int(given.num_sentences_B.sum())
+    loss = loss + pathology_loss(*out[2:5], given.sentence_hash_BS, scales[1], num_sentences=num_sentences)
     loss = loss + correlation_loss(*out[6:8], given.valid_patch_BN, out.focus_BN, config.loss.correlation, 1 / 255)
     assert loss.is_meta
     with pytest.raises(RuntimeError, match="meta"):
