@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from place.cluster.budget import STAGES, Setting, compute_flops, compute_memory, compute_traffic
 from place.cluster.scaling import count_work, read_model
-from place.cluster.scaling_model import describe_network
+from place.cluster.scaling_model import describe_network, predict_interval
 
 from place.config import Config
 from place.data.prepared import read_shard_list
@@ -111,20 +111,22 @@ def _in_gib(footprint: Footprint, plan: RunPlan, config: Config, setting: Settin
     return {f"{name}_gib": size / GIB for name, size in memory._asdict().items()}
 
 
-def _compute_time(footprint: Footprint, plan: RunPlan, config: Config, question: Question) -> dict[str, float]:
+def _compute_time(footprint: Footprint, plan: RunPlan, config: Config, question: Question) -> dict[str, Any]:
     gpu = GPUS[question.gpu]
     peak = (gpu.bf16_tflops if config.engine.precision != "fp32" else gpu.fp32_tflops) * 1e12
     flops = compute_flops(footprint, plan, config)
-    step_s = flops / (plan.world * peak * question.mfu)
+    step_s, interval = flops / (plan.world * peak * question.mfu), None
     if question.scaling is not None:
-        model, network = read_model(question.scaling)
+        models, network = read_model(question.scaling)
         work = count_work(config, footprint, plan.world, plan.global_batch)
         terms = describe_network(network, plan.world)
-        step_s = model.predict(work["flop_worker"], work["bytes_worker"], *terms)["step"]
+        step_s, *within = predict_interval(models, work["flop_worker"], work["bytes_worker"], *terms)["step"]
+        interval = within if len(models) > 1 else None
     rate = plan.local_batch / step_s
     return {
         "tflop_per_step": flops / 1e12,
         "step_s": step_s,
+        "step_s_interval": interval,
         "epoch_s": step_s * plan.steps_per_epoch,
         "run_h": step_s * plan.total_steps / 3600,
         "gpu_h": step_s * plan.total_steps * plan.world / 3600,

@@ -84,7 +84,7 @@ class ScaleConfig(Section):
     warmup_steps: int = Field(10, ge=1)
     """Steps at its start that are not counted."""
     repeats: int = Field(1, ge=1)
-    """Runs of each rung; steps of all are pooled."""
+    """Runs of each rung; rates are of the steps of all, intervals of resampled runs and, within them, steps."""
     probes: tuple[Literal["synthetic", "loader", "alone"], ...] = ("synthetic", "loader", "alone")
     """Rows beside the full run of each rung."""
     launcher: Literal["ray", "slurm"] = "ray"
@@ -105,8 +105,8 @@ class ScaleConfig(Section):
     """Sizes that are predicted."""
 
 
-Steps = dict[tuple[str, str], list[dict[str, float]]]
-"""For each rung and probe the phases of its steps, in seconds."""
+Steps = dict[tuple[str, str], list[list[dict[str, float]]]]
+"""For each rung and probe, and each run of it, the phases of its steps, in seconds."""
 
 
 class Job(NamedTuple):
@@ -203,21 +203,13 @@ def run_ladder(scale: ScaleConfig, base: Path, say: Callable[[str], None]) -> di
         said = record["reason"] or f"{pairs / _compute_step_s([record]):,.1f} pairs/s"
         say(f"{number}/{len(jobs)}  {job.name}, {job.probe}: {said}")
     rows = build_rows(scale, jobs, found)
-    steps = {
-        key: [phase for record in records if not record["reason"] for phase in record["phase_s"]]
-        for key, records in found.items()
-    }
-    try:
-        model = build_predictions(scale, base, rows, steps)
-    except UsageError as error:
-        # Never at the price of what was measured.
-        model = {"why_not": str(error)}
+    steps = {key: [record["phase_s"] for record in records if not record["reason"]] for key, records in found.items()}
     return {
         "scaling": scale.scaling,
         "flop_rule": "model FLOPs of a step: 3 x forward (torch.utils.flop_counter), losses with it, recomputation not",
         "commit": read_commit(),
         "rows": rows,
-        "model": model,
+        "model": build_predictions(scale, base, rows, steps),
     }
 
 
@@ -445,9 +437,10 @@ def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]]
     One set of factors holds for one `config`: that of the base where such a rung was measured, else that of most rungs.
 
     Args:
-        steps: the phases of the steps of each rung and probe.
-    Returns: `factors`; `rungs`, measured beside predicted seconds; `sizes`, predicted; `notes`, how exposed
-        communication was found and which rungs and sizes were left out; or only `why_not`.
+        steps: the phases of the steps of each run.
+    Returns: `factors`; `resamples`, the same fitted to resampled runs, for intervals; `rungs`, measured beside
+        predicted seconds; `sizes`, predicted; `notes`, how exposed communication was found and which rungs and sizes
+        were left out; or only `why_not`.
     """
     full = [row for row in rows if row["probe"] == "full" and row["status"] == "ok" and row["network"]]
     own = choose_config([row["config"] for row in full])
@@ -469,7 +462,7 @@ def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]]
     if not fitted:
         return {"why_not": "no rung that went well has a network and is not held out"}
     several = [point for point in fitted if point.rounds]
-    if several and not any(compute_typical(point.seconds_S3)[1] for point in several):
+    if several and not any(compute_typical(point)[1] for point in several):
         return {"why_not": "no rung of several workers shows any exposed communication to fit to"}
     notes = [HIDDEN] if hidden else []
     if lacking:
@@ -482,7 +475,7 @@ def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]]
     for row, point in zip(full, points, strict=True):
         network = point.rounds, point.bandwidth, point.latency_s
         says = predict_interval(models, point.flop_worker, point.bytes_worker, *network)
-        compute, exposed, rest = compute_typical(point.seconds_S3).tolist()
+        compute, exposed, rest = compute_typical(point).tolist()
         measured = {"compute": compute, "exposed": exposed, "rest": rest, "step": compute + exposed + rest}
         rungs.append({"rung": row["rung"], "hold_out": row["hold_out"], "measured": measured, "predicted": says})
     config = build_config(base, [*scale.overrides, *own])
@@ -503,7 +496,8 @@ def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]]
             network = describe_network(other, world)
             says = predict_interval(models, work["flop_worker"], work["bytes_worker"], *network)
             sizes.append({"network": other.name, "workers": world, "global_batch": pairs, "predicted": says})
-    return {"factors": models[0]._asdict(), "rungs": rungs, "sizes": sizes, "notes": notes}
+    resamples = [list(model) for model in models[1:]]
+    return {"factors": models[0]._asdict(), "resamples": resamples, "rungs": rungs, "sizes": sizes, "notes": notes}
 
 
 def choose_config(configs: Sequence[list[str]]) -> list[str]:
@@ -526,8 +520,9 @@ def _add_efficiency(rows: list[dict[str, Any]]) -> None:
             row["efficiency"] = row["pairs_per_s_worker"] / base["pairs_per_s_worker"]
         node = max((row for row in own if row["nodes"] == 1), key=lambda row: row["workers"], default=None)
         larger = [row for row in own if (row["nodes"] or 1) > 1]
-        for row in [node, *larger] if node and larger else ():
-            row["efficiency_node"] = row["pairs_per_s_worker"] / node["pairs_per_s_worker"]
+        if node and larger:
+            for row in [node, *larger]:
+                row["efficiency_node"] = row["pairs_per_s_worker"] / node["pairs_per_s_worker"]
 
 
 def _add_curves(rows: list[dict[str, Any]], found: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
@@ -545,12 +540,16 @@ def _add_curves(rows: list[dict[str, Any]], found: dict[tuple[str, str], list[di
         row["loss_apart"] = float(max(apart)) if apart else None
 
 
-def read_model(path: Path) -> tuple[Model, Network]:
-    """The model that a ladder was fitted with, and the network that it was measured on. Raises UsageError."""
+def read_model(path: Path) -> tuple[list[Model], Network]:
+    """What a ladder was fitted with, as `fit_resampled`, and the network it was measured on. Raises UsageError.
+
+    Files of before the resamples were kept give the fit alone.
+    """
     try:
         results = json.loads(path.read_text())
         factors, rows = results["model"]["factors"], results["rows"]
-        return Model(**factors), Network(**next(row["network"] for row in rows if row.get("network")))
+        models = [Model(**factors), *(Model(*factors) for factors in results["model"].get("resamples", []))]
+        return models, Network(**next(row["network"] for row in rows if row.get("network")))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; give the scaling.json of a `place scale`") from None
     except (ValueError, KeyError, TypeError, StopIteration):

@@ -27,6 +27,8 @@ from place.config import Section
 COMPUTE = ("forward", "loss", "backward", "optimiser")
 COMMUNICATION = ("gather", "communication")
 RESAMPLES = 200
+RunPhases = Sequence[Sequence[dict[str, float]]]
+"""For each run the phases of its steps, in seconds."""
 
 
 class Network(Section):
@@ -43,9 +45,10 @@ class Network(Section):
 
 
 class Point(NamedTuple):
-    """A rung as the model sees it: seconds of each step (steps, 3: compute, communication, rest), and its work."""
+    """A rung as the model sees it: the seconds of its runs, and its work."""
 
-    seconds_S3: np.ndarray
+    runs: Sequence[np.ndarray]
+    """Of each run the seconds of each step (steps, 3): compute, communication, rest."""
     flop_worker: float
     bytes_worker: float
     rounds: float
@@ -53,6 +56,8 @@ class Point(NamedTuple):
     """Bytes a second."""
     latency_s: float = 0.0
     """Of one message; 0: not known."""
+    alone: Sequence[np.ndarray] = ()
+    """Of each run of one worker with its share, the compute of each step, where that of `runs` holds communication."""
 
 
 class Model(NamedTuple):
@@ -90,16 +95,24 @@ def describe_network(network: Network, world: int) -> tuple[float, float, float]
 
 def build_point(
     row: dict[str, Any],
-    phases: Sequence[dict[str, float]],
-    alone: tuple[dict[str, Any], Sequence[dict[str, float]]] | None = None,
+    runs: RunPhases,
+    alone: tuple[dict[str, Any], RunPhases] | None = None,
 ) -> Point:
     """A measured rung.
 
     Args:
-        row, phases: of the whole run, and of its steps.
+        row, runs: of the whole run, and the phases of the steps of each repeat.
         alone: the same of one worker with its share of the batch, where the phases of the whole run hold their
             communication: compute is then that of this worker, in proportion to FLOPs, and what goes beyond it exposed.
     """
+    own = []
+    if alone is not None:
+        own = [_sum_phases(phases)[:, 0] * row["flop_worker"] / alone[0]["flop_worker"] for phases in alone[1]]
+    network = describe_network(Network(**row["network"]), row["workers"])
+    return Point([_sum_phases(phases) for phases in runs], row["flop_worker"], row["bytes_worker"], *network, own)
+
+
+def _sum_phases(phases: Sequence[dict[str, float]]) -> np.ndarray:
     known = (*COMPUTE, *COMMUNICATION)
     parts = [
         (
@@ -109,19 +122,12 @@ def build_point(
         )
         for phase in phases
     ]
-    seconds_S3 = np.array(parts)
-    if alone is not None:
-        own = [sum(phase.get(name, 0.0) for name in COMPUTE) for phase in alone[1]]
-        own_S = np.resize(own, len(parts)) * row["flop_worker"] / alone[0]["flop_worker"]
-        seconds_S3[:, 1] = np.maximum(seconds_S3[:, 0] - np.median(own_S), 0)
-        seconds_S3[:, 0] = own_S
-    network = describe_network(Network(**row["network"]), row["workers"])
-    return Point(seconds_S3, row["flop_worker"], row["bytes_worker"], *network)
+    return np.array(parts)
 
 
 def fit(points: Sequence[Point], rng: np.random.Generator | None = None) -> Model:
-    """Fit to the typical step of each point; with `rng`, of steps that are drawn with replacement."""
-    seconds_P3 = np.stack([compute_typical(point.seconds_S3, rng) for point in points])
+    """Fit to the typical step of each point; with `rng`, of runs and steps that are drawn with replacement."""
+    seconds_P3 = np.stack([compute_typical(point, rng) for point in points])
     flops = np.array([point.flop_worker for point in points])
     # Solved in units of the largest, for the numbers differ by a dozen orders.
     start, per_flop = _solve([np.ones_like(flops), flops / flops.max()], seconds_P3[:, 0])
@@ -135,7 +141,7 @@ def fit(points: Sequence[Point], rng: np.random.Generator | None = None) -> Mode
 
 
 def fit_resampled(points: Sequence[Point], count: int = RESAMPLES, seed: int = 0) -> list[Model]:
-    """The fit, and then fits to resampled steps, for intervals: of the noise of steps, not of the model's form."""
+    """The fit, and then fits to resampled runs and steps, for intervals: of their noise, not of the model's form."""
     rng = np.random.default_rng(seed)
     return [fit(points), *(fit(points, rng) for _ in range(count))]
 
@@ -157,10 +163,22 @@ def predict_interval(
     return intervals
 
 
-def compute_typical(seconds_S3: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+def compute_typical(point: Point, rng: np.random.Generator | None = None) -> np.ndarray:
     """Medians of compute and communication; the mean of the rest, for batches that come in bursts are waited for."""
-    drawn_S3 = seconds_S3[rng.integers(len(seconds_S3), size=len(seconds_S3))] if rng else seconds_S3
-    return np.array([*np.median(drawn_S3[:, :2], axis=0), drawn_S3[:, 2].mean()])
+    seconds_S3 = _draw(point.runs, rng)
+    compute, exposed = np.median(seconds_S3[:, :2], axis=0)
+    if point.alone:
+        compute = np.median(_draw(point.alone, rng))
+        exposed = np.median(np.maximum(seconds_S3[:, 0] - compute, 0))
+    return np.array([compute, exposed, seconds_S3[:, 2].mean()])
+
+
+def _draw(runs: Sequence[np.ndarray], rng: np.random.Generator | None) -> np.ndarray:
+    """All steps; with `rng`, of runs drawn with replacement steps drawn so: steps of one run are alike."""
+    if rng is not None:
+        drawn = [runs[place] for place in rng.integers(len(runs), size=len(runs))]
+        runs = [run[rng.integers(len(run), size=len(run))] for run in drawn]
+    return np.concatenate(runs)
 
 
 def _solve(columns: Sequence[np.ndarray], target: np.ndarray) -> tuple[float, float]:

@@ -298,8 +298,10 @@ def print_forecast(forecast: dict[str, Any]) -> None:
     for stage, sizes in forecast["traffic_gib"].items():
         said = ", ".join(f"{name} {size:.2f}" for name, size in sizes.items())
         console.print(f"  ZeRO-{stage}  {sum(sizes.values()):.2f}  ({said})")
+    low_high = time_of["step_s_interval"]
+    within = f" ({low_high[0]:.3f} to {low_high[1]:.3f} in 95 % of resampled runs)" if low_high else ""
     console.print(
-        f"\ntime: {time_of['tflop_per_step']:,.1f} TFLOP a step, {time_of['step_s']:.3f} s a step, "
+        f"\ntime: {time_of['tflop_per_step']:,.1f} TFLOP a step, {time_of['step_s']:.3f} s a step{within}, "
         f"{time_of['epoch_s'] / 60:.1f} min an epoch, {time_of['run_h']:.1f} h in all, {time_of['gpu_h']:.0f} GPU hours"
     )
     console.print(

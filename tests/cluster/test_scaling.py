@@ -128,7 +128,17 @@ def test_a_plan_takes_its_time_from_the_model(
     results = json.loads(measured.read_text())
     row = next(row for row in results["model"]["rungs"] if row["rung"] == "1 worker")
     assert told["time"]["step_s"] == pytest.approx(row["predicted"]["step"][0], rel=1e-3)
+    assert told["time"]["step_s_interval"] == pytest.approx(row["predicted"]["step"][1:], rel=1e-3)
     assert f"{measured} was measured on" in " ".join(told["assumed"])
+    assert main(["plan", "--config", TINY, *words[:-1]]) == 0
+    low, high = told["time"]["step_s_interval"]
+    assert f"s a step ({low:.3f} to {high:.3f} in 95 % of resampled runs)" in capsys.readouterr().out
+    del results["model"]["resamples"], results["model"]["factors"]["latency_s"]
+    old = prepared.parent / "old.json"
+    old.write_text(json.dumps(results))
+    assert main(["plan", "--config", TINY, *scaled[1][3:], "--scaling", str(old), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)["time"]
+    assert again == told["time"] | {"step_s_interval": None}, "a file of before has no intervals"
     empty = prepared.parent / "empty.json"
     empty.write_text("{}")
     assert main(["plan", "--config", TINY, *scaled[1][3:], "--scaling", str(empty)]) == 2
@@ -248,7 +258,7 @@ def build_gpu_ladder(
     for row, noise in itertools.product(rows, (0.999, 1.0, 1.001)):
         alone = next((other for other in rows if (other["rung"], other["probe"]) == (row["rung"], "alone")), row)
         seconds = 0.2 * row["flop_worker"] / alone["flop_worker"] + round_s * row["rounds"]
-        steps.setdefault((row["rung"], row["probe"]), []).append({"wait": 0.01, "backward": noise * seconds})
+        steps.setdefault((row["rung"], row["probe"]), [[]])[0].append({"wait": 0.01, "backward": noise * seconds})
     return scale, rows, steps
 
 
@@ -261,7 +271,7 @@ def test_communication_within_the_phases_of_gpus_is_what_goes_beyond_one_worker_
     held_out = next(rung for rung in model["rungs"] if rung["hold_out"])
     for says in held_out["measured"]["exposed"], held_out["predicted"]["exposed"][0]:
         assert says == pytest.approx(3e-3 * 14, rel=0.02)
-    assert held_out["measured"]["step"] == pytest.approx(sum(steps["8 workers", "full"][1].values()))
+    assert held_out["measured"]["step"] == pytest.approx(sum(steps["8 workers", "full"][0][1].values()))
     assert model["sizes"][0]["predicted"]["exposed"][0] == pytest.approx(3e-3 * 30, rel=0.02)
     assert model["notes"] == [scaling.HIDDEN]
 
@@ -325,7 +335,7 @@ def test_a_size_that_cannot_be_is_left_out_and_told(tmp_path: Path) -> None:
     assert "48 workers are not predicted" in page.read_text()
 
 
-def test_what_was_measured_is_not_lost_with_the_predictions(tmp_path: Path) -> None:
+def test_a_base_that_only_the_settings_of_its_rungs_make_possible_costs_no_results(tmp_path: Path) -> None:
     rungs = [{"workers": 1, "config": ["data.image_size_px=64"], "network": {"bandwidth_gbit": 1}}]
     scale = load_scale(write_ladder(tmp_path, rungs=rungs), ["engine.kind=torch", "data.image_size_px=60"])
     (job,) = plan_jobs(scale, Path(TINY))
@@ -334,7 +344,7 @@ def test_what_was_measured_is_not_lost_with_the_predictions(tmp_path: Path) -> N
     write_kept(job.folder / "measured.json", scaling.compute_key(job, scale), record)
     results = scaling.run_ladder(scale, Path(TINY), lambda line: None)
     assert results["rows"][0]["step_s"] == 1.0
-    assert results["model"]["why_not"].startswith("data.image_size_px=60 is not divisible")
+    assert [rung["rung"] for rung in results["model"]["rungs"]] == [job.name]
 
 
 def test_energy_is_that_of_the_gpus_for_a_million_pairs(scaled: tuple[Path, list[str], int], tmp_path: Path) -> None:
@@ -496,7 +506,7 @@ def build_points(rng: np.random.Generator, noise: float) -> list[Point]:
         sent, rounds = 4e7 * (world - 1) / world, compute_rounds(world, "ring")
         compute, exposed = 0.01 + 2e-11 * flop, 3e-3 * rounds + 1.2 * sent / bandwidth
         steps = np.array([[compute, exposed, 0.005]]) * rng.normal(1, noise, (400, 3))
-        points.append(Point(steps, flop, sent, rounds, bandwidth))
+        points.append(Point([steps], flop, sent, rounds, bandwidth))
     return points
 
 
@@ -521,15 +531,15 @@ def test_another_network_is_slower_by_its_latency() -> None:
     assert quick.predict(1e9, 0.0, rounds, 4e9, 1e-4)["exposed"] == 0
     assert fit(points).predict(1e9, 0.0, rounds, 4e9, 5e-3)["exposed"] == pytest.approx(3e-3 * rounds)
     # The rung on the second network waits 4 ms more a round.
-    slower = known[3].seconds_S3 + [0.0, 4e-3 * known[3].rounds, 0.0]
-    mixed = [*known[:3], known[3]._replace(seconds_S3=slower, latency_s=5e-3)]
+    slower = known[3].runs[0] + [0.0, 4e-3 * known[3].rounds, 0.0]
+    mixed = [*known[:3], known[3]._replace(runs=[slower], latency_s=5e-3)]
     for point in mixed:
-        assert fit(mixed).predict(*point[1:])["exposed"] == pytest.approx(np.median(point.seconds_S3[:, 1]))
+        assert fit(mixed).predict(*point[1:6])["exposed"] == pytest.approx(np.median(point.runs[0][:, 1]))
 
 
 def test_the_wait_for_batches_that_come_in_bursts_is_in_the_step() -> None:
     steps = np.array([[0.1, 0.0, wait] for wait in (0.0, 0.0, 0.0, 0.4)] * 20)
-    models = fit_resampled([Point(steps, 1e9, 0.0, 0.0, 1e9)], count=20)
+    models = fit_resampled([Point([steps], 1e9, 0.0, 0.0, 1e9)], count=20)
     assert models[0].predict(1e9, 0.0, 0.0, 1e9)["step"] == pytest.approx(0.2)
     assert len({model.rest_s for model in models}) > 1
 
@@ -543,6 +553,22 @@ def test_intervals_hold_the_truth_and_narrow_with_less_noise() -> None:
         assert value == pytest.approx(3e-3 * 6 + 1.2 * 3e7 / 1.5e9, rel=0.02)
         widths.append(high - low)
     assert widths[1] < widths[0] / 3
+
+
+def test_an_interval_holds_what_lies_between_runs_and_the_noise_of_one_worker_alone() -> None:
+    rng = np.random.default_rng(2)
+    network = 0.0, 2.0, 1e9, 0.0
+
+    def measure(point: Point) -> float:
+        value, low, high = predict_interval(fit_resampled([point], count=100), 1e9, *network)["exposed"]
+        assert low <= value <= high
+        return (high - low) / value
+
+    runs = [rng.normal((0.5, level, 0.0), 1e-4, (50, 3)) for level in (0.9, 0.95, 1.0, 1.05, 1.1)]
+    assert measure(Point(runs, 1e9, *network)) > 0.08
+    assert measure(Point([np.concatenate(runs)], 1e9, *network)) < 0.01, "steps of all runs in one hide it"
+    alike, compute = np.tile([1.0, 0.0, 0.0], (50, 1)), rng.normal(0.5, 0.05, 50)
+    assert measure(Point([alike], 1e9, *network, [compute])) > 0.02
 
 
 def test_rounds_of_a_ring_and_a_tree() -> None:
