@@ -371,6 +371,9 @@ def test_ladders_that_come_along_are_possible(path: Path) -> None:
     jobs = plan_jobs(scale, path.parent / scale.base)
     assert {job.config.data.path for job in jobs} == {"somewhere"}
     assert {name_rung(rung) for rung in scale.rungs} == {job.name for job in jobs}
+    within = [rung for rung in scale.rungs if rung.nodes == 1 and rung.workers > 1]
+    assert all(rung.network for rung in within), "workers of one node do not use the network between nodes"
+    assert all(workers > rung.workers for workers in scale.predict_workers for rung in within)
 
 
 def test_strong_and_weak_scaling_share_out_the_batch(tmp_path: Path) -> None:
