@@ -116,7 +116,7 @@ def draw_scaling(results: dict[str, Any]) -> Figure:
         if any(heights):
             parts.bar(range(len(full)), heights, 0.6, bottoms, color=COLOURS[name], label=name)
             bottoms = [low + height for low, height in zip(bottoms, heights)]
-    parts.set_xticks(range(len(full)), [row["rung"].replace(" ", "\n", 1) for row in full], fontsize=8)
+    parts.set_xticks(range(len(full)), [row["rung"].replace(" ", "\n") for row in full], fontsize=8)
     parts.set(ylabel="ms a step", title="Where a step goes: mean over workers")
     parts.set_xlim(-0.6, len(full) - 0.4)
     parts.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), reverse=True)

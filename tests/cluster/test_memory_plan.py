@@ -285,6 +285,9 @@ def test_the_forecast_of_prepared_data_is_printed_and_marks_this_config(
     out = capsys.readouterr().out
     assert "* ZeRO-2" in out
     assert "assumed:" in out
+    assert "computed again" not in out
+    assert cli.main(["plan", "--config", str(config), "engine.activation_checkpointing=true"]) == 0
+    assert "'s peak, in what is computed again too" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "run").exists()
 
 
