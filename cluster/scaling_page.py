@@ -86,8 +86,8 @@ def draw_scaling(results: dict[str, Any]) -> Figure:
     full = [row for row in results["rows"] if row["probe"] == "full" and row["status"] == "ok"]
     figure = Figure(figsize=(11, 4.3), dpi=110, facecolor="white", layout="constrained")
     rates, parts = figure.subplots(1, 2, width_ratios=(1, 1 + 0.12 * len(full)))
-    own = choose_config([row["config"] for row in full])
-    base = min((row for row in full if row["config"] == own), key=lambda row: row["workers"])
+    config = choose_config([row["config"] for row in full])
+    base = min((row for row in full if row["config"] == config), key=lambda row: row["workers"])
     most = max(row["workers"] for row in full)
     ideal = [0, most * base["pairs_per_s_worker"]]
     rates.plot([0, most], ideal, color="0.6", linestyle="--", linewidth=1, label=f"ideal, from {base['rung']}")
