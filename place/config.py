@@ -223,6 +223,8 @@ class PathologyLossConfig(Section):
     """How a sentence finds its V-POR: one-to-one by least cost, by soft attention over all, or the most similar one."""
     negatives: Literal["study", "rank", "global"] = "global"
     """Where the other pairs come from."""
+    mask_equal: bool = True
+    """Pairs whose sentences are equal are not contrasted with each other."""
     search: float = Field(0.0, ge=0, lt=1)
     """Share of the search for sentences in all images of the global batch; the rest is the contrast of pairs."""
 

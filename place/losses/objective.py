@@ -48,7 +48,7 @@ def _pathology(outputs: Outputs, batch: Batch, config: LossConfig) -> Tensor:
     term, scale = config.pathology, outputs.logit_scales[1]
     given = outputs.observations_BKE, outputs.sentences_BSE, outputs.mask_BS, batch.sentence_hash_BS, scale
     num_sentences = int(batch.num_sentences_B.sum())
-    loss = (1 - term.search) * pathology_loss(*given, term.pairing, term.negatives, num_sentences)
+    loss = (1 - term.search) * pathology_loss(*given, term.pairing, term.negatives, num_sentences, term.mask_equal)
     return loss + term.search * search_loss(*given) if term.search else loss
 
 

@@ -19,11 +19,11 @@ def pathology_loss(
     pairing: str = "soft",
     negatives: str = "global",
     num_sentences: int | None = None,
+    mask_equal: bool = True,
 ) -> Tensor:
     """Symmetric InfoNCE over T-POR/V-POR pairs, divided by the pair count of all ranks.
 
-    The mean over ranks is the loss of the global batch. Pairs whose sentences are equal never count as negatives. On a
-    GPU nothing waits for the device.
+    The mean over ranks is the loss of the global batch. On a GPU nothing waits for the device.
 
     Args:
         observations_BKE, sentences_BSE: unit-length fp32 V-PORs and T-PORs of this rank.
@@ -33,6 +33,7 @@ def pathology_loss(
         pairing: a key of `PAIRINGS`.
         negatives: `study`, `rank` or `global`.
         num_sentences: real sentences of this rank, known to the host; none counts them, and waits for the device.
+        mask_equal: pairs whose sentences are equal do not count as negatives of each other.
     Source: quoted (PLACE abstract: maximise the consistency of pathology observations from both images and reports);
         soft pairing inferred (Wang et al. 2022, MGCA: a word attends to patches so); contrast and the rest are ours.
     """
@@ -41,6 +42,7 @@ def pathology_loss(
     matched_BSE, mask_BS = PAIRINGS[pairing](observations_BKE, sentences_BSE, mask_BS, scale)
     visual_PE, textual_PE, mask_P = matched_BSE.flatten(0, 1), sentences_BSE.flatten(0, 1), mask_BS.flatten()
     pairs = _build_pairs(rows_R, mask_BS, sentence_hash_BS, negatives)
+    pairs = pairs if mask_equal else pairs._replace(row_key_R=None, column_key_G=None)
     exchange = gather_with_grad if negatives == "global" else torch.Tensor.contiguous
     forth_R = contrast(visual_PE[rows_R], exchange(textual_PE), scale, pairs)
     back_R = contrast(textual_PE[rows_R], exchange(visual_PE), scale, pairs)

@@ -82,15 +82,18 @@ def pair_by_hand(pairing: str, observations: torch.Tensor, sentences: torch.Tens
 
 @pytest.mark.parametrize("pairing", PAIRINGS)
 @pytest.mark.parametrize("negatives", ["study", "rank", "global"])
-def test_pathology_equals_a_loop_over_pairs(pairing: str, negatives: str) -> None:
+@pytest.mark.parametrize("mask_equal", [True, False])
+def test_pathology_equals_a_loop_over_pairs(pairing: str, negatives: str, mask_equal: bool) -> None:
     observations, sentences = unit(3, 5, 6).requires_grad_(), unit(3, 4, 6, seed=1).requires_grad_()
     scale = SCALE.clone().requires_grad_()
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]).bool()
     hashes = torch.tensor([[11, 12, 13, 0], [12, 0, 0, 0], [14, 15, 0, 0]])
+    masked = torch.arange(12).view(3, 4) if not mask_equal else hashes
     matched = torch.cat([pair_by_hand(pairing, observations[i], sentences[i][mask[i]]) for i in range(3)])
     study = torch.arange(3)[:, None].expand(3, 4)
-    expected = plain_pathology(matched, sentences[mask], study[mask], hashes[mask], scale, negatives)
-    ours = pathology_loss(observations, sentences, mask, hashes, scale, pairing, negatives)
+    expected = plain_pathology(matched, sentences[mask], study[mask], masked[mask], scale, negatives)
+    given = observations, sentences, mask, hashes, scale
+    ours = pathology_loss(*given, pairing, negatives, mask_equal=mask_equal)
     torch.testing.assert_close(ours, expected)
     # How a sentence chooses does not teach the temperature, which the contrast does.
     leaves = observations, sentences, scale
@@ -206,6 +209,7 @@ OPTIONS = {
     "pairing": ("pathology", {"pathology": {"pairing": "max"}}),
     "negatives": ("pathology", {"pathology": {"negatives": "study"}}),
     "search": ("pathology", {"pathology": {"search": 0.25}}),
+    "mask_equal": ("pathology", {"pathology": {"mask_equal": False}}),
     "normalize": ("correlation", {"correlation": {"normalize": False}}),
     "distance": ("correlation", {"correlation": {"distance": "smooth_l1"}}),
     "beta": ("correlation", {"correlation": {"distance": "smooth_l1", "beta": 0.03}}),
@@ -226,7 +230,8 @@ def test_an_option_of_the_config_is_that_of_its_loss(name: str) -> None:
     outputs = model(batch)._replace(logit_scales=torch.tensor([3.0, 9.0]))
     asked, grey = config.pathology, 0.05
     given = outputs.observations_BKE, outputs.sentences_BSE, outputs.mask_BS, batch.sentence_hash_BS, torch.tensor(9.0)
-    pairs, searched = pathology_loss(*given, asked.pairing, asked.negatives), search_loss(*given)
+    pairs = pathology_loss(*given, asked.pairing, asked.negatives, mask_equal=asked.mask_equal)
+    searched = search_loss(*given)
     sum_of_images, images = patch_corr_loss(
         *(outputs.z_BNE, outputs.target_BND),
         valid_BN=batch.valid_patch_BN,
