@@ -241,6 +241,20 @@ def test_what_mfu_assumes_stands_beside_it(tmp_path: Path) -> None:
     assert said in (tmp_path / "scaling.csv").read_text()
 
 
+def test_a_column_that_only_some_rows_have_is_empty_in_the_others(
+    scaled: tuple[Path, list[str], int], tmp_path: Path
+) -> None:
+    """Rows of reading alone have no micro-batch, and sizes of one global batch differ in it."""
+    results = json.loads((scaled[0] / "scaling.json").read_text())
+    rows = [row for row in results["rows"] if row["status"] == "ok"]
+    results["rows"] = rows + [row | {"rung": "2 workers", "workers": 2, "micro_batch": 4} for row in rows[:1]]
+    assert "micro_batch" not in next(row for row in rows if row["probe"] == "loader")
+    page = write_results(tmp_path, "sizes", results).read_text()
+    table = page.split("<th>micro-batch</th>")[1].split("</table>")[0]
+    assert [table.count(f"<td>{size}</td>") for size in (8, 4)] == [2, 1]
+    assert "<td>–</td>" in table.split(">loader<")[1].split("</tr>")[0]
+
+
 GPU_RUNGS = [{"workers": 1}, {"workers": 2}, {"workers": 4}, {"workers": 8, "hold_out": True}]
 
 
