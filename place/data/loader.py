@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import random
+import signal
 import tempfile
 import time
 from collections import deque
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
+from multiprocessing import parent_process
 from pathlib import Path
 
 import cv2
@@ -25,6 +28,8 @@ from place.data.streaming import THREAD_FAILED, Pair, ReportPairs
 from place.data.tokens import ReportTokenizer
 from place.distributed import Node, gather_objects, read_node, read_world
 
+_PR_SET_PDEATHSIG = 1
+"""Of prctl: the signal that the kernel sends a process whose parent dies."""
 AHEAD = 2
 """Batches that are taken over from the loader's workers while another trains."""
 
@@ -210,4 +215,9 @@ class Collate:
 def _start_worker(_: int) -> None:
     # torchrun sends SIGTERM to a rank's process group: without its loader the rank could not end its step.
     os.setpgid(0, 0)
+    # A killed rank leaves none behind: streaming would wait in it for ever for a shard that nobody brings.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    rank = parent_process()
+    if rank is None or not rank.is_alive():
+        os._exit(1)
     torch.set_num_threads(1)

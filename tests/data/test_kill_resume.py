@@ -6,12 +6,15 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,6 +28,21 @@ from place.node import clean_node, note_shared_memory
 from place.runlog import read_jsonl
 
 GLOBAL_BATCH, KILLS, EPOCHS = 12, 20, 2
+
+
+STUCK = """
+import os, time
+from torch.utils.data import DataLoader, IterableDataset
+from place.data.loader import _start_worker
+
+class Stuck(IterableDataset):
+    def __iter__(self):
+        yield os.getpid()
+        time.sleep(600)
+
+for pid in DataLoader(Stuck(), batch_size=None, num_workers=1, worker_init_fn=_start_worker):
+    print(int(pid), flush=True)
+"""
 
 
 class Attempt(NamedTuple):
@@ -96,6 +114,9 @@ def run_rank(
     batches = loader.read_steps(attempt.first_step, EPOCHS * steps_per_epoch, steps_per_epoch, attempt.world)
     for step, batch in enumerate(batches, start=attempt.first_step + 1):
         ids = gather(batch.sample_id_B).tolist()
+        if step == attempt.first_step + 1:
+            children = [{"pid": child.pid} for child in multiprocessing.active_children()]
+            (run_dir / f"loader.{attempt.number}.{rank}.json").write_text(json.dumps(children))
         if rank == 0:
             with (run_dir / "samples.jsonl").open("a") as file:
                 file.write(json.dumps({"attempt": attempt.number, "step": step, "ids": ids}) + "\n")
@@ -134,5 +155,20 @@ def test_killed_at_twenty_random_steps_on_random_worlds_every_epoch_holds_every_
         assert set(seen) <= samples
         assert set(seen.values()) == {1}
         assert len(seen) == steps_per_epoch * GLOBAL_BATCH
+    readers = [reader["pid"] for path in tmp_path.glob("loader.*.json") for reader in json.loads(path.read_text())]
+    assert len(readers) > 20
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in readers if psutil.pid_exists(pid)], timeout=10)
+    assert not alive, "loader workers of killed ranks are left"
     ours = {name for name in set(os.listdir("/dev/shm")) - before if name[:6].isdigit()}
     assert not ours, "shared memory of killed ranks is left"
+
+
+def test_a_loader_worker_that_waits_for_ever_ends_with_its_killed_rank() -> None:
+    with subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True) as rank:
+        assert rank.stdout is not None
+        reader = psutil.Process(int(rank.stdout.readline()))
+        rank.kill()
+    _, alive = psutil.wait_procs([reader], timeout=10)
+    for process in alive:
+        process.kill()
+    assert not alive
