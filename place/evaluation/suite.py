@@ -168,8 +168,8 @@ def judge(
     leaks = check_leaks(Judged(task.data_dir, task.card, splits), task.evaluation, pretraining, task.report)
     results = {}
     for name in names:
-        result = add_absent(task.card, name, TASKS[name](task))
-        protocol = describe_intervals(result, task.evaluation.bootstrap) | list_peers(task.card, name)
+        result = TASKS[name](task)
+        protocol = describe_gaps(result, task.card, task.evaluation.bootstrap) | list_peers(task.card, name)
         results[name] = result._replace(protocol=result.protocol | protocol | {"leaks": leaks})
         write_result(folder, results[name], task, which)
     if task.has_reports:
@@ -179,19 +179,15 @@ def judge(
     return results
 
 
-def describe_intervals(result: TaskResult, bootstrap: int) -> dict[str, Any]:
-    """Figures whose intervals are of fewer resamples than were drawn, and a note where they are of too few."""
+def describe_gaps(result: TaskResult, card: dict[str, Any], bootstrap: int) -> dict[str, Any]:
+    """Figures whose intervals are of fewer resamples than were drawn; notes where these are too few, and on each figure
+    that the data set's protocol file names and the task did not give."""
     used = count_resamples(result.metrics, bootstrap)
-    notes = result.protocol.get("notes", []) + note_resamples(used, bootstrap)
-    return {"resamples_used": used, "notes": notes} if used else {}
-
-
-def add_absent(card: dict[str, Any], task: str, result: TaskResult) -> TaskResult:
-    """The result with a note for each figure that the data set's protocol file names and the task did not give."""
-    named = card.get("protocol", {}).get("tasks", {}).get(task, [])
+    named = card.get("protocol", {}).get("tasks", {}).get(result.task, [])
     told = [f"the data set's protocol names {name}, which is not given" for name in named if name not in result.metrics]
-    notes = result.protocol.get("notes", []) + told
-    return result._replace(protocol=result.protocol | {"notes": notes}) if told else result
+    told += note_resamples(used, bootstrap)
+    found: dict[str, Any] = {"resamples_used": used} if used else {}
+    return found | ({"notes": result.protocol.get("notes", []) + told} if told else {})
 
 
 def list_peers(card: dict[str, Any], task: str) -> dict[str, list[dict[str, Any]]]:
