@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from clock import Clock
 
 from place import cli
 from place.config import Config, RunError, dump_config
@@ -35,20 +36,10 @@ PLAN = {
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-class Clock:
-    """The time that the logs of a test get; moved by hand."""
-
-    def __init__(self) -> None:
-        self.now = 1_700_000_000.0
-
-    def time(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr("place.runlog.time", SimpleNamespace(time=clock.time))
+    clock = Clock(1_700_000_000.0)
+    monkeypatch.setattr("place.runlog.time", SimpleNamespace(time=clock.read))
     return clock
 
 
@@ -65,11 +56,11 @@ def write_run(run: Path) -> Path:
 def train(run: Path, clock: Clock, attempt: int, first: int, last: int, worker: dict = GPU, **values: Any) -> None:
     """A worker group that trains steps (first, last], 2 s each, 10 s after its start; logs each tenth."""
     write_attempt(run, {"attempt": attempt, "launch": "1-a", "workers": [worker, worker]})
-    clock.now += 10
+    clock.sleep(10)
     write_attempt(run, {"attempt": attempt, "from_step": first, "notes": [f"resumed from step {first}"] * bool(first)})
     log = RunLog(run, attempt)
     for step in range(first + 1, last + 1):
-        clock.now += 2
+        clock.sleep(2)
         epoch, place = divmod(step - 1, PLAN["steps_per_epoch"])
         log.write_samples(step, epoch, [2 * place, 2 * place + 1])
         if step % 10 == 0:
@@ -87,9 +78,9 @@ def restarted(tmp_path: Path, clock: Clock) -> Path:
     run = write_run(tmp_path / "run")
     note_start(run)
     train(run, clock, 0, 0, 50, straggler="rank 1 on node-1", lag_s=0.3)
-    clock.now += 5
+    clock.sleep(5)
     write_attempt(run, {"notes": ["1 of 2 workers failed: rank 1 on node-1 died"]})
-    clock.now += 100
+    clock.sleep(100)
     train(run, clock, 1, 20, 40, lag_s=0.0, grad_norm=1.0)
     write_attempt(run, {"notes": ["1 of 2 workers failed: rank 0 on node-1 died"]})
     write_attempt(run, {"notes": ["going on with 2 workers on node-1"]})
@@ -180,11 +171,11 @@ def test_a_start_that_found_no_workers_lengthens_no_attempt_before_it(tmp_path: 
     run = write_run(tmp_path / "run")
     note_start(run)
     train(run, clock, 0, 0, 50)
-    clock.now += 86_400
+    clock.sleep(86_400)
     note_start(run)
     write_attempt(run, {"notes": ["waiting for 2 hosts"]})
     note_end(run, "failed", "too few hosts")
-    clock.now += 3600
+    clock.sleep(3600)
     note_start(run)
     train(run, clock, 1, 20, 60)
     note_end(run, "done", "")

@@ -7,6 +7,7 @@ import math
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ from place.training.meter import describe_gpus
 DRIVER = r"""
 #include <string.h>
 #include <time.h>
-static double now(void) { struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec + 1e-9 * t.tv_nsec; }
+static double counted_at;
+double when(void) { return counted_at; }
 static int device;
 int nvmlInitWithFlags(unsigned flags) { return 0; }
 int nvmlInit_v2(void) { return 0; }
@@ -34,7 +36,10 @@ int nvmlDeviceGetHandleByUUID(const char *uuid, void **handle) {
 }
 int nvmlDeviceGetTotalEnergyConsumption(void *handle, unsigned long long *millijoules) {
   if (device) return 3; /* not supported */
-  *millijoules = 5000000 + (unsigned long long)(1000 * 250 * now());
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  counted_at = now.tv_sec + 1e-9 * now.tv_nsec;
+  *millijoules = 5000000 + (unsigned long long)(1000 * 250 * counted_at);
   return 0;
 }
 typedef struct { unsigned gpu, memory; } rates;
@@ -50,7 +55,15 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     library = folder / "libnvidia-ml.so.1"
     command = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libnvidia-ml.so.1", "-o", str(library), str(folder / "nvml.c")]
     subprocess.run(command, check=True)
-    return ctypes.CDLL(str(library))
+    loaded = ctypes.CDLL(str(library))
+    loaded.when.restype = ctypes.c_double
+    return loaded
+
+
+@pytest.fixture(autouse=True)
+def clock(driver: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every reading is of the moment at which the driver counted, however busy the machine is."""
+    monkeypatch.setattr("place.training.gpu.time", SimpleNamespace(monotonic=driver.when))
 
 
 def test_power_is_the_energy_since_the_last_look(driver: ctypes.CDLL) -> None:
@@ -58,7 +71,7 @@ def test_power_is_the_energy_since_the_last_look(driver: ctypes.CDLL) -> None:
     for _ in range(2):
         time.sleep(0.05)
         state = meter.take()
-        assert state.power_w == pytest.approx(250, rel=0.1)
+        assert state.power_w == pytest.approx(250, rel=0.01)
         assert state.utilisation == 83
 
 
@@ -97,7 +110,7 @@ def test_a_run_writes_what_its_gpus_took(
     run = tmp_path / "run"
     steps = [record for record in read_jsonl(run / "metrics.jsonl") if "total" in record]
     assert [record["gpu_utilisation"] for record in steps] == [83.0] * 3
-    assert [record["gpu_power_w"] for record in steps] == pytest.approx([250.0] * 3, rel=0.1)
+    assert [record["gpu_power_w"] for record in steps] == pytest.approx([250.0] * 3, rel=0.01)
     notes = [note for record in read_jsonl(run / "attempts.jsonl") for note in record.get("notes", [])]
     assert "as it was told" in notes
     assert cli.main(["report", str(run)]) == 0

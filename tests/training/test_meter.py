@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from clock import Clock
 
 from place.losses.objective import Losses
 from place.runlog import RunLog, read_jsonl
@@ -35,21 +36,12 @@ def test_a_rank_alone_has_nobody_to_wait_for() -> None:
     assert describe_lag([0.1], 0.2, ["a"]) == {}
 
 
-class Clock:
-    """Goes on where somebody sleeps and nowhere else, so that a busy machine changes nothing."""
-
-    now_s = 0.0
-
-    def sleep(self, seconds: float) -> None:
-        self.now_s += seconds
-
-
 def test_phases_sum_to_the_step_and_what_passes_between_epochs_counts_in_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a line costs is in the step; validation and the checkpoint at the end of an epoch are in none."""
     clock = Clock()
-    monkeypatch.setattr(time, "perf_counter", lambda: clock.now_s)
+    monkeypatch.setattr(time, "perf_counter", clock.read)
     device, plain = torch.device("cpu"), meter_module.gather
     monkeypatch.setattr(meter_module, "gather", lambda tensor: clock.sleep(0.03) or plain(tensor))
     log = RunLog(tmp_path, 0)

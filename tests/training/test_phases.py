@@ -8,27 +8,26 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from clock import Clock
 from spawn import run_ranks
 
 from place.training.phases import Phases
 
 
-def test_phases_sum_to_the_time_that_passed() -> None:
-    began = time.perf_counter()
+def test_phases_sum_to_the_time_that_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock.read)
     phases = Phases(torch.device("cpu"))
     for name, seconds in (("wait", 0.02), ("forward", 0.03), ("wait", 0.01)):
-        time.sleep(seconds)
+        clock.sleep(seconds)
         phases.mark(name)
-    passed, taken = time.perf_counter() - began, phases.take()
-    assert sum(taken.values()) == pytest.approx(passed, rel=0.05)
-    assert taken["wait"] >= 0.03
-    assert taken["forward"] >= 0.03
+    assert phases.take() == pytest.approx({"wait": 0.03, "forward": 0.03, "communication": 0.0})
     assert phases.take() == {}
 
 
 def wait_for_each_other(folder: str) -> dict[str, float]:
-    """Rank 1 comes 0.2 s late to a collective of the loss, and to one of the optimiser that is waited for later."""
-    late, phases = 0.2 * dist.get_rank(), Phases(torch.device("cpu"))
+    """Rank 1 comes 0.6 s late to a collective of the loss, and to one of the optimiser that is waited for later."""
+    late, phases = 0.6 * dist.get_rank(), Phases(torch.device("cpu"))
     tensor, plain = torch.ones(4), dist.all_reduce
     dist.barrier()
     phases.mark("other")
@@ -50,9 +49,9 @@ def wait_for_each_other(folder: str) -> dict[str, float]:
 @pytest.mark.multiprocess
 def test_the_wait_for_others_is_communication_and_not_the_phase_around_it(tmp_path: Path) -> None:
     early, late = run_ranks(wait_for_each_other, 2, str(tmp_path))
-    assert early["gather"] > 0.15
-    assert early["loss"] < 0.1
-    assert late["loss"] > 0.15
-    assert late["gather"] < 0.1
-    assert late["optimiser"] > 0.15
-    assert early["optimiser"] < 0.1
+    assert early["gather"] > 0.45
+    assert early["loss"] < 0.3
+    assert late["loss"] > 0.45
+    assert late["gather"] < 0.3
+    assert late["optimiser"] > 0.45
+    assert early["optimiser"] < 0.3
