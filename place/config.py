@@ -486,6 +486,8 @@ class EvaluationConfig(Section):
     """Resamples behind a confidence interval."""
     batch_size: int = Field(64, ge=1)
     """Studies encoded at once."""
+    occlusion: bool = False
+    """grounding: also a map of where the cosine falls if patches are hidden, a pass of the encoder for each patch."""
     prompts: str | None = None
     """YAML of `finding: {positive: [...], negative: [...]}`; none takes the prompts built in."""
     label_shares: tuple[float, ...] = (0.01, 0.1, 1.0)

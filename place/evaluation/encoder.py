@@ -101,6 +101,24 @@ def encode_patches(run: LoadedRun, jpegs: Sequence[bytes]) -> PatchFeatures:
     return PatchFeatures(*(_check_finite(part.float().cpu(), "image") for part in parts))
 
 
+@torch.inference_mode()
+def encode_occluded(run: LoadedRun, jpeg: bytes, batch_size: int) -> Tensor:
+    """Features (N,E) of one image with each patch hidden in turn, and the patches that touch it, as pretraining hides.
+
+    Source: inferred (Zeiler and Fergus 2014, occlusion of a window by grey); its width of three patches is ours.
+    """
+    image_BCYX, vision = read_images(run, [jpeg]), run.model.vision
+    rows, columns = (length // vision.patch_px for length in image_BCYX.shape[-2:])
+    row_N, column_N = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    row_N, column_N = row_N.flatten(), column_N.flatten()
+    hidden_NN = ((row_N[:, None] - row_N).abs() <= 1) & ((column_N[:, None] - column_N).abs() <= 1)
+    parts = [
+        run.model.project_image(vision(image_BCYX.expand(len(hidden_BN), -1, -1, -1), hidden_BN).image_BD)
+        for hidden_BN in hidden_NN.to(image_BCYX.device).split(batch_size)
+    ]
+    return _check_finite(torch.cat(parts).float().cpu(), "image")
+
+
 class VisualFeatures(NamedTuple):
     """Of a batch of images: patch tokens (B,N,D) before any projection, V-PORs (B,K,E), image feature (B,E)."""
 

@@ -15,7 +15,15 @@ from torch import Tensor
 from place.config import UsageError
 from place.data.prepared import read_samples
 from place.data.transforms import read_image
-from place.evaluation.encoder import PatchFeatures, encode_patches, encode_reports, get_units, read_units, take
+from place.evaluation.encoder import (
+    PatchFeatures,
+    encode_occluded,
+    encode_patches,
+    encode_reports,
+    get_units,
+    read_units,
+    take,
+)
 from place.evaluation.grounding_picture import Grounded, draw_grounded
 from place.evaluation.localisation import THRESHOLDS, Box, fill_boxes, judge_map, move_box
 from place.evaluation.metrics import Array, Metric, TaskResult, compute_means, draw_weights, summarize
@@ -25,6 +33,7 @@ from place.model.place import TextFeatures
 MAPS = {
     "patch": "cosine of each patch, through the image's projection, with the phrase read as a report",
     "attention": "attention of the observation (V-POR) that is nearest to the phrase's sentence (T-POR)",
+    "occlusion": "fall of the cosine of image and phrase where the patch and those that touch it are hidden",
     "prior": "share of the finding's training boxes that cover each patch: knows the finding, never sees the image",
 }
 NUM_DRAWN = 8
@@ -128,8 +137,15 @@ def _build_batch(
     if found:
         images = encode_patches(task.run, [sample["image"] for sample in samples])
         texts = encode_reports(task.run, [[phrase.text] for _, phrase in found])
+        told, size = sorted({row for row, _ in found}), task.evaluation.batch_size
+        occluded = {
+            row: encode_occluded(task.run, samples[row]["image"], size) for row in told if task.evaluation.occlusion
+        }
         for number, (row, phrase) in enumerate(found):
             maps = build_maps(images, texts, row, number)
+            if occluded:
+                # Without the whole image's cosine, which is the same for all patches.
+                maps["occlusion"] = _to_square(-occluded[row] @ texts.text_BE[number])
             if prior:
                 maps["prior"] = prior(phrase.finding, len(maps["patch"]))
             yield samples[row]["image"], phrase, maps

@@ -18,7 +18,12 @@ from place.evaluation.metrics import Array
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TITLES = {"patch": "patch cosine", "attention": "V-POR attention", "prior": "prior: training boxes"}
+TITLES = {
+    "patch": "patch cosine",
+    "attention": "V-POR attention",
+    "occlusion": "occlusion",
+    "prior": "prior: training boxes",
+}
 
 
 class Grounded(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from place.config import EvaluationConfig, UsageError
 from place.data.prepared import read_samples
 from place.evaluation import grounding
-from place.evaluation.encoder import PatchFeatures, encode_images, encode_patches
+from place.evaluation.encoder import PatchFeatures, encode_images, encode_occluded, encode_patches, read_images
 from place.evaluation.grounding import Judged, Phrase, build_maps, build_prior, list_phrases, summarize_phrases
 from place.evaluation.task import Task, TaskInput
 from place.model.place import TextFeatures
@@ -75,6 +75,42 @@ def test_patches_go_through_the_projection_of_the_image(run, data_dir):
     assert torch.allclose(patches.patches_BNE.norm(dim=-1), torch.ones(3, 16), atol=1e-5)
     assert torch.allclose(patches.attention_BKN, images.attention_BKN, atol=1e-6)
     assert torch.allclose(patches.observations_BKE, images.observations_BKE, atol=1e-6)
+
+
+def test_an_occluded_image_has_each_patch_and_its_neighbours_at_the_mean_grey(run, data_dir):
+    jpeg = next(read_samples(data_dir, "test"))["image"]
+    image, patch_px = read_images(run, [jpeg]), run.model.vision.patch_px
+    occluded = encode_occluded(run, jpeg, batch_size=5)
+    assert occluded.shape == (SIDE * SIDE, 8)
+    for row in range(SIDE):
+        for column in range(SIDE):
+            hidden = image.clone()
+            top, left = max(row - 1, 0) * patch_px, max(column - 1, 0) * patch_px
+            hidden[:, :, top : (row + 2) * patch_px, left : (column + 2) * patch_px] = 0
+            expected = run.model.encode_image(hidden).image_BE[0]
+            assert torch.allclose(occluded[row * SIDE + column], expected, atol=1e-5)
+
+
+def test_the_map_of_occlusion_is_largest_where_the_cosine_falls(run, data_dir, monkeypatch):
+    # The patch in row 2, column 0 is covered by the box; the words' feature is the whole image's.
+    def hide(_, jpeg, batch_size):
+        features = torch.eye(8)[0].repeat(16, 1)
+        features[2 * SIDE] = torch.eye(8)[1]
+        return features
+
+    monkeypatch.setattr(grounding, "encode_occluded", hide)
+    monkeypatch.setattr(
+        grounding,
+        "encode_reports",
+        lambda _, reports: TextFeatures(
+            torch.eye(8)[:1].repeat(len(reports), 1), torch.ones(len(reports), 4, 8), torch.ones(len(reports), 4) > 0
+        ),
+    )
+    result = grounding.run_grounding(build_task(run, data_dir, occlusion=True))
+    assert result.metrics["occlusion.mean_pointing_game"] == (1, 1, 1)
+    assert result.metrics["occlusion.mean_cnr"].value > 1
+    assert "occlusion" in result.protocol["other_scores"]
+    assert "occlusion.mean_cnr" not in grounding.run_grounding(build_task(run, data_dir)).metrics
 
 
 def test_a_model_that_looks_at_its_box_scores_full_and_the_picture_is_drawn(run, data_dir, tmp_path, monkeypatch):
