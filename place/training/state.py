@@ -102,16 +102,18 @@ def load_share(
 
 
 def check_layout(folder: Path, weights: Any, layout: Layout) -> None:
-    """Raises UsageError at a tensor of another shape, which would be filled with what lies at its place."""
-    there = set(weights.keys())
+    """Raises UsageError at a tensor that the checkpoint and the model do not have alike.
+
+    One of another shape would be filled with what lies at its place; one that the model lacks would be lost when saved.
+    """
+    there, how = set(weights.keys()), "resume with the model and loss sections that wrote it, or choose another run.dir"
     for key, (_, shape) in layout.items():
         stored = tuple(weights.get_slice(key).get_shape()) if key in there else None
         if stored != shape:
             has = f"has {key} of shape {list(stored)}" if stored is not None else f"has no {key}"
-            raise UsageError(
-                f"checkpoint {folder} {has}, this model has it of shape {list(shape)}; resume with the model and loss "
-                "sections that wrote it, or choose another run.dir"
-            )
+            raise UsageError(f"checkpoint {folder} {has}, this model has it of shape {list(shape)}; {how}")
+    if there - layout.keys():
+        raise UsageError(f"checkpoint {folder} has {min(there - layout.keys())}, which this model lacks; {how}")
 
 
 def read_buffers(model: nn.Module) -> dict[str, Tensor]:

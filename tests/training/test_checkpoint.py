@@ -259,10 +259,19 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_model_of_other_shapes_is_refused_in_one_line(changed: dict, said: str, tmp_path: Path) -> None:
-    writer = Saver(tmp_path, build_engine(build_tiny_config(), 0), 5, 60)
+    refuse_resume(build_tiny_config(), build_tiny_config(**changed), said, tmp_path)
+
+
+def test_a_model_that_lacks_what_was_trained_is_refused_in_one_line(tmp_path: Path) -> None:
+    with_tokens = build_tiny_config(loss={"tokens": {"weight": 1.0}})
+    refuse_resume(with_tokens, build_tiny_config(), r"has project_region\S+, which this model lacks", tmp_path)
+
+
+def refuse_resume(written: Config, resumed: Config, said: str, tmp_path: Path) -> None:
+    writer = Saver(tmp_path, build_engine(written, 0), 5, 60)
     writer.save({"step": 1, "best_step": None})
     writer.wait()
-    engine = build_engine(build_tiny_config(**changed), 0)
+    engine = build_engine(resumed, 0)
     before = engine.copy_share().weights
     with pytest.raises(UsageError, match=said + r".*; resume with the model and loss sections that wrote it") as caught:
         engine.load(tmp_path / "checkpoints" / "step_00000001", {"optimizer_step": 0.0})
