@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
 from pydantic import Field, field_validator
 from scipy.stats import t as student
 
@@ -138,7 +139,8 @@ def plan_jobs(experiment: Experiment, base: Path) -> list[Job]:
 def run_job(job: Job, experiment: Experiment) -> dict[str, float]:
     """Train and judge one run in processes of their own, or read what an earlier call found.
 
-    A run that was stopped goes on; one of another configuration or of other data is removed.
+    A run that was stopped goes on; one of another configuration or of other data is removed. What `evaluation` says
+    is asked of a run when it is judged: a change there trains nothing anew.
 
     Returns: figure by `TASK:METRIC`.
     Raises:
@@ -151,10 +153,12 @@ def run_job(job: Job, experiment: Experiment) -> dict[str, float]:
     config = job.folder / "config.yaml"
     config.write_text(job.config)
     run = job.folder / "run"
-    _clear(run, job.folder / "trained.json", _hash(read_card(experiment.data)["fingerprint"], job.config))
+    trained = yaml.safe_load(job.config)
+    evaluation = trained.pop("evaluation")
+    _clear(run, job.folder / "trained.json", _hash(read_card(experiment.data)["fingerprint"], json.dumps(trained)))
     _call(job, "pretrain", "--config", str(config))
     judged = ("--data", experiment.data, "--tasks", experiment.tasks, "--split", experiment.split)
-    _call(job, "evaluate", "--run", str(run), *judged)
+    _call(job, "evaluate", "--run", str(run), *judged, f"evaluation={json.dumps(evaluation)}")
     figures = read_figures(run)
     for column in experiment.columns:
         if column.metric not in figures:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from tiny import TINY, merge
 
-from place.config import RunError, UsageError
+from place.config import RunError, UsageError, build_config
 from place.evaluation import ablation
 from place.evaluation.ablation import Experiment, build_table, compute_half_width, load_experiment, plan_jobs
 from place.runlog import read_jsonl
@@ -126,6 +126,36 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch:
     failed = ablation.run_experiment(experiment, tmp_path / "base.yaml", 2, lambda line: None)
     assert failed == ["b, seed 0: place pretrain ended with 1: no space left"]
     assert "| B | 1 | 25.0 (+0.0) |" in (tmp_path / "out/table.md").read_text()
+
+
+def test_a_change_of_how_runs_are_judged_trains_nothing_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, ...]] = []
+
+    def call(job: ablation.Job, command: str, *arguments: str) -> None:
+        calls.append((command, arguments[-1]))
+        if command == "pretrain":
+            (job.folder / "run").mkdir(exist_ok=True)
+            (job.folder / "run/metrics.jsonl").touch()
+        else:
+            (job.folder / "run/evaluation").mkdir()
+            (job.folder / "run/evaluation/retrieval.json").write_text(
+                '{"task": "retrieval", "metrics": {"r1": {"value": 0.5}}}'
+            )
+
+    monkeypatch.setattr(ablation, "_call", call)
+    monkeypatch.setattr(ablation, "read_card", lambda _: {"fingerprint": "f00d"})
+    experiment = Experiment.model_validate(TREE | {"folder": str(tmp_path / "out")})
+    changes = ("", False, 1000), ("evaluation: {bootstrap: 7}", True, 7), ("optim: {lr: 1}", False, 1000)
+    for base, kept, resamples in changes:
+        (tmp_path / "base.yaml").write_text(base)
+        job = plan_jobs(experiment, tmp_path / "base.yaml")[0]
+        mark = job.folder / "run/trained"
+        assert ablation.run_job(job, experiment) == {"retrieval:r1": 0.5}
+        assert mark.exists() == kept
+        mark.touch()
+        assert [command for command, _ in calls] == ["pretrain", "evaluate"]
+        assert build_config(None, [calls[1][1]]).evaluation.bootstrap == resamples
+        calls.clear()
 
 
 @pytest.mark.multiprocess
