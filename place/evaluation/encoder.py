@@ -109,9 +109,8 @@ def encode_occluded(run: LoadedRun, jpeg: bytes, batch_size: int) -> Tensor:
     """
     image_BCYX, vision = read_images(run, [jpeg]), run.model.vision
     rows, columns = (length // vision.patch_px for length in image_BCYX.shape[-2:])
-    row_N, column_N = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    row_N, column_N = row_N.flatten(), column_N.flatten()
-    hidden_NN = ((row_N[:, None] - row_N).abs() <= 1) & ((column_N[:, None] - column_N).abs() <= 1)
+    place_N2 = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+    hidden_NN = (place_N2[:, None] - place_N2).abs().amax(-1) <= 1
     parts = [
         run.model.project_image(vision(image_BCYX.expand(len(hidden_BN), -1, -1, -1), hidden_BN).image_BD)
         for hidden_BN in hidden_NN.to(image_BCYX.device).split(batch_size)

@@ -137,10 +137,8 @@ def _build_batch(
     if found:
         images = encode_patches(task.run, [sample["image"] for sample in samples])
         texts = encode_reports(task.run, [[phrase.text] for _, phrase in found])
-        told, size = sorted({row for row, _ in found}), task.evaluation.batch_size
-        occluded = {
-            row: encode_occluded(task.run, samples[row]["image"], size) for row in told if task.evaluation.occlusion
-        }
+        told = sorted({row for row, _ in found}) if task.evaluation.occlusion else []
+        occluded = {row: encode_occluded(task.run, samples[row]["image"], task.evaluation.batch_size) for row in told}
         for number, (row, phrase) in enumerate(found):
             maps = build_maps(images, texts, row, number)
             if occluded:

@@ -118,7 +118,7 @@ def _build_classification(result: TaskResult, pixels: TaskResult | None = None) 
 
 
 def _build_grounding(result: TaskResult) -> Table:
-    others = [name for name in ("attention", "occlusion", "prior") if f"{name}.mean_cnr" in result.metrics]
+    others = list(result.protocol["other_scores"])
     heads = ("finding", "phrases", "pointing", "95 %", "CNR", "95 %", "mIoU", *others)
     table = _build_table(f"grounding: {result.num_samples} phrases", heads)
 
