@@ -60,5 +60,6 @@ def test_phases_sum_to_the_step_and_what_passes_between_epochs_counts_in_none(
     assert [sum(record["phase_s"].values()) for record in records] == pytest.approx([0.08, 0.17, 0.17])
     for record in records:
         assert sum(record["phase_s"].values()) == pytest.approx(8 / record["samples_per_s"], rel=0.01)
+        assert sum(record["phase_s"].values()) < 0.4
         assert (record["temperature_instance"], record["temperature_pathology"]) == (0.25, 0.125)
         assert [record[name] for name in Losses._fields] == [0, 1, 2, 3, 4]

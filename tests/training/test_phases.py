@@ -50,8 +50,8 @@ def wait_for_each_other(folder: str) -> dict[str, float]:
 def test_the_wait_for_others_is_communication_and_not_the_phase_around_it(tmp_path: Path) -> None:
     early, late = run_ranks(wait_for_each_other, 2, str(tmp_path))
     assert early["gather"] > 0.45
-    assert early["loss"] < 0.3
+    assert early["loss"] < 0.1
     assert late["loss"] > 0.45
-    assert late["gather"] < 0.3
+    assert late["gather"] < 0.1
     assert late["optimiser"] > 0.45
-    assert early["optimiser"] < 0.3
+    assert early["optimiser"] < 0.1
