@@ -74,7 +74,7 @@ ablation-variants: datasets/ablation
 	$(BIN)/python -m place.evaluation.ablation configs/ablation/variants.yaml
 
 datasets/ablation: | $(READY)
-	$(BIN)/place prepare --source phantom --count 6000 --seed 2 --size-px 80 --split 0.8 0.1 0.1 --output $@
+	$(BIN)/place prepare --source phantom --count 6000 --seed 3 --size-px 80 --split 0.8 0.1 0.1 --output $@
 
 # Twenty random faults over one run. About 25 minutes.
 chaos: $(READY)

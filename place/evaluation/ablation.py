@@ -63,6 +63,8 @@ class RowConfig(Section):
     """Seeds of this row; none takes those of the experiment."""
     like: str | None = None
     """Another row whose runs are read, not trained anew; then only `metrics` are shown."""
+    tasks: tuple[str, ...] = ()
+    """Tasks that the runs of this row, or of the row that it is `like`, are judged by besides the experiment's."""
     metrics: dict[str, str] = {}
     """Column title: `TASK:METRIC` that this row shows there."""
 
@@ -99,12 +101,13 @@ class Experiment(Section):
 
 
 class Job(NamedTuple):
-    """One run of a row: its folder, and the configuration that was resolved for it."""
+    """One run of a row: its folder, the configuration that was resolved for it, and what it is judged by."""
 
     row: str
     seed: int
     folder: Path
     config: str
+    tasks: str
 
 
 Figures = dict[str, dict[int, dict[str, float]]]
@@ -124,6 +127,9 @@ def load_experiment(path: Path) -> Experiment:
 def plan_jobs(experiment: Experiment, base: Path) -> list[Job]:
     """All runs, seed by seed, so that an experiment that is stopped has whole rows of the first seeds."""
     trained = {name: row for name, row in experiment.rows.items() if row.like is None}
+    tasks = dict.fromkeys(trained, experiment.tasks)
+    for name, row in experiment.rows.items():
+        tasks[row.like or name] += "".join(f",{task}" for task in row.tasks)
     jobs = []
     for seed in range(max(row.seeds or experiment.seeds for row in trained.values())):
         for name, row in trained.items():
@@ -132,7 +138,8 @@ def plan_jobs(experiment: Experiment, base: Path) -> list[Job]:
             folder = Path(experiment.folder) / name / f"seed{seed}"
             data = (f"data.path={experiment.data}", "data.streams=[]")
             own = (*data, f"run.dir={folder / 'run'}", f"run.seed={seed}")
-            jobs.append(Job(name, seed, folder, dump_config(build_config(base, [*row.config, *own]))))
+            config = dump_config(build_config(base, [*row.config, *own]))
+            jobs.append(Job(name, seed, folder, config, tasks[name]))
     return jobs
 
 
@@ -157,7 +164,7 @@ def run_job(job: Job, experiment: Experiment) -> dict[str, float]:
     evaluation = trained.pop("evaluation")
     _clear(run, job.folder / "trained.json", _hash(read_card(experiment.data)["fingerprint"], json.dumps(trained)))
     _call(job, "pretrain", "--config", str(config))
-    judged = ("--data", experiment.data, "--tasks", experiment.tasks, "--split", experiment.split)
+    judged = ("--data", experiment.data, "--tasks", job.tasks, "--split", experiment.split)
     _call(job, "evaluate", "--run", str(run), *judged, f"evaluation={json.dumps(evaluation)}")
     figures = read_figures(run)
     for column in experiment.columns:
@@ -194,7 +201,7 @@ def pair_job(job: Job, reference: Job, experiment: Experiment) -> dict[str, list
 def build_key(experiment: Experiment, *jobs: Job) -> str:
     """What a result that is kept depends on, hashed."""
     fingerprint = read_card(experiment.data)["fingerprint"]
-    return _hash(fingerprint, experiment.tasks, experiment.split, *(job.config for job in jobs))
+    return _hash(fingerprint, experiment.split, *(part for job in jobs for part in (job.tasks, job.config)))
 
 
 def _hash(*parts: str) -> str:

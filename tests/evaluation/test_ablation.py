@@ -86,6 +86,13 @@ def test_runs_come_seed_by_seed_and_differ_in_seed_folder_and_what_the_row_says(
     assert first == second
 
 
+def test_what_a_row_alone_is_judged_by_is_asked_of_the_runs_that_it_reads(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("")
+    rows = TREE["rows"] | {"c": TREE["rows"]["c"] | {"tasks": ["other"]}}
+    jobs = plan_jobs(Experiment.model_validate(TREE | {"rows": rows}), tmp_path / "base.yaml")
+    assert {(job.row, job.tasks) for job in jobs} == {("a", "retrieval,other"), ("b", "retrieval")}
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs/ablation").glob("*.yaml")))
 def test_every_committed_experiment_can_be_planned(name: str) -> None:
     path = ROOT / "configs/ablation" / name
