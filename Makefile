@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-ray test-kernels test-gpu test-track bench-wire bench-loader bench-scale docs lint clean fuzz test-slurm test-slurm-short chaos ablation ablation-variants
+.PHONY: setup datasets/ablation demo test test-ray test-kernels test-gpu test-track test-browser bench-wire bench-loader bench-scale docs lint clean fuzz test-slurm test-slurm-short chaos ablation ablation-variants ablation-gpu
 
 setup: $(READY)
 
@@ -73,7 +73,13 @@ ablation: datasets/ablation
 ablation-variants: datasets/ablation
 	$(BIN)/python -m place.evaluation.ablation configs/ablation/variants.yaml
 
-datasets/ablation: | $(READY)
+# The rows of the first at ViT-S and 224 px; needs a GPU. Not yet timed.
+ablation-gpu: $(READY)
+	$(BIN)/place prepare --source phantom --count 6000 --seed 3 --size-px 256 --split 0.8 0.1 0.1 --output datasets/ablation224
+	$(BIN)/python -m place.evaluation.ablation configs/ablation/vits224.yaml --parallel 1
+
+# Asked each time: a folder of other phantoms, such as those that were looked at before, is refused.
+datasets/ablation: $(READY)
 	$(BIN)/place prepare --source phantom --count 6000 --seed 3 --size-px 80 --split 0.8 0.1 0.1 --output $@
 
 # Twenty random faults over one run. About 25 minutes.
@@ -88,6 +94,10 @@ test-gpu: $(READY)
 test-track: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[track]'
 	$(BIN)/pytest -m track tests/track
+
+# The pages that PLACE writes, at 1,400 and 400 px in a headless Chromium, which must be there. About 1 minute.
+test-browser: $(READY)
+	$(BIN)/pytest -m browser
 
 # The pages of docs/ into build/docs; they open from disk, without a network.
 docs: $(READY)

@@ -371,13 +371,21 @@ def evaluate(arguments: argparse.Namespace) -> int:
     source = run / "config.yaml"
     if not source.is_file():
         raise UsageError(f"{run} is no run folder (no config.yaml); give the run.dir of a `place pretrain`")
-    evaluation = build_config(source, arguments.overrides).evaluation
+    evaluation = build_config(source, [*_read_findings(arguments.data), *arguments.overrides]).evaluation
     results = run_evaluation(
         run, Path(arguments.data), arguments.tasks.split(","), arguments.split, arguments.checkpoint, evaluation, output
     )
     print_results(results, build_console())
     print(f"{output / 'report.html'}: {_PAGE}")
     return DONE
+
+
+def _read_findings(data: str) -> list[str]:
+    """The findings that the protocol of a data set judges, as words that come before those of the command line."""
+    from place.data.prepared import read_card
+
+    findings = read_card(data).get("protocol", {}).get("findings")
+    return [f"evaluation.findings={json.dumps(findings)}"] if findings else []
 
 
 def _evaluate_encoder(arguments: argparse.Namespace) -> int:
@@ -393,7 +401,8 @@ def _evaluate_encoder(arguments: argparse.Namespace) -> int:
     if arguments.random_weights:
         console.print(f"{arguments.encoder}: random weights, seed 0; nothing has been learned", style="yellow")
     own = read_evaluation(arguments.encoder) if is_export(arguments.encoder) else {}
-    evaluation = build_config(None, [f"evaluation={json.dumps(own)}", *arguments.overrides]).evaluation
+    laid_over = [f"evaluation={json.dumps(own)}", *_read_findings(arguments.data), *arguments.overrides]
+    evaluation = build_config(None, laid_over).evaluation
     results = run_encoder_evaluation(
         arguments.encoder,
         Path(arguments.data),
@@ -561,7 +570,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
 
 def scale(arguments: argparse.Namespace) -> int:
-    """`place scale`: a ladder of rungs; 1 when one of them failed."""
+    """`place scale`: a ladder of rungs; 1 when a run of one of them failed."""
     from place.cluster.scaling import list_faults, load_scale, run_ladder
     from place.cluster.scaling_page import write_results
     from place.screen import print_scaling
@@ -570,11 +579,13 @@ def scale(arguments: argparse.Namespace) -> int:
     asked = load_scale(path, arguments.overrides)
     # Told to end, it takes the job of the rung with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED))
-    results = run_ladder(asked, path.parent / asked.base, partial(print, flush=True))
-    page = write_results(Path(asked.folder), f"Scaling of {path.stem}", results)
+    keep = partial(write_results, Path(asked.folder), f"Scaling of {path.stem}")
+    # A ladder that is stopped leaves a page of the rungs before.
+    results = run_ladder(asked, path.parent / asked.base, partial(print, flush=True), partial(keep, with_png=False))
+    page = keep(results)
     print_scaling(results, list(list_faults(results["rows"])))
     print(f"{page}: the same with plots; scaling.csv and scaling.json beside it")
-    return FAILED if any(row["status"] != "ok" for row in results["rows"]) else DONE
+    return FAILED if any(row["status"] != "ok" or row["runs_failed"] for row in results["rows"]) else DONE
 
 
 def doctor(arguments: argparse.Namespace) -> int:

@@ -460,6 +460,40 @@ class GenerationConfig(Section):
         return num_heads
 
 
+class SegmentationConfig(Section):
+    max_steps: int = Field(600, ge=1)
+    """Most training steps."""
+    look_every_steps: int = Field(50, ge=1)
+    """Steps between two looks at the validation split; where `max_steps` are fewer, one look after the last."""
+    patience: int = Field(4, ge=1)
+    """Looks at the validation split in vain after which training stops."""
+    batch_size: int = Field(32, ge=2)
+    """Images a step."""
+    lr: float = Field(1e-3, gt=0)
+    """Learning rate."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Decay of weights."""
+    seed: int = Field(0, ge=0)
+    """Seed of weights and batches."""
+
+
+class DetectionConfig(Section):
+    max_steps: int = Field(400, ge=1)
+    """Most training steps."""
+    look_every_steps: int = Field(50, ge=1)
+    """Steps between two looks at the validation split; where `max_steps` are fewer, one look after the last."""
+    patience: int = Field(4, ge=1)
+    """Looks at the validation split in vain after which training stops."""
+    batch_size: int = Field(16, ge=1)
+    """Images a step."""
+    lr: float = Field(1e-3, gt=0)
+    """Learning rate."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Decay of weights."""
+    seed: int = Field(0, ge=0)
+    """Seed of weights and batches."""
+
+
 class FinetuneConfig(Section):
     max_steps: int = Field(2000, ge=1)
     """Most training steps with each subset of the labels."""
@@ -499,7 +533,7 @@ class EvaluationConfig(Section):
     max_train_images: int | None = Field(2000, ge=1)
     """segmentation, finetune_segmentation, detection: most training images, the first by hash; none takes all."""
     folds: int = Field(0, ge=0)
-    """segmentation, finetune_segmentation: folds of patients over all splits; 0 trains on one split, judges another."""
+    """segmentation, finetune_segmentation, detection: folds of patients over all splits; 0 judges one split alone."""
     allow_leaks: list[str] = []
     """Overlaps that are allowed, and then written into the results, such as pretraining.image."""
     pretraining: list[str] = []
@@ -507,11 +541,16 @@ class EvaluationConfig(Section):
     other_tests: list[str] = []
     """Folders of other prepared data sets, whose test images may not be among those judged or trained on here."""
     id_map: str | None = None
-    """csv of two columns, each row two names of one image, as their data sets' tables have them: re-encoded copies."""
+    """csv of two columns, each row two names of one image, as their data sets' tables have them, or the JSON that RSNA
+    publishes: re-encoded copies."""
     salt_file: str | None = None
     """id_map: the secret that the data sets were prepared with; none takes ~/.config/place/salt."""
     findings: list[str] = []
     """Findings that count towards the mean; empty takes all labels of the data set."""
+    segmentation: SegmentationConfig = SegmentationConfig()
+    """segmentation: how the head on frozen tokens is trained."""
+    detection: DetectionConfig = DetectionConfig()
+    """detection: how the detector on frozen tokens is trained."""
     generation: GenerationConfig = GenerationConfig()
     """generation: the decoder that writes reports."""
     finetune: FinetuneConfig = FinetuneConfig()

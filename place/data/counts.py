@@ -67,7 +67,8 @@ def check_counts(protocol: Protocol, store: Store, allowed: Collection[str]) -> 
     """Compare, and refuse what is not allowed by name.
 
     Returns:
-        For the card: `name`, `title`, `url`, `licence`, `tasks`, `peers`, and `deviations` that were allowed.
+        For the card: `name`, `title`, `url`, `licence`, `shares_images_with`, `findings`, `tasks`, `peers`, and
+        `deviations` that were allowed.
     Raises:
         RunError: a deviation that is not allowed.
     Source: ours.
@@ -76,6 +77,8 @@ def check_counts(protocol: Protocol, store: Store, allowed: Collection[str]) -> 
     refuse_deviations(deviations, allowed)
     return {
         **protocol.model_dump(include={"name", "title", "url", "licence"}),
+        "shares_images_with": list(protocol.shares_images_with),
+        "findings": list(protocol.findings),
         "tasks": {task: list(metrics) for task, metrics in protocol.tasks.items()},
         "peers": [peer.model_dump() for peer in protocol.peers],
         "deviations": list(deviations.values()),

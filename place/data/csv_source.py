@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from place.config import PrepareConfig, UsageError
-from place.data.frame_rows import FrameRows, fill_field, mark_rejects
+from place.data.frame_rows import MIXED, FrameRows, fill_field, mark_rejects
 from place.data.identity import IdHasher, read_salt
 from place.data.official_split import assign_splits
 from place.data.rows import Table
@@ -62,7 +62,7 @@ def _fill_identities(frame: pd.DataFrame) -> list[str]:
     mark_rejects(frame, frame["identity"].duplicated(), "duplicate_id")
     notes = fill_field(frame, "study", "image " + frame["identity"], "each image is a study of its own")
     notes += _share_patients(frame)
-    alone = "each study is a patient of its own, so one person may be in two splits"
+    alone = f"each study is a patient of its own, {MIXED}"
     notes += fill_field(frame, "patient", "study " + frame["study"], alone)
     # Studies are often numbered within a patient.
     frame["study"] = frame["patient"] + "/" + frame["study"]

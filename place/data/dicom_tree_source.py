@@ -13,7 +13,7 @@ import pandas as pd
 
 from place.config import PrepareConfig, RunError, UsageError
 from place.data.dicom import Identity, read_identity
-from place.data.frame_rows import FrameRows, fill_field, mark_mixed_studies, mark_rejects
+from place.data.frame_rows import MIXED, FrameRows, fill_field, mark_mixed_studies, mark_rejects
 from place.data.identity import IdHasher, read_salt
 from place.data.official_split import assign_splits
 from place.data.pool import count_cores, map_in_processes
@@ -32,7 +32,7 @@ _GUESSES = {
 _TABLES = ("reports.csv", "reports.csv.gz", "reports.tsv", "reports.tsv.gz", "reports.parquet")
 _FILES_PER_SCAN = 512
 _ADVICE = "put each patient into one split, or leave out the split column"
-_ALONE = "each study is a patient of its own, so one person may be in two splits"
+_ALONE = f"each study is a patient of its own, {MIXED}"
 
 
 def open_dicom_tree(config: PrepareConfig) -> Table:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from place.config import PrepareConfig, UsageError
-from place.data.frame_rows import FrameRows
+from place.data.frame_rows import MIXED, FrameRows
 from place.data.identity import IdHasher, compute_split, read_salt
 from place.data.official_split import SPLIT_NAMES, assign_splits
 from place.data.rows import Table
@@ -16,7 +16,7 @@ from place.data.table import TEXT, Label
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 _LAYOUT = "expected CLASS/*.png, or SPLIT/CLASS/*.png with folders train, val and test (PNG, JPEG or DICOM)"
-_ALONE = "nobody tells the patients: each image is one of its own, so one person may be in two splits"
+_ALONE = f"nobody tells the patients: each image is one of its own, {MIXED}"
 
 
 def open_folder(config: PrepareConfig) -> Table:

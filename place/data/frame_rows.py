@@ -17,6 +17,8 @@ from place.data.shapes import Shape
 from place.data.table import Label
 
 SECTIONS = ("findings", "impression", "text")
+MIXED = "so one person may be in two splits"
+"""How the notes of a source end that does not know all patients; `place evaluate` says then what it cannot check."""
 
 
 class FrameRows:

@@ -14,6 +14,16 @@ PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 """A column in a pattern: `{Image Index}`; `{folder}` and `{split}` are the table's, unless it has such columns."""
 
 
+def _check_group(pattern: str | None) -> str | None:
+    try:
+        groups = 1 if pattern is None else re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"no regular expression ({error})") from None
+    if groups < 1:
+        raise ValueError("expected a regular expression with a group")
+    return pattern
+
+
 class TableFile(Section):
     """A table: csv or tsv (also .gz), text without a header, a JSON list of records, or COCO JSON.
 
@@ -153,6 +163,22 @@ class SampleRule(Section):
     """Images that there are to take from, by label; another number stops the command."""
 
 
+class PatientRule(Section):
+    """Who is on which image, told by a table apart, which not everybody has."""
+
+    table: TableFile
+    """Names an image as the tables of images do; where it is not there, each image is a patient of its own."""
+    patient: str
+    """Pattern."""
+    patient_match: str | None = None
+    """Regular expression whose first group is taken of it."""
+
+    @field_validator("patient_match")
+    @classmethod
+    def _has_a_group(cls, pattern: str | None) -> str | None:
+        return _check_group(pattern)
+
+
 class Layout(Section):
     """Tables with a row an image, or several."""
 
@@ -163,9 +189,11 @@ class Layout(Section):
     image_match: str | None = None
     """Regular expression whose first group is taken of the path."""
     patient: str | None = None
-    """Pattern; none where nobody knows: each image is then a patient of its own."""
+    """Pattern; none where nobody knows, or `patients` tell: else each image is a patient of its own."""
     patient_match: str | None = None
     """As `image_match`."""
+    patients: PatientRule | None = None
+    """Instead of `patient`: a table that joins patients to images."""
     cohort: str | None = None
     """Whose patients these are: data sets of one cohort share them, and their names mean nothing to another; none takes
     the name of the protocol."""
@@ -205,13 +233,13 @@ class Layout(Section):
     @field_validator("image_match", "patient_match", "study_match")
     @classmethod
     def _has_a_group(cls, pattern: str | None) -> str | None:
-        try:
-            groups = 1 if pattern is None else re.compile(pattern).groups
-        except re.error as error:
-            raise ValueError(f"no regular expression ({error})") from None
-        if groups < 1:
-            raise ValueError("expected a regular expression with a group")
-        return pattern
+        return _check_group(pattern)
+
+    @model_validator(mode="after")
+    def _asks_once_for_patients(self) -> Layout:
+        if self.patient and self.patients:
+            raise ValueError("give either `patient` or `patients`")
+        return self
 
     @model_validator(mode="after")
     def _samples_by_its_labels(self) -> Layout:

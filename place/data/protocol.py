@@ -14,6 +14,11 @@ from place.config import PrepareConfig, RunError, Section, UsageError, read_tree
 from place.data.layout import Layout
 
 Evidence = Literal["measured", "reported", "memory"]
+SHIPPED = (
+    *("chestx_det10", "chexpert", "chexpert_5x200", "covid_cxr", "covidx", "mimic_5x200", "mimic_cxr", "ms_cxr", "nih"),
+    *("object_cxr", "openi", "phantom", "rsna", "siim", "vindr"),
+)
+"""Names of the protocols in `configs/eval`, which a protocol in another folder may also name."""
 _OWN = {"source", "input", "output", "protocol", "allow_counts", "launcher", "address", "num_workers", "salt_file"}
 """What `prepare` may not set: the source has a key of its own, the rest belongs to the user."""
 _PATHS = ("image_root", "reports", "boxes", "only")
@@ -94,8 +99,12 @@ class Protocol(Section):
     """Where the counts stand."""
     tasks: dict[str, tuple[str, ...]]
     """Tasks of `place evaluate`, each with the metrics that are reported, the headline first."""
+    findings: tuple[str, ...] = ()
+    """Labels that are judged, as `evaluation.findings` names them; empty leaves it to the run."""
     peers: tuple[Peer, ...] = ()
     """Scores of others."""
+    shares_images_with: tuple[str, ...] = ()
+    """Protocols of data sets that hold some of the same images: what it was taken from, or what was taken from it."""
     notes: tuple[str, ...] = ()
     """What a user must know before comparing."""
 
@@ -122,6 +131,8 @@ class Protocol(Section):
         labels = self.layout.list_labels() if self.layout else []
         if twice := [name for name in labels if labels.count(name) > 1]:
             raise ValueError(f"label '{twice[0]}' has two rules")
+        if self.layout and (strange := sorted({*self.findings} - {*labels})):
+            raise ValueError(f"findings.{strange[0]} is no label of the layout")
         for split, counts in self.counts.items():
             if self.layout and (strange := sorted({*counts.positive} - {*labels})):
                 raise ValueError(f"counts.{split}.positive.{strange[0]} is no label of the layout")
@@ -131,17 +142,24 @@ def read_protocol(path: str | Path) -> Protocol:
     """A protocol file, every key checked. Raises UsageError, in one line. Source: ours."""
     path = Path(path)
     try:
-        return Protocol.model_validate(read_tree(path))
+        protocol = Protocol.model_validate(read_tree(path))
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(str(part) for part in fault["loc"])
         told = "unknown key" if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, ")
         raise UsageError(f"protocol {path}: {where + ': ' if where else ''}{told}") from None
+    others = {*SHIPPED, *(file.stem for file in path.parent.glob("*.yaml"))} - {protocol.name}
+    if strange := sorted({*protocol.shares_images_with} - others):
+        told = f"no other protocol is called '{strange[0]}', only {', '.join(sorted(others))}"
+        raise UsageError(f"protocol {path}: shares_images_with: {told}")
+    return protocol
 
 
 def hash_layout(protocol: Protocol) -> str:
     """SHA-256 over what decides how a prepared data set looks, hexadecimal."""
-    layout = protocol.layout.model_dump_json() if protocol.layout else ""
+    # Without a key that was added later, where it is not used: what was prepared before stays as asked for.
+    unused = {"patients"} if protocol.layout and protocol.layout.patients is None else None
+    layout = protocol.layout.model_dump_json(exclude=unused) if protocol.layout else ""
     return hashlib.sha256(f"{protocol.name}:{layout}".encode()).hexdigest()
 
 

@@ -12,9 +12,9 @@ import pandas as pd
 from place.config import PrepareConfig, RunError, UsageError
 from place.data.annotations import Boxes, read_boxes, read_labels, read_outlines
 from place.data.balanced import take_sample
-from place.data.frame_rows import FrameRows, fill_field
+from place.data.frame_rows import MIXED, FrameRows, fill_field
 from place.data.identity import IdHasher, compute_split, read_salt
-from place.data.layout import BoxRule, Layout
+from place.data.layout import BoxRule, Layout, PatientRule
 from place.data.long_table import fill_pattern, list_columns, read_long
 from place.data.official_split import assign_splits
 from place.data.protocol import hash_layout, list_deviations, read_protocol, refuse_deviations
@@ -45,7 +45,7 @@ def open_table(config: PrepareConfig) -> Table:
     rows = _read_rows(layout, root)
     frame = _build_images(layout, rows, root)
     ids = IdHasher(read_salt(config.salt_file))
-    notes = _fill_identities(frame, layout.cohort or protocol.name)
+    notes = _fill_identities(layout, frame, root, protocol.name)
     if layout.sample:
         frame, pool = take_sample(layout.sample, frame, config.seed)
         frame["split"] = "test"
@@ -137,14 +137,32 @@ def _find_files(pattern: str, paths: pd.Series, root: Path) -> pd.Series:
     return names.map(lambda name: os.path.join(found.get(name, folder), name)).astype(TEXT)
 
 
-def _fill_identities(frame: pd.DataFrame, cohort: str) -> list[str]:
+def _fill_identities(layout: Layout, frame: pd.DataFrame, root: Path, name: str) -> list[str]:
     """Give every image a patient and a study, apart from those of other data sets; say where they had to be made up."""
     notes = fill_field(frame, "study", "image " + frame["identity"], "each image is a study of its own")
-    alone = "each image is a patient of its own, so one person may be in two splits"
+    alone = f"each image is a patient of its own, {MIXED}"
+    if layout.patients and (root / layout.patients.table.file).is_file():
+        frame["patient"] = _read_patients(layout, layout.patients, frame["identity"], root)
+    elif layout.patients:
+        alone = f"{layout.patients.table.file}, which would tell, is not there: {alone}"
     notes += fill_field(frame, "patient", "image " + frame["identity"], alone)
-    frame["patient"] = f"{cohort}/" + frame["patient"]
+    frame["patient"] = f"{layout.cohort or name}/" + frame["patient"]
     frame["study"] = frame["patient"] + "/" + frame["study"]
     return notes
+
+
+def _read_patients(layout: Layout, rule: PatientRule, identity: pd.Series, root: Path) -> pd.Series:
+    """Patient of each image; empty where the table does not name it. Raises RunError for an image of two patients."""
+    columns = list_columns(layout.image, rule.patient)
+    rows = _identify(layout, read_long(root, (rule.table,), columns, ()))
+    rows = rows.assign(patient=_take(fill_pattern(rule.patient, rows), rule.patient_match, "patient"))
+    rows = rows.drop_duplicates(["identity", "patient"])
+    if (twice := rows["identity"].duplicated()).any():
+        raise RunError(f"{rule.table.file}: {int(twice.sum())} images are of two patients; download it again")
+    patient = identity.map(rows.set_index("identity")["patient"]).fillna("").astype(TEXT)
+    if (patient == "").all():
+        raise RunError(f"{rule.table.file}: names none of the images of {layout.tables[0].file}; is it the right one?")
+    return patient
 
 
 def _assign_splits(layout: Layout, frame: pd.DataFrame, root: Path, config: PrepareConfig) -> str:
@@ -208,5 +226,7 @@ def _read_boxes(layout: Layout, rows: pd.DataFrame, root: Path) -> tuple[Boxes, 
 
 def _hash_files(layout: Layout, root: Path) -> list[str]:
     tables = [*layout.tables, *(table for rule in layout.boxes for table in rule.tables)]
+    if layout.patients and (root / layout.patients.table.file).is_file():
+        tables.append(layout.patients.table)
     names = [table.file for table in tables] + list(layout.lists.values())
     return [hash_file(root / name) for name in dict.fromkeys(names)]

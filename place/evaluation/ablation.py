@@ -2,7 +2,8 @@
 
     python -m place.evaluation.ablation configs/ablation/main.yaml
 
-A stopped experiment goes on with what is missing; a run that failed is a row with its reason, and the others go on.
+A stopped experiment goes on with what is missing. A run that failed is named with its reason under the table, beside
+the commits that trained the others, which go on.
 """
 
 from __future__ import annotations
@@ -291,14 +292,22 @@ def run_experiment(experiment: Experiment, base: Path, parallel: int, say: Calla
             except RunError as error:
                 failed.append(f"{job.row}, seed {job.seed}: {error}")
                 say(f"{number}/{len(jobs)}  {failed[-1]}")
-            _write(experiment, figures, gaps)
+            _write(experiment, figures, gaps, [describe_origin(jobs), *failed])
     for job, reference in list_pairs(experiment, jobs, figures):
         try:
             gaps.setdefault(job.row, {})[job.seed] = pair_job(job, reference, experiment)
         except (RunError, UsageError) as error:
             say(f"{job.row}, seed {job.seed}: not paired with {reference.row}: {error}")
-    _write(experiment, figures, gaps)
+    _write(experiment, figures, gaps, [describe_origin(jobs), *failed])
     return failed
+
+
+def describe_origin(jobs: Iterable[Job]) -> str:
+    """The commits that trained the runs that are there, in words; a run that is kept is not trained anew by another."""
+    there = [job.folder / "run/run.json" for job in jobs]
+    commits = dict.fromkeys(json.loads(path.read_text())["commit"] for path in there if path.is_file())
+    advice = "; remove the runs of the older ones to compare like with like" if len(commits) > 1 else ""
+    return f"Trained on {os.cpu_count()} CPU cores by commit {' and '.join(commits) or '-'}{advice}"
 
 
 def list_pairs(experiment: Experiment, jobs: list[Job], figures: Figures) -> list[tuple[Job, Job]]:
@@ -313,10 +322,10 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-def _write(experiment: Experiment, figures: Figures, gaps: Gaps) -> None:
+def _write(experiment: Experiment, figures: Figures, gaps: Gaps, notes: list[str]) -> None:
     folder = Path(experiment.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    table = build_table(experiment, figures)
+    table = build_table(experiment, figures) + "".join(f"\n{note}.\n" for note in notes)
     if gaps:
         reference = experiment.rows[experiment.reference].title
         table += f"\n{PAIRED.format(reference=reference)}\n\n{build_paired_table(experiment, gaps)}"

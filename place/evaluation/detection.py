@@ -11,14 +11,16 @@ import pyarrow.parquet as pq
 import torch
 
 from place.config import UsageError
+from place.data.identity import SPLITS
 from place.data.transforms import read_image
 from place.evaluation.detection_metrics import COCO_IOUS, FIELD_IOUS, judge_matches, list_matches, match_boxes
 from place.evaluation.detection_picture import draw_boxes
-from place.evaluation.detector import SCHEDULE, BoxedSplit, Boxes, train_detector
+from place.evaluation.detector import BoxedSplit, Boxes, train_detector
 from place.evaluation.encoder import get_units, read_units
-from place.evaluation.heads import describe_limit
+from place.evaluation.folds import describe_folds, list_folds
+from place.evaluation.heads import build_schedule, describe_limit
 from place.evaluation.localisation import move_box
-from place.evaluation.metrics import TaskResult
+from place.evaluation.metrics import Array, TaskResult
 from place.evaluation.task import Task
 
 MAX_VAL = 400
@@ -32,32 +34,29 @@ class Read(NamedTuple):
     jpegs: list[bytes]
 
 
+class Judged(NamedTuple):
+    """Images with boxes, guesses of each, findings, reasons of those left out, patients, and how."""
+
+    test: Read
+    guesses: list[Boxes]
+    names: list[str]
+    left_out: dict[str, str]
+    unit_B: Array
+    trained_on: str
+
+
 def run_detection(task: Task) -> TaskResult:
-    """Train the detector on the training split, stop it on the validation split, judge it.
+    """Train the detector on the training split, stop it on the validation split, judge it; or the same in folds.
 
     Returns: `mean_ap` over COCO's thresholds, `mean_ap_40_75` over the field's, `mean_ap_50`, and each of a finding as
         `ap.FINDING`.
     Raises:
-        UsageError: no finding with a box in the training, the validation and the judged split.
+        UsageError: no finding with a box in the training, the validation and the judged split, or in folds anywhere.
     Source: inferred (MGCA: frozen encoder, detector trained on top); pyramid, detector and intervals as their modules.
     """
-    there = {split: list_boxed(task, split) for split in (task.train_split, task.val_split, task.split)}
-    names, left_out = choose_boxed(there, task.evaluation.findings)
-    most = task.evaluation.max_train_images
-    train, val, test = (
-        _read_split(task, split, names, limit)
-        for split, limit in ((task.train_split, most), (task.val_split, MAX_VAL), (task.split, None))
-    )
-    detector, step = train_detector(
-        train.split,
-        val.split,
-        task.encoder.size_px,
-        len(names),
-        on_progress=lambda at: task.report("detector", at, SCHEDULE.max_steps),
-        device=task.encoder.device,
-    )
-    guesses = detector.predict(test.split.tokens_BND)
-    unit_B = get_units(read_units(task.data_dir, task.split), test.sample_ids)
+    judged = _cross_validate(task) if task.evaluation.folds else _train_and_judge(task)
+    test, guesses, names, left_out, unit_B, trained_on = judged
+    config = task.evaluation.detection
     task.report("judge boxes", 0, 1)
     matches = match_boxes(test.split.boxes, guesses, len(names))
     metrics = judge_matches(matches, names, unit_B, task.evaluation.bootstrap)
@@ -65,9 +64,9 @@ def run_detection(task: Task) -> TaskResult:
         draw_boxes(test.jpegs, test.split.boxes, guesses, names, task.encoder.size_px, task.folder / "detection.png")
     protocol = {
         "score": f"FCOS on a simple feature pyramid over the frozen encoder's tokens, {task.encoder.size_px} px",
-        "trained_on": f"{len(train.jpegs)} images of '{task.train_split}', {describe_limit(most)}; "
-        f"stopped on '{task.val_split}' at step {step}",
-        "stopped": SCHEDULE.describe(),
+        "trained_on": trained_on,
+        "stopped": build_schedule(config).describe(),
+        "settings": config.model_dump(),
         "frame": "the centre square of the stored image; boxes are cut to it",
         "ap": f"mean over intersection over union {COCO_IOUS[0]} to {COCO_IOUS[-1]}, as COCO",
         "ap_40_75": f"mean over intersection over union {FIELD_IOUS[0]} to {FIELD_IOUS[-1]}, as the field has it",
@@ -77,6 +76,67 @@ def run_detection(task: Task) -> TaskResult:
         "left_out": left_out,
     }
     return TaskResult("detection", metrics, protocol, len(test.jpegs), list_matches(matches, names, test.sample_ids))
+
+
+def _train_and_judge(task: Task) -> Judged:
+    """One detector, trained on the training split, stopped on the validation split."""
+    there = {split: list_boxed(task, split) for split in (task.train_split, task.val_split, task.split)}
+    names, left_out = choose_boxed(there, task.evaluation.findings)
+    most = task.evaluation.max_train_images
+    train, val, test = (
+        _read_split(task, split, names, limit)
+        for split, limit in ((task.train_split, most), (task.val_split, MAX_VAL), (task.split, None))
+    )
+    guesses, step = _fit(task, train, val, test, len(names))
+    trained_on = (
+        f"{len(train.sample_ids)} images of '{task.train_split}', {describe_limit(most)}; "
+        f"stopped on '{task.val_split}' at step {step}"
+    )
+    units = get_units(read_units(task.data_dir, task.split), test.sample_ids)
+    return Judged(test, guesses, names, left_out, units, trained_on)
+
+
+def _cross_validate(task: Task) -> Judged:
+    """A detector a fold of the patients of all splits that have boxes; what all of them find is judged at once."""
+    there = {name: boxed for name in SPLITS if (boxed := list_boxed(task, name))}
+    names, left_out = choose_boxed({"all splits": set[str]().union(*there.values())}, task.evaluation.findings)
+    reads = [_read_split(task, name, names, None) for name in there]
+    boxes = [truth for read in reads for truth in read.split.boxes]
+    split = BoxedSplit(torch.cat([read.split.tokens_BND for read in reads]), boxes)
+    ids, jpegs = [key for read in reads for key in read.sample_ids], [jpeg for read in reads for jpeg in read.jpegs]
+    whole = Read(split, ids, jpegs)
+    units = {key: unit for name in there for key, unit in read_units(task.data_dir, name).items()}
+    unit_B = get_units(units, whole.sample_ids)
+    found: dict[int, Boxes] = {}
+    steps = []
+    for fold in list_folds(whole.sample_ids, unit_B, task.evaluation, MAX_VAL):
+        train, val, test = (_take_rows(whole, rows) for rows in fold)
+        guesses, step = _fit(task, train, val, test, len(names))
+        found |= dict(zip(fold.test, guesses, strict=True))
+        steps.append(step)
+        task.report("detection folds", len(steps), task.evaluation.folds)
+    trained_on = f"{describe_folds(task.evaluation, [*there], steps)}; boxes of all folds are ranked together"
+    return Judged(whole, [found[row] for row in range(len(unit_B))], names, left_out, unit_B, trained_on)
+
+
+def _fit(task: Task, train: Read, val: Read, test: Read, num_findings: int) -> tuple[list[Boxes], int]:
+    """Guesses of a detector for the images that are judged, and the step that its weights are of."""
+    config = task.evaluation.detection
+    detector, step = train_detector(
+        train.split,
+        val.split,
+        task.encoder.size_px,
+        num_findings,
+        config,
+        on_progress=lambda at: task.report("detector", at, config.max_steps),
+        device=task.encoder.device,
+    )
+    return detector.predict(test.split.tokens_BND), step
+
+
+def _take_rows(read: Read, rows: list[int]) -> Read:
+    split = BoxedSplit(read.split.tokens_BND[torch.tensor(rows)], [read.split.boxes[row] for row in rows])
+    return Read(split, [read.sample_ids[row] for row in rows], [read.jpegs[row] for row in rows])
 
 
 def list_boxed(task: Task, split: str) -> set[str]:

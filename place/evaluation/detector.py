@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from place.compat import permit_nms
-from place.evaluation.heads import CPU, Schedule, build_seeded, train_on_tokens
+from place.config import DetectionConfig
+from place.evaluation.heads import CPU, build_schedule, build_seeded, train_on_tokens
 
 permit_nms()
 from torchvision.models.detection.anchor_utils import AnchorGenerator  # noqa: E402
@@ -22,7 +23,6 @@ from torchvision.models.detection.fcos import (  # noqa: E402
 )
 from torchvision.models.detection.image_list import ImageList  # noqa: E402
 
-SCHEDULE = Schedule(max_steps=400, batch_size=16)
 MAX_LEVELS, MAX_WIDTH, CONVOLUTIONS = 4, 256, 2
 LEAST_SCORE, MOST_CANDIDATES, MOST_BOXES, OVERLAP = 0.05, 100, 20, 0.6
 
@@ -153,11 +153,11 @@ def train_detector(
     val: BoxedSplit,
     size_px: int,
     num_findings: int,
-    seed: int = 0,
+    config: DetectionConfig,
     on_progress: Callable[[int], None] | None = None,
     device: torch.device = CPU,
 ) -> tuple[Detector, int]:
-    """Train a detector by `SCHEDULE`; the weights with the least validation loss are kept.
+    """Train a detector as `evaluation.detection` says; the weights with the least validation loss are kept.
 
     Args:
         device: of the detector; the splits stay where they are.
@@ -165,7 +165,7 @@ def train_detector(
         The detector in eval mode, and the step that its weights are of.
     """
     _, num_patches, width = train.tokens_BND.shape
-    detector = build_seeded(lambda: Detector(width, num_patches, size_px, num_findings), seed).to(device)
+    detector = build_seeded(lambda: Detector(width, num_patches, size_px, num_findings), config.seed).to(device)
 
     def compute_train_loss(rows: Tensor) -> Tensor:
         return detector.compute_loss(train.tokens_BND[rows], [train.boxes[row] for row in rows.tolist()])
@@ -175,6 +175,7 @@ def train_detector(
         losses = [detector.compute_loss(val.tokens_BND[at : at + 64], val.boxes[at : at + 64]) for at in starts]
         return float(torch.stack(losses).mean())
 
+    schedule = build_schedule(config)
     return train_on_tokens(
-        detector, compute_train_loss, compute_val_loss, len(train.boxes), SCHEDULE, seed, on_progress
+        detector, compute_train_loss, compute_val_loss, len(train.boxes), schedule, config.seed, on_progress
     )

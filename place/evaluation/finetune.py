@@ -101,7 +101,8 @@ def finetune(
 ) -> Probed:
     """Train a copy of the encoder on some images, stop it on validation, score other images.
 
-    A finding without a positive or a negative cannot be trained alone: its logit is 0 and it is named.
+    A finding without a positive or a negative cannot be trained alone: its logit is 0, no image is labelled with it,
+    and it is named.
 
     Args:
         jpegs: images that are judged; their labels are not an argument, so nothing can be chosen on them.
@@ -124,9 +125,10 @@ def finetune(
     model, step = train_tuned(task, model, compute_train_loss, compute_val_loss, len(train.jpegs))
     val_score_BF, score_BF = (score(predict(model, encoder, images), as_classes) for images in (val.jpegs, jpegs))
     untrained = [] if as_classes else list_untrained(train_BF, names)
-    score_BF[:, [name in untrained for name in names]] = 0
+    is_trained_F = np.array([name not in untrained for name in names])
     threshold_F = [choose_threshold(score_B, target_B) for score_B, target_B in zip(val_score_BF.T, val_BF.T)]
-    return Probed(score_BF, score_BF >= np.array(threshold_F), [], threshold_F, untrained, step)
+    predicted_BF = (score_BF >= np.array(threshold_F)) & is_trained_F
+    return Probed(score_BF * is_trained_F, predicted_BF, [], threshold_F, untrained, step)
 
 
 def train_tuned(

@@ -44,12 +44,9 @@ def run_finetune_segmentation(task: Task) -> TaskResult:
     if task.split == task.train_split and not task.evaluation.folds:
         raise UsageError(f"finetune_segmentation: split '{task.split}' is trained on; judge another one")
     config = task.evaluation.finetune
-    stopped = (
-        f"at the least validation loss of at most {config.max_steps} steps, patience of {config.patience} looks; "
-        f"settings {config.model_dump()}"
-    )
+    stopped = f"at the least validation loss of at most {config.max_steps} steps, patience of {config.patience} looks"
     what = "the encoder's patch tokens, all of it trained"
-    return judge_way(task, Way("finetune_segmentation", what, stopped, False, _fit_all))
+    return judge_way(task, Way("finetune_segmentation", what, stopped, config.model_dump(), False, _fit_all))
 
 
 def _fit_all(task: Task, train: Read, val: Read, test: Read) -> tuple[Tensor, int]:

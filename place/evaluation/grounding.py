@@ -163,7 +163,7 @@ def _to_square(value_N: Tensor) -> Array:
 
 def read_prior(task: Task) -> Prior:
     """Boxes of the training split; none where it is the split that is judged, or has no boxes."""
-    split, columns = task.run.config.data.train_split, ["boxes", "height_px", "width_px"]
+    split, columns = task.train_split, ["boxes", "height_px", "width_px"]
     prior: Prior = {}
     if split == task.split:
         return prior

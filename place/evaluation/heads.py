@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from place.config import DetectionConfig, SegmentationConfig
+
 CPU = torch.device("cpu")
 Head = TypeVar("Head", bound=nn.Module)
 
@@ -17,18 +19,25 @@ Head = TypeVar("Head", bound=nn.Module)
 class Schedule(NamedTuple):
     """At most `max_steps` of `batch_size`, a look at validation `every` so many, an end after `patience` in vain."""
 
-    max_steps: int = 600
-    every: int = 50
-    patience: int = 4
-    batch_size: int = 32
-    lr: float = 1e-3
-    weight_decay: float = 1e-4
+    max_steps: int
+    every: int
+    patience: int
+    batch_size: int
+    lr: float
+    weight_decay: float
 
     def describe(self) -> str:
         """When training stops, in words."""
         return (
-            f"at the least validation loss of at most {self.max_steps} steps, patience of {self.patience} validations"
+            f"at the least validation loss of at most {self.max_steps} steps, a look every {self.every}, "
+            f"patience of {self.patience} looks"
         )
+
+
+def build_schedule(config: SegmentationConfig | DetectionConfig) -> Schedule:
+    """What a section says, with a look at validation once at least."""
+    every = min(config.look_every_steps, config.max_steps)
+    return Schedule(config.max_steps, every, config.patience, config.batch_size, config.lr, config.weight_decay)
 
 
 def describe_limit(most: int | None) -> str:

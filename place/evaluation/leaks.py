@@ -5,6 +5,7 @@ names it as RELATION.KIND:
 
 - splits: the splits of the judged data set, of each other.
 - pretraining: the judged splits, and what the run was trained on and chose its checkpoint by.
+- selection (`image` alone): the judged splits, and those that chose the checkpoint, or thresholds and steps of heads.
 - NAME (a folder of `evaluation.other_tests`): all splits of the judged data set, and that data set's test split.
 """
 
@@ -21,6 +22,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from place.config import Config, DataConfig, EvaluationConfig, RunError, StreamConfig, UsageError
+from place.data.frame_rows import MIXED
 from place.data.identity import IdHasher, read_salt
 from place.data.manifest import MANIFEST_FILE
 from place.data.mixture import read_fingerprint
@@ -39,6 +41,7 @@ from place.data.table import read_header, read_table
 from place.evaluation.metrics import Array
 
 KINDS = ("patient", "image")
+SELECTION = "selection.image"
 _COLUMNS = ["sample_id", "split", "patient", "source_sha256"]
 _CLOSED = ("phantom", "openi")
 """Sources whose patients have names of their own: another source's patient of the same name is another one."""
@@ -69,18 +72,22 @@ class Rows(NamedTuple):
 
 
 class Pretraining(NamedTuple):
-    """What a run was trained on: its data section, with the folders to look in, and the fingerprint it noted."""
+    """What a run was trained on: its data section, with the folders to look in, the fingerprint it noted, and whether
+    its validation split chose the checkpoint."""
 
     data: DataConfig
     fingerprint: str
+    chooses: bool = True
 
 
 class Judged(NamedTuple):
-    """The data set that is evaluated: folder, card, the splits whose images are judged."""
+    """The data set that is evaluated: folder, card, the splits whose images are judged, and those by which heads choose
+    their thresholds and steps."""
 
     data_dir: Path
     card: dict[str, Any]
     splits: tuple[str, ...]
+    choosing: tuple[str, ...] = ()
 
 
 def read_pretraining(run_dir: Path, config: Config, evaluation: EvaluationConfig) -> Pretraining:
@@ -124,15 +131,16 @@ def check_leaks(
         report: told the step, what is done of it and its total.
     Returns:
         For the results: `found` (overlapping rows by RELATION.KIND), `allowed`, `not_checked` (relation to reason),
-        `notes`, `rule`.
+        `rule`.
     Raises:
         UsageError: a name in `allow_leaks` that no check has, an id map that cannot be read.
         RunError: an overlap that is not allowed, or an id map that names no image of the data set.
     Source: ours.
     """
     same, others, not_checked = _find_same_data(judged, pretraining)
+    not_checked |= _list_unchecked(judged.card, [*others, *evaluation.other_tests])
     names = ["splits", "pretraining", *(Path(folder).name for folder in evaluation.other_tests)]
-    known = [f"{name}.{kind}" for name in names for kind in KINDS]
+    known = [SELECTION, *(f"{name}.{kind}" for name in names for kind in KINDS)]
     for name in evaluation.allow_leaks:
         if name not in known:
             raise UsageError(f"evaluation.allow_leaks: no check is called '{name}'; there are {', '.join(known)}")
@@ -149,15 +157,18 @@ def check_leaks(
             found[key] = found.get(key, 0) + count
             if count and key not in evaluation.allow_leaks:
                 faults.append((key, f"{count} {kind}s of {left.label} are also in {right.label}"))
+    chosen = {*judged.choosing, *([pretraining.data.val_split] if same and pretraining and pretraining.chooses else [])}
+    selected = own.take(sorted(chosen & {*judged.splits}))
+    found[SELECTION] = len(selected.sample_id_N)
+    if found[SELECTION] and SELECTION not in evaluation.allow_leaks:
+        fault = f"{found[SELECTION]} images of {selected.label} are judged and also chose a checkpoint or choose steps"
+        faults.append((SELECTION, fault))
     if faults:
         keys = ",".join(dict.fromkeys(key for key, _ in faults))
         told = "; ".join(fault for _, fault in faults)
         raise RunError(f"leak: {told}; judge other images, or allow it by name: 'evaluation.allow_leaks=[{keys}]'")
     allowed = [name for name in evaluation.allow_leaks if found.get(name)]
-    notes = []
-    if same and pretraining and pretraining.data.val_split in judged.splits:
-        notes.append("the judged split chose the checkpoint")
-    return {"found": found, "allowed": allowed, "not_checked": not_checked, "notes": notes, "rule": RULE}
+    return {"found": found, "allowed": allowed, "not_checked": not_checked, "rule": RULE}
 
 
 def _find_same_data(judged: Judged, pretraining: Pretraining | None) -> tuple[bool, list[str], dict[str, str]]:
@@ -177,6 +188,21 @@ def _find_same_data(judged: Judged, pretraining: Pretraining | None) -> tuple[bo
         return False, [], {"pretraining": reason}
     others = [folder for folder in folders if read_card(folder)["fingerprint"] != judged.card["fingerprint"]]
     return len(others) < len(folders), others, {}
+
+
+def _list_unchecked(card: dict[str, Any], folders: Sequence[str]) -> dict[str, str]:
+    """Why patients are not compared, and which data sets with images of the judged one are in none of the folders."""
+    alone = [note for note in card.get("notes", []) if note.endswith(MIXED)]
+    unchecked = {"patients": "; ".join(alone)} if alone else {}
+    relatives = card.get("protocol", {}).get("shares_images_with", [])
+    compared = {_name_data_set(read_card(folder)) for folder in folders} if relatives else set()
+    reason = "it has images of this data set; give the folder it is prepared in with 'evaluation.other_tests=[DIR]'"
+    return unchecked | {name: reason for name in relatives if name not in compared}
+
+
+def _name_data_set(card: dict[str, Any]) -> str:
+    """The name of its protocol; what was prepared without one is called as that of its source (mimic-cxr-jpg)."""
+    return card.get("protocol", {}).get("name") or card.get("source", "").removesuffix("-jpg").replace("-", "_")
 
 
 def _list_relations(
@@ -249,14 +275,17 @@ def find_images(left: Rows, right: Rows, id_map: Sequence[tuple[int, int]] = ())
 
 
 def read_id_map(evaluation: EvaluationConfig, own: Rows) -> list[tuple[int, int]]:
-    """Pairs of sample ids out of a csv of names. Raises UsageError, RunError."""
+    """Pairs of sample ids out of a csv of names, or out of the JSON by which RSNA maps its challenge to NIH's images.
+
+    Raises:
+        UsageError: neither of the two.
+        RunError: no name of an image of the data set.
+    Source: quoted (RSNA, pneumonia-challenge-dataset-mappings_2018.json; keys subset_img_id and img_id).
+    """
     path = Path(str(evaluation.id_map))
-    header = read_header(path) if path.is_file() else []
-    if len(header) != 2:
-        raise UsageError(f"evaluation.id_map={path}: expected a csv of two columns, got {header or 'no such file'}")
-    table = read_table(path, dict(zip(("left", "right"), header, strict=True)), ())
+    names = _read_rsna_names(path) if path.suffix == ".json" else _read_names(path)
     ids = IdHasher(read_salt(evaluation.salt_file))
-    pairs = [(ids.number("image", a), ids.number("image", b)) for a, b in zip(table["left"], table["right"])]
+    pairs = [(ids.number("image", a), ids.number("image", b)) for a, b in names]
     if not {number for pair in pairs for number in pair} & {*own.sample_id_N.tolist()}:
         raise RunError(
             f"evaluation.id_map={path}: none of its {len(pairs)} rows names an image of {own.data_dir}; write them as "
@@ -265,8 +294,28 @@ def read_id_map(evaluation: EvaluationConfig, own: Rows) -> list[tuple[int, int]
     return pairs
 
 
+def _read_names(path: Path) -> list[tuple[str, str]]:
+    header = read_header(path) if path.is_file() else []
+    if len(header) != 2:
+        raise UsageError(f"evaluation.id_map={path}: expected a csv of two columns, got {header or 'no such file'}")
+    table = read_table(path, dict(zip(("left", "right"), header, strict=True)), ())
+    return list(zip(table["left"], table["right"]))
+
+
+def _read_rsna_names(path: Path) -> list[tuple[str, str]]:
+    """Names of an image as configs/eval/rsna.yaml and nih.yaml have them."""
+    try:
+        records = json.loads(path.read_text())
+        return [(f"stage_2_train_images/{record['subset_img_id']}.dcm", record["img_id"]) for record in records]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"evaluation.id_map={path}: expected a list of records with subset_img_id and img_id, as RSNA publishes it "
+            f"({type(error).__name__} {error}); or give a csv of two columns"
+        ) from None
+
+
 def list_leak_notes(leaks: dict[str, Any]) -> list[str]:
     """Lines for the screen: what was found and allowed, and what could not be checked."""
     notes = [f"leak allowed: {name}, {leaks['found'][name]} of them" for name in leaks["allowed"]]
     notes += [f"no check against {name}: {reason}" for name, reason in leaks["not_checked"].items()]
-    return notes + leaks["notes"]
+    return notes

@@ -48,7 +48,7 @@ def probe(train: FeatureSplit, val: FeatureSplit, feature_BD: Array, names: Sequ
     """Fit on training images, choose penalty and threshold of each finding on validation, score other images.
 
     A finding without a positive or without a negative among the training images cannot be trained: its logit is 0
-    everywhere, which is an AUROC of one half, and it is named.
+    everywhere, which is an AUROC of one half, no image is labelled with it, and it is named.
 
     Args:
         feature_BD: images that are judged; their labels are not an argument, so nothing can be chosen on them.
@@ -62,8 +62,10 @@ def probe(train: FeatureSplit, val: FeatureSplit, feature_BD: Array, names: Sequ
     score_BF = np.stack([predict(features[2], fits[c])[:, f] for f, c in enumerate(chosen_F)], axis=1)
     threshold_F = [choose_threshold(val_scores[c][:, f], val_BF[:, f]) for f, c in enumerate(chosen_F)]
     untrained = list_untrained(train_BF, names)
-    score_BF[:, [name in untrained for name in names]] = 0
-    return Probed(score_BF, score_BF >= np.array(threshold_F), [PENALTIES[c] for c in chosen_F], threshold_F, untrained)
+    is_trained_F = np.array([name not in untrained for name in names])
+    predicted_BF = (score_BF >= np.array(threshold_F)) & is_trained_F
+    penalty_F = [PENALTIES[c] for c in chosen_F]
+    return Probed(score_BF * is_trained_F, predicted_BF, penalty_F, threshold_F, untrained)
 
 
 def list_untrained(target_BF: Array, names: Sequence[str]) -> list[str]:

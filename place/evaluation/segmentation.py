@@ -14,10 +14,11 @@ from place.data.identity import SPLITS
 from place.data.masks import Mask, read_masks, resize_mask
 from place.data.transforms import find_square
 from place.evaluation.encoder import get_units, read_units
-from place.evaluation.heads import describe_limit
+from place.evaluation.folds import describe_folds, list_folds
+from place.evaluation.heads import build_schedule, describe_limit
 from place.evaluation.metrics import Array, Metric, TaskResult, compute_means, draw_weights, summarize
 from place.evaluation.segmentation_picture import draw_masks
-from place.evaluation.setr import HEAD_NAMES, SCHEDULE, MaskedSplit, predict, train_head
+from place.evaluation.setr import HEAD_NAMES, MaskedSplit, predict, train_head
 from place.evaluation.task import Task
 
 MAX_VAL = 400
@@ -44,25 +45,27 @@ class Read(NamedTuple):
 
 
 class Way(NamedTuple):
-    """How masks are learned: name of the task, what is trained in words, and how."""
+    """How masks are learned: name of the task, what is trained and when it stops in words, settings, and how."""
 
     name: str
     what: str
     stopped: str
+    settings: dict[str, Any]
     reads_tokens: bool
     fit: Callable[[Task, Read, Read, Read], tuple[Tensor, int]]
     """From images that train, stop and are judged: predictions (B,F,Y,X) bool of the latter, the step that was kept."""
 
 
 def run_segmentation(task: Task) -> TaskResult:
-    """Train the head on the training split, stop it on the validation split, judge it.
+    """Train the head on the training split, stop it on the validation split, judge it; or the same in folds.
 
     Raises:
         UsageError: a split without masks, or no finding with a mask in the training and the judged split.
     Source: inferred (MGCA: frozen encoder with SETR-PUP; BenchX: UperNet); empties apart and intervals are ours.
     """
-    what = "the frozen encoder's patch tokens"
-    return judge_way(task, Way("segmentation", what, SCHEDULE.describe(), True, _fit_head))
+    what, config = "the frozen encoder's patch tokens", task.evaluation.segmentation
+    stopped = build_schedule(config).describe()
+    return judge_way(task, Way("segmentation", what, stopped, config.model_dump(), True, _fit_head))
 
 
 def judge_way(task: Task, way: Way) -> TaskResult:
@@ -79,11 +82,13 @@ def judge_way(task: Task, way: Way) -> TaskResult:
 
 
 def _fit_head(task: Task, train: Read, val: Read, test: Read) -> tuple[Tensor, int]:
+    config = task.evaluation.segmentation
     head, step = train_head(
         train.split,
         val.split,
         task.encoder.patch_px,
-        on_progress=lambda at: task.report("segmentation head", at, SCHEDULE.max_steps),
+        config,
+        on_progress=lambda at: task.report("segmentation head", at, config.max_steps),
         kind=task.evaluation.segmentation_head,
         device=task.encoder.device,
     )
@@ -122,40 +127,17 @@ def _cross_validate(task: Task, way: Way) -> Judged:
     )
     units = {key: unit for name in splits for key, unit in read_units(task.data_dir, name).items()}
     unit_B = get_units(units, whole.sample_ids)
-    fold_B = deal_folds(unit_B, task.evaluation.folds)
     shown_BFYX, steps = torch.zeros_like(whole.split.mask_BFYX), []
-    for fold in range(task.evaluation.folds):
-        val_B, test_B = fold_B == (fold + 1) % task.evaluation.folds, fold_B == fold
-        limits = ((~val_B & ~test_B, task.evaluation.max_train_images), (val_B, MAX_VAL), (test_B, None))
-        train, val, test = (_take_rows(whole, rows_B, limit) for rows_B, limit in limits)
-        shown_BFYX[torch.from_numpy(test_B)], step = way.fit(task, train, val, test)
+    for fold in list_folds(whole.sample_ids, unit_B, task.evaluation, MAX_VAL):
+        train, val, test = (_take_rows(whole, rows) for rows in fold)
+        shown_BFYX[torch.tensor(fold.test)], step = way.fit(task, train, val, test)
         steps.append(step)
-        task.report("segmentation folds", fold + 1, task.evaluation.folds)
-    trained_on = (
-        f"{task.evaluation.folds} folds of patients over splits {', '.join(splits)}: one judged, the next one stops, "
-        f"the others train, {describe_limit(task.evaluation.max_train_images)}; stopped at steps {steps}"
-    )
+        task.report("segmentation folds", len(steps), task.evaluation.folds)
+    trained_on = describe_folds(task.evaluation, splits, steps)
     return Judged(whole, shown_BFYX.numpy(), names, left_out, unit_B, trained_on)
 
 
-def deal_folds(unit_B: Array, folds: int) -> Array:
-    """Fold of each image: patients in the order of their hash, dealt out in turn, so that none is in two folds.
-
-    Raises:
-        UsageError: fewer than three folds, or fewer patients than folds.
-    """
-    patients, number_B = np.unique(unit_B, return_inverse=True)
-    if not 3 <= folds <= len(patients):
-        raise UsageError(
-            f"evaluation.folds={folds}: expected 3 (train, stop, judge) to {len(patients)}, the patients with masks"
-        )
-    return number_B.ravel() % folds
-
-
-def _take_rows(read: Read, rows_B: Array, limit: int | None) -> Read:
-    """The first `limit` of some images by sample_id, in the order that they are in."""
-    rows = rows_B.nonzero()[0].tolist()
-    rows = sorted(sorted(rows, key=lambda row: read.sample_ids[row])[:limit])
+def _take_rows(read: Read, rows: list[int]) -> Read:
     split = MaskedSplit(*(part[torch.tensor(rows)] for part in read.split))
     ids, jpegs, stored = read.sample_ids, read.jpegs, read.stored
     return Read(split, [ids[row] for row in rows], [jpegs[row] for row in rows], [stored[row] for row in rows])
@@ -292,6 +274,7 @@ def _describe(task: Task, way: Way, judged: Judged) -> dict[str, Any]:
         "score": f"{head} on {way.what}, at {size_px} x {size_px} px",
         "trained_on": judged.trained_on,
         "stopped": way.stopped,
+        "settings": way.settings,
         "threshold": "probability 0.5, fixed",
         "dice": "per image, over the images whose true mask is not empty; mean over findings",
         "empty_kept": "share of images without the finding whose prediction is empty too: counted apart from Dice",

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from place.evaluation.heads import CPU, Schedule, build_seeded, train_on_tokens
+from place.config import SegmentationConfig
+from place.evaluation.heads import CPU, build_schedule, build_seeded, train_on_tokens
 from place.evaluation.upernet import UperNet
 
 WIDTH, NARROWEST = 512, 16
-SCHEDULE = Schedule()
 
 
 class MaskedSplit(NamedTuple):
@@ -76,12 +76,12 @@ def train_head(
     train: MaskedSplit,
     val: MaskedSplit,
     patch_px: int,
-    seed: int = 0,
+    config: SegmentationConfig,
     on_progress: Callable[[int], None] | None = None,
     kind: str = "setr",
     device: torch.device = CPU,
 ) -> tuple[nn.Module, int]:
-    """Train a head by `SCHEDULE`; the weights with the least validation loss are kept.
+    """Train a head as `evaluation.segmentation` says; the weights with the least validation loss are kept.
 
     Args:
         kind: a key of `HEADS`.
@@ -91,7 +91,8 @@ def train_head(
     """
     size_px = train.mask_BFYX.shape[-1]
     _, num_patches, width = train.tokens_BND.shape
-    head = build_seeded(lambda: HEADS[kind](width, num_patches, train.mask_BFYX.shape[1], patch_px), seed).to(device)
+    num_findings = train.mask_BFYX.shape[1]
+    head = build_seeded(lambda: HEADS[kind](width, num_patches, num_findings, patch_px), config.seed).to(device)
 
     def compute_train_loss(rows: Tensor) -> Tensor:
         tokens_BND, mask_BFYX, known_BF = (part[rows].to(device) for part in train)
@@ -100,9 +101,8 @@ def train_head(
     def compute_val_loss() -> float:
         return float(compute_loss(predict(head, val.tokens_BND, size_px), val.mask_BFYX, val.known_BF))
 
-    return train_on_tokens(
-        head, compute_train_loss, compute_val_loss, len(train.tokens_BND), SCHEDULE, seed, on_progress
-    )
+    num_images, schedule = len(train.tokens_BND), build_schedule(config)
+    return train_on_tokens(head, compute_train_loss, compute_val_loss, num_images, schedule, config.seed, on_progress)
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ TASKS: dict[str, Callable[[Task], TaskResult]] = {
 FROZEN = {"finetune": "classification", "finetune_segmentation": "segmentation"}
 """Tasks that train the encoder: by name only, for each takes as long as all others together. Beside it the name of
 the same with a frozen encoder, under which protocol files tell the scores of others."""
-IN_FOLDS = {"segmentation", "finetune_segmentation"}
+IN_FOLDS = {"segmentation", "finetune_segmentation", "detection"}
 """Tasks that judge the images of all splits where `evaluation.folds` is set."""
 NEEDS = {
     "zero_shot": "labels",
@@ -75,7 +75,7 @@ ADVICE = {
     "reports": "it is a set of images alone: take tasks on labels, boxes or masks",
     "phrases with boxes": "take one whose sentences have boxes, such as phantoms",
     "training masks": "take one with masks in its train, val and judged split, or evaluation.folds=5 with masks in any",
-    "training boxes": "take one with boxes in its train, val and judged split, and judge another split than train",
+    "training boxes": "take one with boxes in its train, val and judged split, or evaluation.folds=5 with boxes in any",
     "training reports": "prepare it with train and val patients, and judge another split than train",
 }
 
@@ -111,7 +111,7 @@ def run_evaluation(
     folder = output or run_dir / "evaluation"
     given = TaskInput(run, data_dir, card, split, evaluation, on_progress, folder)
     task = Task(given._replace(encoder=wrap_run(run, name_run(run_dir))))
-    pretraining = read_pretraining(run_dir, run.config, task.evaluation)
+    pretraining = read_pretraining(run_dir, run.config, task.evaluation)._replace(chooses=which == "best")
     return judge(task, names, folder, which, pretraining)
 
 
@@ -163,9 +163,13 @@ def judge(
     task: Task, names: Sequence[str], folder: Path, which: str, pretraining: Pretraining | None = None
 ) -> dict[str, TaskResult]:
     """Look for leaks, run tasks and write what they found."""
-    splits = SPLITS if task.evaluation.folds and IN_FOLDS & {*names} else (task.split,)
+    folded = IN_FOLDS & {*names} if task.evaluation.folds else set()
+    splits = SPLITS if folded else (task.split,)
+    chooses = any(NEEDS[name].startswith("training") for name in {*names} - folded)
+    choosing = (task.val_split,) if chooses and task.split == task.val_split else ()
+    judged = Judged(task.data_dir, task.card, splits, choosing)
     (task.run.model if task.has_reports else task.encoder.vision).to(choose_device())
-    leaks = check_leaks(Judged(task.data_dir, task.card, splits), task.evaluation, pretraining, task.report)
+    leaks = check_leaks(judged, task.evaluation, pretraining, task.report)
     results = {}
     for name in names:
         result = TASKS[name](task)
@@ -201,7 +205,7 @@ def find_offers(data_dir: Path, card: dict[str, Any], split: str, folds: int = 0
     """What a data set has of that which some tasks need: labels, reports, phrases, and such to train on.
 
     Args:
-        folds: of `evaluation.folds`, which take masks of any split.
+        folds: of `evaluation.folds`, which take masks and boxes of any split.
     """
     looked, masked = list_masked(data_dir)
     can_train, needed = split != "train", {"train", "val", split}
@@ -221,7 +225,7 @@ def find_offers(data_dir: Path, card: dict[str, Any], split: str, folds: int = 0
             "reports": split in worded,
             "training reports": can_train and needed <= worded,
             "phrases with boxes": any(phrased),
-            "training boxes": can_train and needed <= boxed,
+            "training boxes": bool(folds and boxed) or (can_train and needed <= boxed),
         }
     return {name for name, is_there in offers.items() if is_there}
 

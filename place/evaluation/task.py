@@ -38,7 +38,8 @@ class Task:
     def __init__(self, given: TaskInput):
         self._run, self.data_dir, self.card, self.split, self.evaluation, self.on_progress, self.folder, _ = given
         data = given.run.config.data if given.run else DataConfig()
-        self.train_split, self.val_split, self.sections = data.train_split, data.val_split, data.sections
+        # Of the judged data set, whatever the run was trained on.
+        self.train_split, self.val_split, self.sections = "train", "val", data.sections
         self.encoder = given.encoder or wrap_run(self.run, "run")
         self.labels: list[str] = list(self.card["labels"])
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import yaml
+from archives import write_mimic, write_openi_report, write_png
 from pycocotools import mask as coco
 from small_sets import draw_image, encode
 
@@ -85,6 +87,66 @@ def write_rsna(folder: Path, count: int = 20) -> None:
         if number % 4 == 1:
             lines.append(f"{name},60.0,24.0,20.0,30.0,1")
     (folder / "stage_2_train_labels.csv").write_text("\n".join(lines) + "\n")
+
+
+RSNA_MAP = "pneumonia-challenge-dataset-mappings_2018.json"
+
+
+def write_rsna_with_patients(folder: Path, count: int = 20) -> None:
+    """The same, with the published map: image n is NIH's image n % 2 of patient 1 + n // 2."""
+    write_rsna(folder, count)
+    lines = (folder / "stage_2_train_labels.csv").read_text().split()[1:]
+    names = list(dict.fromkeys(line.split(",")[0] for line in lines))
+    records = [
+        {
+            "img_id": f"{1 + number // 2:08}_{number % 2:03}.png",
+            "subset_img_id": name,
+            "SOPInstanceUID": f"1.2.276.0.{number}",
+            "orig_labels": ["No Finding"],
+        }
+        for number, name in enumerate([*names, "00000000-of-the-test-images"])
+    ]
+    (folder / RSNA_MAP).write_text(json.dumps(records))
+
+
+MS_CXR = "MS_CXR_Local_Alignment_v1.1.0.csv"
+DRAWN_ON = (2544, 3180)
+"""Width and height that the boxes of MS-CXR are drawn on, of the shape of the pictures of `write_mimic`."""
+
+
+def write_ms_cxr(folder: Path) -> None:
+    """MIMIC-CXR-JPG with phrases on three images, one in each official split; the first phrase has two boxes."""
+    table = write_mimic(folder)
+    names = table[table["ViewPosition"] == "PA"].drop_duplicates("split")
+    paths = [next(folder.glob(f"files/*/*/*/{name}.jpg")).relative_to(folder).as_posix() for name in names["dicom_id"]]
+    boxes = [
+        (0, "Pneumonia", "left lower lobe opacity", 212, 1060, 530, 636),
+        (0, "Pneumonia", "left lower lobe opacity", 0, 530, 318, 212),
+        (0, "Edema", "mild edema", 106, 848, 318, 212),
+        (1, "Pneumothorax", "small apical pneumothorax", 1272, 530, 636, 318),
+        (2, "Cardiomegaly", "the heart is enlarged", 636, 1590, 1060, 848),
+    ]
+    columns = ["dicom_id", "category_name", "label_text", "path", "x", "y", "w", "h", "image_width", "image_height"]
+    rows = [
+        [names["dicom_id"].iloc[at], finding, text, paths[at], *numbers, *DRAWN_ON, "test"]
+        for at, finding, text, *numbers in boxes
+    ]
+    pd.DataFrame(rows, columns=[*columns, "split"]).to_csv(folder / MS_CXR, index=False)
+
+
+def write_openi(folder: Path) -> None:
+    """Ten reports of two images, as NLMCXR_reports.tgz and NLMCXR_png.tgz unpack, one without any, and the views."""
+    lines = ["uid,filename,projection"]
+    for report in range(1, 11):
+        middle = "1_" if report == 1 else ""  # two forms of the name are in use
+        images = [f"CXR{report}_{middle}IM-{report:04}-{number}001" for number in (1, 2)]
+        for number, (image, view) in enumerate(zip(images, ("Frontal", "Lateral"))):
+            write_png(folder / f"{image}.png", 2 * report + number)
+            lines.append(f"{report},{report}_IM-{report:04}-{number + 1}001.dcm.png,{view}")
+        texts = (f"The heart is normal. A {report}.5 cm nodule is seen.", "Normal chest.")
+        write_openi_report(folder / "ecgen-radiology" / f"{report}.xml", f"CXR{report}", images, *texts)
+    write_openi_report(folder / "ecgen-radiology" / "11.xml", "CXR11", [], "The heart is normal.", "Normal chest.")
+    (folder / "indiana_projections.csv").write_text("\n".join(lines) + "\n")
 
 
 def list_runs(mask_YX: np.ndarray) -> str:

@@ -11,11 +11,12 @@ from evaluation.test_foreign import save_timm
 from miniatures import prepare_words, write_protocol, write_rsna, write_siim
 
 from place.cli import main
-from place.evaluation import detector, setr
-from place.evaluation.heads import Schedule
 
-FEW = Schedule(max_steps=30, every=10)
 OPTIONS = ["evaluation.bootstrap=20", "evaluation.finetune.max_steps=30", "evaluation.label_shares=[1.0]"]
+OPTIONS += [
+    f"evaluation.{task}={{max_steps: 30, look_every_steps: 10, batch_size: 32}}"
+    for task in ("segmentation", "detection")
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +40,8 @@ def judge(name: str, write: Any, encoder: Path, tmp_path: Path, tasks: str, *opt
 
 
 def test_siim_reaches_masks_of_a_frozen_and_of_a_trained_encoder_beside_the_scores_of_others(
-    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(setr, "SCHEDULE", FEW)
     found = judge("siim", write_siim, encoder, tmp_path, "all,finetune,finetune_segmentation")
     assert {name for name, result in found.items() if result["metrics"]} == {
         *("classification", "pixel_probe", "finetune", "segmentation", "finetune_segmentation")
@@ -55,20 +55,13 @@ def test_siim_reaches_masks_of_a_frozen_and_of_a_trained_encoder_beside_the_scor
     assert "finetune_segmentation" in capsys.readouterr().out
 
 
-def test_rsna_reaches_boxes_and_a_limit_of_training_images_is_kept(
-    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(detector, "SCHEDULE", FEW)
-    monkeypatch.setattr(setr, "SCHEDULE", FEW)
+def test_rsna_reaches_boxes_and_a_limit_of_training_images_is_kept(encoder: Path, tmp_path: Path) -> None:
     found = judge("rsna", write_rsna, encoder, tmp_path, "detection,segmentation", "evaluation.max_train_images=9")
     assert found["detection"]["metrics"]["mean_ap_40_75"]["value"] >= 0
     for result in found.values():
         assert result["protocol"]["trained_on"].startswith("9 images of 'train', at most 9, first by hash")
 
 
-def test_all_training_images_are_taken_where_nothing_limits_them(
-    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(setr, "SCHEDULE", FEW)
+def test_all_training_images_are_taken_where_nothing_limits_them(encoder: Path, tmp_path: Path) -> None:
     found = judge("rsna", write_rsna, encoder, tmp_path, "segmentation", "evaluation.max_train_images=null")
     assert "images of 'train', all of them; stopped" in found["segmentation"]["protocol"]["trained_on"]

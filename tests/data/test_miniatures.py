@@ -17,6 +17,7 @@ from documents import read_blocks
 from miniatures import (
     FIVE,
     PROTOCOLS,
+    RSNA_MAP,
     SIDE,
     draw_region,
     parse_prepare,
@@ -25,20 +26,25 @@ from miniatures import (
     write_chexpert,
     write_coco,
     write_covidx,
+    write_ms_cxr,
     write_nih,
     write_object_cxr,
+    write_openi,
     write_protocol,
     write_rsna,
+    write_rsna_with_patients,
     write_siim,
     write_vindr,
 )
 
-from place.config import PrepareConfig, RunError, UsageError
+from place.config import EvaluationConfig, PrepareConfig, RunError, UsageError
 from place.data.masks import read_masks
 from place.data.prepare import run_prepare
 from place.data.prepared import list_splits, read_samples
 from place.data.shapes import draw_shapes, find_box, parse_runs, parse_shapes, write_runs
 from place.data.table_source import open_table
+from place.evaluation.grounding import list_phrases
+from place.evaluation.leaks import read_id_map, read_rows
 
 
 class Prepared(NamedTuple):
@@ -121,6 +127,64 @@ def test_rsna_joins_the_rows_of_an_image_to_one_label_its_boxes_and_a_mask_of_th
     assert {count: len(numbers) for count, numbers in by_boxes.items()} == {0: 10, 1: 5, 2: 5}
     assert [box["box_xyxy"] for box in found.samples[1]["boxes"]] == [[5, 10, 21, 30], [30, 12, 40, 27]]
     assert {row["view"] for row in found.rows.values()} == {"PA"}  # of the DICOM header
+
+
+def test_rsna_keeps_a_person_in_one_split_where_the_published_map_tells_who_it_is(tmp_path):
+    found = prepare("rsna", write_rsna_with_patients, tmp_path, {"all": {"images": 20, "patients": 10}})
+    rows = {sample["sample_id"]: found.rows[number] for number, sample in found.samples.items()}
+    assert not any("patient" in note for note in found.card["notes"])
+    nih = prepare("nih", write_nih, tmp_path, {})
+    shared = {row["patient"] for row in nih.rows.values()} & {row["patient"] for row in found.rows.values()}
+    assert len(shared) == 10  # so that `place evaluate` finds those that were trained on
+    own = read_rows(tmp_path / "rsna-out", lambda *_: None)
+    pairs = read_id_map(EvaluationConfig(id_map=str(tmp_path / "rsna" / RSNA_MAP)), own)
+    images = {row["sample_id"]: number for number, row in nih.rows.items()}
+    known = [(rows[a], images[b]) for a, b in pairs if a in rows]
+    # Rows of NIH's miniature are two an image's patient, in order, and so are those of the map.
+    assert [number for _, number in known] == list(range(20))
+    splits = [row["split"] for row, _ in known]
+    assert splits[::2] == splits[1::2]
+    assert len({*splits}) > 1
+
+    alone = prepare("rsna", write_rsna, tmp_path / "alone", {"all": {"images": 20, "patients": 20}})
+    assert alone.card["notes"][-1] == (
+        f"no patient column: {RSNA_MAP}, which would tell, is not there: each image is a patient of its own, "
+        "so one person may be in two splits"
+    )
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([("00000000", "00000001_000.png"), ("00000000", "00000002_000.png")], "1 images are of two patients"),
+        ([("ffffffff", "00000001_000.png")], "names none of the images of stage_2_train_labels.csv"),
+        ([("00000000", "one.png")], "patient: 1 rows do not match"),
+        ([], f"table {RSNA_MAP}: has no rows"),
+    ],
+)
+def test_a_map_of_patients_that_does_not_fit_is_one_line(tmp_path, records, message):
+    folder = tmp_path / "rsna"
+    folder.mkdir()
+    write_rsna(folder)
+    names = [{"subset_img_id": f"{a}-14fd-4e49-80ba-63a80b6bddd6", "img_id": b} for a, b in records]
+    (folder / RSNA_MAP).write_text(json.dumps(names))
+    with pytest.raises(RunError, match=re.escape(message)) as caught:
+        open_table(parse_prepare(*prepare_words(PROTOCOLS / "rsna.yaml", folder)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_map_that_names_some_images_leaves_the_others_alone_and_another_map_is_another_request(tmp_path):
+    folder = tmp_path / "rsna"
+    folder.mkdir()
+    write_rsna_with_patients(folder)
+    records = json.loads((folder / RSNA_MAP).read_text())
+    (folder / RSNA_MAP).write_text(json.dumps(records[:6]))
+    config = parse_prepare(*prepare_words(PROTOCOLS / "rsna.yaml", folder))
+    table = open_table(config)
+    assert len({row.patient for row in table.rows}) == 3 + 14
+    assert any(note.startswith("14 rows without a patient: each image is") for note in table.notes)
+    (folder / RSNA_MAP).unlink()
+    assert open_table(config).content != table.content
 
 
 def test_siim_joins_regions_and_keeps_the_rows_of_an_image_in_one_split(tmp_path):
@@ -332,6 +396,48 @@ def test_mimic_cxr_keeps_the_official_split_and_counts_what_was_rejected_too(tmp
         prepare("mimic_cxr", halve, tmp_path / "half", counts | {"test": {"rows": 5}})
     told = str(caught.value)
     assert "all.missing: 1 found, protocol mimic_cxr says 0; test.rows: 4 found, protocol mimic_cxr says 5;" in told
+
+
+def test_ms_cxr_brings_phrases_and_boxes_to_the_stored_images_which_are_all_test(tmp_path):
+    counts = {"all": {"rows": 3, "missing": 0, "boxes": 5}, "test": {"images": 3}}
+    found = prepare("ms_cxr", write_ms_cxr, tmp_path, counts)
+    assert {row["split"] for row in found.rows.values()} == {"test"}
+    samples = sorted(found.samples.values(), key=lambda sample: len(sample["boxes"]), reverse=True)
+    # 2544 x 3180 px are 48 x 60 here, of which the model sees 48 x 48 from row 6.
+    boxes = [(box["finding"], box["phrase"], box["box_xyxy"]) for box in samples[0]["boxes"]]
+    assert boxes == [
+        ("Pneumonia", "left lower lobe opacity", [4, 20, 14, 32]),
+        ("Pneumonia", "left lower lobe opacity", [0, 10, 6, 14]),
+        ("Edema", "mild edema", [2, 16, 8, 20]),
+    ]
+    assert {box["phrase"] for sample in samples[1:] for box in sample["boxes"]} == {
+        *("small apical pneumothorax", "the heart is enlarged")
+    }
+    first, second = ([list(list_phrases(sample)) for sample in samples] for _ in range(2))
+    assert [phrase.boxes for phrase in first[0]] == [[(4, 14, 14, 26), (0, 4, 6, 8)], [(2, 10, 8, 14)]]
+    assert first == second  # boxes are not moved in place
+    again = {sample["sample_id"]: sample["boxes"] for sample in read_samples(f"{tmp_path}/ms_cxr-out", "test")}
+    assert again == {sample["sample_id"]: sample["boxes"] for sample in samples}
+    assert found.card["protocol"]["shares_images_with"] == ["mimic_5x200", "mimic_cxr"]
+
+
+def test_openi_keeps_the_images_of_a_report_together_with_its_sections_and_views(tmp_path):
+    found = prepare("openi", write_openi, tmp_path, {"all": {"rows": 21, "missing": 0, "images": 20, "patients": 10}})
+    assert found.card["drop_reasons"] == {"no_image": 1}
+    assert found.card["labels"] == []
+    by_patient: dict[str, list[int]] = {}
+    for number, row in found.rows.items():
+        by_patient.setdefault(row["patient"], []).append(number)
+    assert sorted(len(numbers) for numbers in by_patient.values()) == [2] * 10
+    for numbers in by_patient.values():
+        assert len({found.rows[number]["split"] for number in numbers}) == 1
+        assert {found.samples[number]["view"] for number in numbers} == {"FRONTAL", "LATERAL"}
+        (texts,) = {tuple((item["section"], item["text"]) for item in found.samples[n]["sentences"]) for n in numbers}
+        assert texts[0] == ("findings", "The heart is normal.")
+        assert texts[1][1].endswith(".5 cm nodule is seen.")
+        assert texts[2] == ("impression", "Normal chest.")
+    assert len({row["split"] for row in found.rows.values()}) > 1
+    assert found.card["split_rule"].startswith("by hash of the patient, 0.7/0.1/0.2")
 
 
 def test_a_phantom_protocol_takes_its_options_and_checks_its_counts(tmp_path):

@@ -11,7 +11,7 @@ from miniatures import PROTOCOLS, parse_prepare
 
 from place.config import UsageError
 from place.data.layout import PLACEHOLDER
-from place.data.protocol import fill_options, list_counts, read_protocol
+from place.data.protocol import SHIPPED, fill_options, list_counts, read_protocol
 from place.data.sources import SOURCES
 from place.evaluation.suite import NEEDS, TASKS
 
@@ -60,6 +60,7 @@ def test_the_files_that_a_layout_reads_are_told_to_the_user(path: Path) -> None:
     if protocol.layout is None:
         return
     tables = [*protocol.layout.tables, *(table for rule in protocol.layout.boxes for table in rule.tables)]
+    tables += [protocol.layout.patients.table] if protocol.layout.patients else []
     for name in [table.file for table in tables] + list(protocol.layout.lists.values()):
         assert name in protocol.files, name
     folders = {table.folder for table in protocol.layout.tables}
@@ -83,6 +84,21 @@ def test_half_a_download_does_not_meet_the_counts(path: Path) -> None:
     assert {name.split(".")[1] for name in list_counts(read_protocol(path))} & {"images", "missing"}
 
 
+def test_data_sets_that_share_images_name_each_other() -> None:
+    assert sorted(SHIPPED) == [path.stem for path in FILES]
+    relatives = {path.stem: {*read_protocol(path).shares_images_with} for path in FILES}
+    for name, others in relatives.items():
+        assert all(name in relatives[other] for other in others), name
+    assert "nih" in relatives["rsna"]
+    assert relatives["vindr"] == set()
+
+
+def test_a_protocol_of_ones_own_names_a_shipped_one_or_one_beside_it(tmp_path: Path) -> None:
+    write(tmp_path / "cut.yaml", name="cut")
+    whole = write(tmp_path / "whole.yaml", name="whole", shares_images_with=["cut", "vindr"])
+    assert read_protocol(whole).shares_images_with == ("cut", "vindr")
+
+
 def test_the_scoreboard_is_the_same_in_every_file() -> None:
     measured = [peer for path in FILES for peer in read_protocol(path).peers if peer.source.startswith("BenchX")]
     assert len(measured) > 60
@@ -100,9 +116,12 @@ def test_the_scoreboard_is_the_same_in_every_file() -> None:
         ({"prepare": {"output": "x"}}, "prepare.output is no option of a protocol"),
         ({"counts_from": ""}, "counts need `counts_from`"),
         ({"counts": {"all": {"positive": {"Pneumnia": 3}}}}, "positive.Pneumnia is no label"),
+        ({"findings": ["Pneumnia"]}, "findings.Pneumnia is no label of the layout"),
         ({"counts": {"test": {"missing": -1}}}, "counts.test.missing: Input should be greater than or equal to 0"),
         ({"counts": {"dev": {"images": 3}}}, "counts.dev"),
         ({"peers": [{"name": "MRM"}]}, "peers.0.task: Field required"),
+        ({"shares_images_with": ["nih", "nhi"]}, "shares_images_with: no other protocol is called 'nhi', only"),
+        ({"shares_images_with": ["rsna"]}, "shares_images_with: no other protocol is called 'rsna'"),
     ],
 )
 def test_a_wrong_protocol_is_one_line(tmp_path: Path, changes: dict, message: str) -> None:
@@ -128,6 +147,11 @@ def test_a_wrong_protocol_is_one_line(tmp_path: Path, changes: dict, message: st
         ({"labels": [{"names": ["a"], "uncertain_as": {"b": "positive"}}]}, "names 'b', which is no label"),
         ({"labels": [{"names": ["a"]}, {"names": ["a"]}]}, "label 'a' has two rules"),
         ({"sample": {"one_of": ["a", "b"], "per_label": 2}}, "sample names 'a', which is no label"),
+        ({"patient": "{patientId}"}, "either `patient` or `patients`"),
+        (
+            {"patients": {"table": {"file": "a.csv"}, "patient": "{b}", "patient_match": "p[0-9]+"}},
+            "layout.patients.patient_match: expected a regular expression with a group",
+        ),
         ({"tables": []}, "layout.tables"),
     ],
 )

@@ -132,7 +132,20 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch:
     experiment = Experiment.model_validate(TREE | {"folder": str(tmp_path / "out")})
     failed = ablation.run_experiment(experiment, tmp_path / "base.yaml", 2, lambda line: None)
     assert failed == ["b, seed 0: place pretrain ended with 1: no space left"]
-    assert "| B | 1 | 25.0 (+0.0) |" in (tmp_path / "out/table.md").read_text()
+    table = (tmp_path / "out/table.md").read_text()
+    assert "| B | 1 | 25.0 (+0.0) |" in table
+    assert "\nb, seed 0: place pretrain ended with 1: no space left.\n" in table
+
+
+def test_runs_of_several_commits_are_told_under_the_table(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("")
+    jobs = plan_jobs(Experiment.model_validate(TREE | {"folder": str(tmp_path)}), tmp_path / "base.yaml")
+    assert ablation.describe_origin(jobs).endswith("by commit -")
+    for job, commit in zip(jobs, ("f00d", "f00d", "beef")):
+        (job.folder / "run").mkdir(parents=True)
+        (job.folder / "run/run.json").write_text(f'{{"commit": "{commit}"}}')
+    assert ablation.describe_origin(jobs[:2]).endswith(" CPU cores by commit f00d")
+    assert "by commit f00d and beef; remove" in ablation.describe_origin(jobs)
 
 
 def test_a_change_of_how_runs_are_judged_trains_nothing_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,8 @@ def test_a_finding_without_positives_is_named_and_scores_one_half() -> None:
     found = probe(build_split(60, 0), build_split(60, 1), build_split(60, 2).feature_BD, ["a", "b"])
     assert found.untrained == ["b"]
     assert set(found.score_BF[:, 1]) == {0.0}
+    assert not found.predicted_BF[:, 1].any()
+    assert found.predicted_BF[:, 0].any()
 
 
 def test_no_other_threshold_has_a_higher_f1() -> None:

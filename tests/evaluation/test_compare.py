@@ -12,11 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from place.cli import main
-from place.config import EvaluationConfig, RunError, UsageError
-from place.evaluation import detector, setr
+from place.config import DetectionConfig, EvaluationConfig, RunError, SegmentationConfig, UsageError
 from place.evaluation.compare import read_judged, run_compare
 from place.evaluation.encoder import get_units, read_units
-from place.evaluation.heads import Schedule
 from place.evaluation.metrics import draw_weights, summarize
 from place.evaluation.paired import Rows, compare, compare_rows, compute_figures
 from place.evaluation.report import draw_curves
@@ -29,11 +27,16 @@ BOOTSTRAP = 60
 @pytest.fixture(scope="module")
 def evaluated(run_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluated")
-    options = EvaluationConfig(bootstrap=BOOTSTRAP, batch_size=16, label_shares=(0.5, 1.0), label_subsets=2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setr, "SCHEDULE", Schedule(max_steps=40, every=20))
-        patch.setattr(detector, "SCHEDULE", Schedule(max_steps=12, every=6))  # with 40 it makes no mistakes
-        run_evaluation(run_dir, data_dir, TASKS, evaluation=options, output=folder)
+    options = EvaluationConfig(
+        bootstrap=BOOTSTRAP,
+        batch_size=16,
+        label_shares=(0.5, 1.0),
+        label_subsets=2,
+        segmentation=SegmentationConfig(max_steps=40, look_every_steps=20),
+        # With 40 steps it makes no mistakes.
+        detection=DetectionConfig(max_steps=12, look_every_steps=6, batch_size=32),
+    )
+    run_evaluation(run_dir, data_dir, TASKS, evaluation=options, output=folder)
     return folder
 
 

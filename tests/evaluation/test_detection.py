@@ -16,8 +16,8 @@ import torch
 from pycocotools.cocoeval import COCOeval
 from torchmetrics.detection import MeanAveragePrecision
 
-from place.config import EvaluationConfig, UsageError
-from place.evaluation import detector
+from place.config import DetectionConfig, EvaluationConfig, UsageError
+from place.evaluation import detection
 from place.evaluation.detection import choose_boxed, fit_boxes, list_boxed, run_detection
 from place.evaluation.detection_metrics import (
     FIELD_IOUS,
@@ -30,7 +30,7 @@ from place.evaluation.detection_metrics import (
     read_matches,
 )
 from place.evaluation.detector import BoxedSplit, Boxes, Detector, SimplePyramid, train_detector
-from place.evaluation.heads import Schedule
+from place.evaluation.encoder import read_units
 from place.evaluation.task import Task, TaskInput
 from place.training.checkpoint import load_run
 
@@ -131,8 +131,8 @@ def test_the_pyramid_is_as_deep_as_the_grid_can_be_halved():
     assert len(SimplePyramid(8, 5, 32).levels) == 2
 
 
-def test_the_detector_finds_what_the_tokens_tell_and_its_steps_repeat(monkeypatch):
-    monkeypatch.setattr(detector, "SCHEDULE", Schedule(max_steps=150))
+def test_the_detector_finds_what_the_tokens_tell_and_its_steps_repeat():
+    config = DetectionConfig(max_steps=150, batch_size=32)
     rng = np.random.default_rng(0)
     tokens, boxes = torch.zeros(48, 16, 64), []
     for row in range(48):
@@ -142,8 +142,8 @@ def test_the_detector_finds_what_the_tokens_tell_and_its_steps_repeat(monkeypatc
         boxes.append(Boxes(box if row % 4 else box[:0], torch.zeros(int(bool(row % 4)), dtype=torch.int64)))
         tokens[row] *= bool(row % 4)
     split = BoxedSplit(tokens, boxes)
-    found, step = train_detector(split, split, 32, 1)
-    again, same_step = train_detector(split, split, 32, 1)
+    found, step = train_detector(split, split, 32, 1, config)
+    again, same_step = train_detector(split, split, 32, 1, config)
     guesses = found.predict(tokens)
     metrics = judge_boxes(boxes, guesses, ["a"], np.arange(48), 0)
     assert metrics["mean_ap_50"].value > 0.9
@@ -167,6 +167,16 @@ def test_boxes_follow_the_image_through_crop_and_resize():
     assert fit_boxes({"image": b"", "boxes": []}, ["edema"], 32).box_P4.shape == (0, 4)
 
 
+def test_boxes_are_the_same_however_often_they_are_read():
+    sample = {
+        "image": cv2.imencode(".png", np.zeros((72, 64), np.uint8))[1].tobytes(),
+        "boxes": [{"finding": "effusion", "box_xyxy": [4, 40, 24, 60]}],
+    }
+    first, second = (fit_boxes(sample, ["effusion"], 32) for _ in range(2))
+    assert first.box_P4.tolist() == second.box_P4.tolist() == [[2, 18, 12, 28]]
+    assert sample["boxes"] == [{"finding": "effusion", "box_xyxy": [4, 40, 24, 60]}]
+
+
 def test_findings_need_boxes_in_every_split():
     there = {"train": {"a", "b"}, "val": {"a"}, "test": {"a", "b", "c"}}
     assert choose_boxed(there, []) == (["a"], {"b": "no box in split 'val'", "c": "no box in split 'train'"})
@@ -187,12 +197,73 @@ def test_the_task_finds_the_planted_box_and_draws_it(run_dir, data_dir, tmp_path
     assert cv2.imread(str(tmp_path / "detection.png")).std() > 10
 
 
-def test_the_schedule_ends_where_validation_no_longer_falls(monkeypatch):
-    monkeypatch.setattr(detector, "SCHEDULE", Schedule(max_steps=40, every=2, patience=1, lr=10.0))
+def build_task(run_dir, data_dir, **options) -> Task:
+    evaluation = EvaluationConfig(bootstrap=20, batch_size=16, **options)
+    return Task(TaskInput(load_run(run_dir), data_dir, {"labels": []}, "test", evaluation))
+
+
+def test_the_seed_changes_the_detector_and_stands_in_the_protocol_beside_what_else_was_set(run_dir, data_dir):
+    settings = [DetectionConfig(max_steps=40, look_every_steps=20, seed=seed) for seed in (0, 0, 1)]
+    found = [run_detection(build_task(run_dir, data_dir, detection=config)) for config in settings]
+    first, same, other = (np.concatenate(result.rows["scores"]).tolist() for result in found)
+    assert first == same != other
+    assert [result.protocol["settings"] for result in found] == [config.model_dump() for config in settings]
+    assert "at most 40 steps, a look every 20, patience of 4 looks" in found[0].protocol["stopped"]
+
+
+def test_folds_judge_every_image_once_by_a_detector_that_did_not_see_its_patient(run_dir, data_dir, monkeypatch):
+    units = {key: unit for split in ("train", "val", "test") for key, unit in read_units(data_dir, split).items()}
+    judged, fit = [], detection._fit
+
+    def watch(task, train, val, test, num_findings):
+        patients = [{units[key] for key in read.sample_ids} for read in (train, val, test)]
+        assert len(set.union(*patients)) == sum(map(len, patients)), "a patient is on two sides"
+        assert len(train.sample_ids) == 40
+        guesses, step = fit(task, train, val, test, num_findings)
+        judged.append((test, guesses, step))
+        return guesses, step
+
+    monkeypatch.setattr(detection, "_fit", watch)
+    config = DetectionConfig(max_steps=50, look_every_steps=25)
+    result = run_detection(build_task(run_dir, data_dir, folds=3, max_train_images=40, detection=config))
+    assert sorted(key for test, *_ in judged for key in test.sample_ids) == sorted(units)
+    assert result.num_samples == len(units) == 80 + 40 + 41
+    assert result.metrics["ap_50.effusion"].value > 0.5
+    steps = [step for *_, step in judged]
+    told = f"the others train, at most 40, first by hash; stopped at steps {steps}; boxes of all folds are ranked"
+    assert result.protocol["trained_on"].startswith("3 folds of patients over splits train, val, test: one judged")
+    assert told in result.protocol["trained_on"]
+    # Average precision is that of all images at once, each with its own boxes.
+    truths = [truth for test, *_ in judged for truth in test.split.boxes]
+    guesses = [guess for _, own, _ in judged for guess in own]
+    unit_B = np.array([units[key] for test, *_ in judged for key in test.sample_ids])
+    expected = judge_boxes(truths, guesses, ["effusion"], unit_B, 0)["mean_ap"].value
+    assert result.metrics["mean_ap"].value == pytest.approx(expected, abs=1e-6)
+
+
+def test_folds_take_the_splits_that_have_boxes_and_say_where_there_are_none(run_dir, data_dir, tmp_path):
+    copy = shutil.copytree(data_dir, tmp_path / "copy")
+    rows = pq.read_table(copy / "manifest.parquet").to_pylist()
+    for row in rows:
+        row["boxes"] = row["boxes"] if row["split"] == "test" else "[]"
+    pq.write_table(pa.Table.from_pylist(rows), copy / "manifest.parquet")
+    few = DetectionConfig(max_steps=2)
+    result = run_detection(build_task(run_dir, copy, folds=3, detection=few))
+    assert result.num_samples == 41
+    assert "over splits test: one judged" in result.protocol["trained_on"]
+    with pytest.raises(UsageError, match="no finding asked for has boxes in every split; there are all splits: eff"):
+        run_detection(build_task(run_dir, copy, folds=3, findings=["edema"]))
+    with pytest.raises(UsageError, match=r"evaluation.folds=2: expected 3 \(train, stop, judge\)"):
+        run_detection(build_task(run_dir, copy, folds=2, detection=few))
+
+
+def test_the_schedule_ends_where_validation_no_longer_falls():
+    config = DetectionConfig(max_steps=40, look_every_steps=2, patience=1, lr=10.0)
     tokens = torch.randn(4, 16, 64)
     boxes = [Boxes(torch.tensor([[0.0, 0.0, 9.0, 9.0]]), torch.tensor([0]))] * 4
     seen: list[int] = []
-    found, step = train_detector(BoxedSplit(tokens, boxes), BoxedSplit(tokens, boxes), 32, 1, on_progress=seen.append)
+    split = BoxedSplit(tokens, boxes)
+    found, step = train_detector(split, split, 32, 1, config, on_progress=seen.append)
     assert seen[-1] < 40
     assert step == seen[-1] - 2
     assert isinstance(found, Detector)

@@ -68,7 +68,7 @@ def test_the_whole_encoder_learns_masks_and_leaves_the_run_alone(run_dir: Path, 
     assert list(tuned.metrics) == list(frozen.metrics)
     assert tuned.metrics["dice.effusion"].value > 0.7
     assert "all of it trained" in tuned.protocol["score"]
-    assert "'layer_decay': 0.75" in tuned.protocol["stopped"]
+    assert tuned.protocol["settings"]["layer_decay"] == 0.75
     assert tuned.protocol["findings"] == frozen.protocol["findings"]
     assert tuned.rows is not None
     assert frozen.rows is not None

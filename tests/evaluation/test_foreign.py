@@ -16,10 +16,8 @@ from place.cli import main
 from place.compat import patch_torchvision
 from place.config import EvaluationConfig, RunError, UsageError
 from place.data.prepared import read_samples
-from place.evaluation import detector, setr
 from place.evaluation.foreign import find_kind, load_foreign
 from place.evaluation.frozen import wrap_run
-from place.evaluation.heads import Schedule
 from place.evaluation.suite import run_encoder_evaluation, run_evaluation
 from place.export import run_export
 from place.pretrained.load import load_export
@@ -145,13 +143,10 @@ def test_our_export_is_judged_as_the_run_it_came_from(run_dir, data_dir, tmp_pat
     assert (tree["checkpoint"]["step"], tree["commit"]) == (3, "c0ffee")
 
 
-def test_a_foreign_encoder_is_judged_on_images_and_says_why_not_on_reports(
-    timm_vit, data_dir, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(setr, "SCHEDULE", Schedule(max_steps=50))
-    monkeypatch.setattr(detector, "SCHEDULE", Schedule(max_steps=50))
+def test_a_foreign_encoder_is_judged_on_images_and_says_why_not_on_reports(timm_vit, data_dir, tmp_path, capsys):
     settings = ["evaluation.bootstrap=0", "evaluation.label_shares=[1.0]", "evaluation.batch_size=64"]
     settings += ["evaluation.generation.steps=20", "evaluation.generation.width=32"]
+    settings += ["evaluation.segmentation.max_steps=50", "evaluation.detection.max_steps=50"]
     words = ["evaluate", "--encoder", f"timm:{timm_vit[0]}", "--data", str(data_dir), "--output", str(tmp_path)]
     assert main([*words, *settings]) == 0
     shown = " ".join(capsys.readouterr().out.split())

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from place.config import Config, EvaluationConfig, PrepareConfig, RunError, UsageError, check_config
-from place.data.identity import SPLITS
+from place.data.identity import SPLITS, IdHasher
 from place.data.manifest import HASHES_FILE
 from place.data.mixture import read_fingerprint
 from place.data.perceptual import find_similar, hash_image, measure_error, read_hashes, shrink_to_thumbnail
@@ -25,7 +25,9 @@ from place.evaluation.leaks import (
     Pretraining,
     check_leaks,
     list_leak_notes,
+    read_id_map,
     read_pretraining,
+    read_rows,
     trace_pretraining,
 )
 from place.evaluation.suite import run_evaluation
@@ -75,12 +77,12 @@ def trained(tmp_path_factory) -> Path:
     return write_set(tmp_path_factory.mktemp("sets") / "trained", build_rows(0, "a"))
 
 
-def check(data_dir: Path, trained: Path | None, split: str = "test", **evaluation) -> dict:
-    """The check, of a run that was trained on `trained`."""
+def check(data_dir: Path, trained: Path | None, split: str = "test", val_split: str = "val", **evaluation) -> dict:
+    """The check, of a run that was trained on `trained`, its checkpoint chosen by `val_split`."""
     card = read_card(data_dir)
     pretraining = None
     if trained:
-        config = check_config({"data": {"path": str(trained)}})
+        config = check_config({"data": {"path": str(trained), "val_split": val_split}})
         pretraining = Pretraining(config.data, read_card(trained)["fingerprint"])
     return check_leaks(Judged(data_dir, card, (split,)), EvaluationConfig(**evaluation), pretraining, quiet)
 
@@ -104,9 +106,10 @@ def test_clean_data_sets_pass(trained, tmp_path):
     found = check(other, trained, other_tests=[str(trained)])["found"]
     assert set(found.values()) == {0}
     assert set(found) == {
-        f"{name}.{kind}" for name in ("splits", "pretraining", "out") for kind in ("patient", "image")
+        "selection.image",
+        *(f"{name}.{kind}" for name in ("splits", "pretraining", "out") for kind in ("patient", "image")),
     }
-    assert check(trained, trained)["found"] == {"splits.patient": 0, "splits.image": 0}
+    assert check(trained, trained)["found"] == {"splits.patient": 0, "splits.image": 0, "selection.image": 0}
 
 
 @pytest.mark.parametrize("kind", COPIES)
@@ -159,10 +162,29 @@ def test_a_patient_in_two_splits_is_refused(trained, tmp_path):
         check(copy, None)
 
 
-def test_the_split_trained_on_is_no_test_and_the_one_that_chose_is_told(trained):
+def test_the_split_trained_on_is_no_test(trained):
     with pytest.raises(RunError, match=r"allow_leaks=\[pretraining.patient,pretraining.image\]"):
         check(trained, trained, "train")
-    assert check(trained, trained, "val")["notes"] == ["the judged split chose the checkpoint"]
+
+
+@pytest.mark.parametrize(("split", "count"), [("val", 1), ("test", 2)])
+def test_a_split_that_chose_the_checkpoint_is_no_test(trained, split, count):
+    told = rf"{count} images of split '{split}' of .* are judged and also chose .*allow_leaks=\[selection.image\]"
+    with pytest.raises(RunError, match=told):
+        check(trained, trained, split, val_split=split)
+    leaks = check(trained, trained, split, val_split=split, allow_leaks=["selection.image"])
+    assert leaks["allowed"] == ["selection.image"]
+    assert list_leak_notes(leaks) == [f"leak allowed: selection.image, {count} of them"]
+    assert check(trained, trained, split, val_split="none")["found"]["selection.image"] == 0
+
+
+def test_thresholds_are_not_tuned_on_what_is_judged(run_dir, data_dir, tmp_path):
+    with pytest.raises(RunError, match=r"40 images of split 'val' .*allow_leaks=\[selection.image\]"):
+        run_evaluation(run_dir, data_dir, ["classification"], "val", "latest", output=tmp_path / "tuned")
+    with pytest.raises(RunError, match=r"allow_leaks=\[selection.image\]"):
+        run_evaluation(run_dir, data_dir, ["retrieval"], "val", "best", output=tmp_path / "chosen")
+    run_evaluation(run_dir, data_dir, ["retrieval"], "val", "latest", output=tmp_path)
+    assert json.loads((tmp_path / "retrieval.json").read_text())["protocol"]["leaks"]["found"]["selection.image"] == 0
 
 
 def test_a_test_image_of_another_data_set_is_refused_in_any_split(trained, tmp_path):
@@ -198,6 +220,60 @@ def test_a_published_map_of_ids_finds_what_pixels_do_not(trained, tmp_path):
         check(data_dir, trained, **settings)
 
 
+def test_the_json_that_rsna_publishes_is_a_map_of_ids(trained, tmp_path):
+    data_dir = write_set(tmp_path / "rsna", build_rows(80, "g"))
+    path = tmp_path / "map.json"
+    settings = {"id_map": str(path), "salt_file": str(tmp_path / "rsna" / "salt")}
+    path.write_text(json.dumps([{"subset_img_id": "0004cfab", "img_id": "rsna-5.png", "orig_labels": ["Mass"]}]))
+    ids = IdHasher(SALT.encode())
+    pairs = read_id_map(EvaluationConfig(**settings), read_rows(data_dir, quiet))
+    names = ("stage_2_train_images/0004cfab.dcm", "rsna-5.png")
+    assert pairs == [tuple(ids.number("image", name) for name in names)]
+    for text in ('[{"subset_img_id": "a"}]', '{"a": 1}', "[", "3"):
+        path.write_text(text)
+        with pytest.raises(UsageError, match="expected a list of records with subset_img_id and img_id") as caught:
+            check(data_dir, trained, **settings)
+        assert "\n" not in str(caught.value)
+
+
+def write_protocol(path: Path, *relatives: str) -> str:
+    """A protocol for `write_set`, of a data set that shares images with others."""
+    tree = {"name": path.stem, "shares_images_with": relatives, "source": "csv", "files": {}, "tasks": {}}
+    tree |= dict.fromkeys(("title", "licence", "download", "split", "uncertain"), "none")
+    path.write_text(json.dumps(tree | {"url": "https://example.org"}))
+    return str(path)
+
+
+def test_data_sets_with_the_same_images_that_nobody_looked_into_are_told(trained, tmp_path):
+    rsna = write_set(tmp_path / "a", build_rows(80, "g"), protocol=write_protocol(tmp_path / "rsna.yaml", "nih"))
+    nih = write_set(tmp_path / "b", build_rows(90, "h"), protocol=write_protocol(tmp_path / "nih.yaml", "rsna"))
+    leaks = check(rsna, trained)
+    assert list_leak_notes(leaks) == [
+        "no check against nih: it has images of this data set; give the folder it is prepared in with "
+        "'evaluation.other_tests=[DIR]'"
+    ]
+    assert {*check(rsna, None)["not_checked"]} == {"pretraining", "nih"}
+    assert {*check(rsna, trained, other_tests=[str(trained)])["not_checked"]} == {"nih"}
+    assert check(rsna, trained, other_tests=[str(nih)])["not_checked"] == {}
+    assert check(rsna, nih)["not_checked"] == {}
+
+
+def test_a_data_set_that_was_prepared_without_a_protocol_is_known_by_its_source(trained, tmp_path):
+    protocol = write_protocol(tmp_path / "ms_cxr.yaml", "mimic_cxr")
+    data_dir = write_set(tmp_path / "a", build_rows(80, "g"), protocol=protocol)
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    assert {*check(data_dir, copy)["not_checked"]} == {"mimic_cxr"}
+    (copy / "card.json").write_text(json.dumps(read_card(copy) | {"source": "mimic-cxr-jpg"}))
+    assert check(data_dir, copy)["not_checked"] == {}
+
+
+def test_patients_that_nobody_knows_are_no_check(tmp_path):
+    columns = {name: name for name in ("image", "text", "split")}
+    data_dir = write_set(tmp_path / "alone", build_rows(80, "g"), columns=columns)
+    reason = "no patient column: each study is a patient of its own, so one person may be in two splits"
+    assert check(data_dir, None)["not_checked"]["patients"] == reason
+
+
 def test_an_allowed_leak_is_written_into_the_results_and_unknown_names_are_told(trained, tmp_path):
     data_dir = write_set(tmp_path / "planted", [*build_rows(50, "d"), ("d9", "test", encode(draw(0), "PNG"))])
     leaks = check(data_dir, trained, allow_leaks=["pretraining.image", "splits.patient"])
@@ -205,7 +281,7 @@ def test_an_allowed_leak_is_written_into_the_results_and_unknown_names_are_told(
     assert list_leak_notes(leaks) == ["leak allowed: pretraining.image, 1 of them"]
     with pytest.raises(RunError, match="pretraining.image"):
         check(data_dir, trained, allow_leaks=["pretraining.patient", "splits.image"])
-    with pytest.raises(UsageError, match="no check is called 'pretraning'; there are splits.patient"):
+    with pytest.raises(UsageError, match="no check is called 'pretraning'; there are selection.image, splits.patient"):
         check(data_dir, trained, allow_leaks=["pretraning"])
 
 
@@ -259,7 +335,7 @@ def test_phantoms_of_one_patient_and_of_others_are_told_apart():
 def test_an_evaluation_says_what_was_checked_and_stops_at_a_leak(run_dir, data_dir, tmp_path):
     run_evaluation(run_dir, data_dir, ["retrieval"], output=tmp_path)
     leaks = json.loads((tmp_path / "retrieval.json").read_text())["protocol"]["leaks"]
-    assert leaks["found"] == {"splits.patient": 0, "splits.image": 0}
+    assert leaks["found"] == {"splits.patient": 0, "splits.image": 0, "selection.image": 0}
     with pytest.raises(RunError, match="the split that the run was trained on"):
         run_evaluation(run_dir, data_dir, ["retrieval"], "train", output=tmp_path / "train")
     assert not (tmp_path / "train").exists()
@@ -268,7 +344,7 @@ def test_an_evaluation_says_what_was_checked_and_stops_at_a_leak(run_dir, data_d
 def test_folds_that_judge_the_images_trained_on_are_refused(trained, tmp_path):
     card = read_card(trained)
     pretraining = Pretraining(check_config({"data": {"path": str(trained)}}).data, card["fingerprint"])
-    with pytest.raises(RunError, match=r"allow_leaks=\[pretraining.patient,pretraining.image\]"):
+    with pytest.raises(RunError, match=r"allow_leaks=\[pretraining.patient,pretraining.image,selection.image\]"):
         check_leaks(Judged(trained, card, SPLITS), EvaluationConfig(folds=3), pretraining, quiet)
     other = write_set(tmp_path / "other", [*build_rows(20, "b"), ("b9", "train", encode(draw(0), "PNG"))])
     check(other, trained)
@@ -281,8 +357,9 @@ def test_the_data_set_is_known_again_however_an_epoch_goes_through_it(trained, d
     data = {"path": str(trained)} | json.loads(json.dumps(data).replace("own", str(trained)))
     config = check_config({"data": data}).data
     pretraining = Pretraining(config, read_fingerprint(config))
-    leaks = check_leaks(Judged(trained, read_card(trained), ("val",)), EvaluationConfig(), pretraining, quiet)
-    assert leaks["notes"] == ["the judged split chose the checkpoint"]
+    allowed = EvaluationConfig(allow_leaks=["selection.image"])
+    leaks = check_leaks(Judged(trained, read_card(trained), ("val",)), allowed, pretraining, quiet)
+    assert leaks["found"]["selection.image"] == 1
     assert leaks["not_checked"] == {}
 
 

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from browser.look import look_at
 from sklearn.metrics import roc_auc_score
 
 from place.config import EvaluationConfig, RunError
@@ -71,6 +72,13 @@ def test_the_page_needs_nothing_else_and_runs_nothing(page):
     for address in page.addresses:
         data = base64.b64decode(address.split(",")[1])
         assert data.startswith(b"<?xml") or cv2.imdecode(np.frombuffer(data, np.uint8), 0).std() > 5
+
+
+@pytest.mark.browser
+def test_the_page_is_whole_in_a_browser_also_with_long_names(folder, tmp_path):
+    longer = tmp_path / "longer.html"
+    longer.write_text((folder / "report.html").read_text().replace("effusion", "effusion_of_both_sides_" * 5))
+    assert look_at([folder / "report.html", longer]) == []
 
 
 def test_every_figure_of_every_task_is_on_the_page(page, folder):

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torchmetrics.functional.segmentation import dice_score, mean_iou
 
-from place.config import EvaluationConfig, UsageError
-from place.evaluation.heads import Schedule
+from place.config import EvaluationConfig, SegmentationConfig, UsageError
+from place.evaluation.folds import deal_folds
+from place.evaluation.heads import Schedule, build_schedule
 from place.evaluation.segmentation import (
     Way,
     choose_classes,
     compute_overlaps,
-    deal_folds,
     fit_mask,
     is_known,
     judge_masks,
@@ -93,8 +93,8 @@ def test_the_head_finds_what_the_tokens_tell_and_its_steps_repeat():
     tokens = torch.randn(48, 16, 6, generator=generator)
     mask = (tokens[:, :, 0] > 0).unflatten(1, (4, 4))[:, None].repeat_interleave(4, 2).repeat_interleave(4, 3)
     split = MaskedSplit(tokens, mask, torch.ones(48, 1, dtype=torch.bool))
-    head, step = train_head(split, split, patch_px=4)
-    again, same_step = train_head(split, split, patch_px=4)
+    head, step = train_head(split, split, 4, SegmentationConfig())
+    again, same_step = train_head(split, split, 4, SegmentationConfig())
     shown = predict(head, tokens, 16) > 0
     assert compute_overlaps(shown.numpy(), mask.numpy())["dice"].mean() > 0.85
     assert step == same_step
@@ -118,11 +118,27 @@ def test_the_task_learns_the_planted_square_and_draws_it(result):
     assert picture.std() > 10
 
 
-def test_the_upernet_head_learns_it_too(run_dir, data_dir, monkeypatch):
-    monkeypatch.setattr("place.evaluation.setr.SCHEDULE", Schedule(max_steps=100, every=25))
-    found = run_segmentation(build_task(run_dir, data_dir, segmentation_head="upernet"))
+def test_the_upernet_head_learns_it_too(run_dir, data_dir):
+    config = SegmentationConfig(max_steps=100, look_every_steps=25)
+    found = run_segmentation(build_task(run_dir, data_dir, segmentation_head="upernet", segmentation=config))
     assert found.metrics["dice.effusion"].value > 0.5
     assert found.protocol["score"].startswith("UperNet head over a simple feature pyramid on the frozen encoder's")
+
+
+def test_the_seed_changes_the_head_and_stands_in_the_protocol_beside_what_else_was_set(run_dir, data_dir):
+    settings = [SegmentationConfig(max_steps=5, seed=seed) for seed in (0, 0, 1)]
+    found = [run_segmentation(build_task(run_dir, data_dir, segmentation=config)) for config in settings]
+    first, same, other = (result.metrics["dice.effusion"].value for result in found)
+    assert first == same != other
+    assert [result.protocol["settings"] for result in found] == [config.model_dump() for config in settings]
+    assert "at most 5 steps, a look every 5, patience of 4 looks" in found[0].protocol["stopped"]
+
+
+def test_the_schedules_of_the_heads_are_what_they_were_before_they_were_settings():
+    evaluation = EvaluationConfig()
+    assert build_schedule(evaluation.segmentation) == Schedule(600, 50, 4, 32, 1e-3, 1e-4)
+    assert build_schedule(evaluation.detection) == Schedule(400, 50, 4, 16, 1e-3, 1e-4)
+    assert evaluation.segmentation.seed == evaluation.detection.seed == 0
 
 
 def test_findings_without_masks_are_told(run_dir, data_dir):
@@ -130,9 +146,8 @@ def test_findings_without_masks_are_told(run_dir, data_dir):
         run_segmentation(build_task(run_dir, data_dir, findings=["edema"]))
 
 
-def test_cross_validation_judges_every_image_once_with_no_patient_on_two_sides(run_dir, data_dir, monkeypatch):
-    monkeypatch.setattr("place.evaluation.setr.SCHEDULE", Schedule(max_steps=150))
-    found = run_segmentation(build_task(run_dir, data_dir, folds=3))
+def test_cross_validation_judges_every_image_once_with_no_patient_on_two_sides(run_dir, data_dir):
+    found = run_segmentation(build_task(run_dir, data_dir, folds=3, segmentation=SegmentationConfig(max_steps=150)))
     assert found.num_samples == 80 + 40 + 41
     assert found.metrics["dice.effusion"].value > 0.5
     unit_B = np.array(["c", "a", "b", "a", "c", "d"])
@@ -158,7 +173,7 @@ def test_each_fold_trains_on_at_most_so_many_images(run_dir, data_dir):
         return torch.zeros(test.split.mask_BFYX.shape, dtype=torch.bool), 1
 
     found = judge_way(
-        build_task(run_dir, data_dir, folds=3, max_train_images=30), Way("segmentation", "", "", True, fit)
+        build_task(run_dir, data_dir, folds=3, max_train_images=30), Way("segmentation", "", "", {}, True, fit)
     )
     assert sizes == [30] * 3
     assert found.num_samples == 161

@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from place import cli
 from place.config import EvaluationConfig, FinetuneConfig, GenerationConfig, RunError, UsageError
 from place.data.masks import MASKS_FILE
 from place.data.prepared import read_card
@@ -112,6 +113,16 @@ def test_the_same_evaluation_gives_the_same_figures(results, run_dir, data_dir, 
     assert again["retrieval"].metrics == results["retrieval"].metrics
 
 
+def test_a_run_without_validation_is_judged_by_tasks_that_train(run_dir, data_dir, tmp_path):
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    config = (copy / "config.yaml").read_text()
+    assert "val_split: val" in config
+    (copy / "config.yaml").write_text(config.replace("val_split: val", "val_split: none"))
+    tasks, options = ["classification", "grounding"], EvaluationConfig(bootstrap=0)
+    results = run_evaluation(copy, data_dir, tasks, "test", "latest", options, tmp_path / "out")
+    assert "on 'val'" in results["classification"].protocol["chosen_on"]
+
+
 def test_the_gallery_is_cut_to_size_and_findings_are_chosen(run_dir, data_dir, tmp_path):
     options = EvaluationConfig(gallery_size=10, bootstrap=0, findings=["edema"], batch_size=7)
     results = run_evaluation(run_dir, data_dir, ["retrieval", "zero_shot"], "val", "latest", options, tmp_path)
@@ -161,6 +172,16 @@ def test_scores_of_others_stand_beside_those_of_their_task(run_dir, data_dir, tm
     assert "MedKLIP" not in page
 
 
+def test_the_protocol_says_which_findings_count_and_the_command_line_comes_first(run_dir, data_dir, tmp_path):
+    data = shutil.copytree(data_dir, tmp_path / "data")
+    card = json.loads((data / "card.json").read_text())
+    (data / "card.json").write_text(json.dumps(card | {"protocol": {"findings": ["edema"]}}))
+    words = ["evaluate", "--run", str(run_dir), "--data", str(data), "--tasks", "zero_shot", "--output", str(tmp_path)]
+    for given, counted in (([], ["edema"]), (["evaluation.findings=[effusion]"], ["effusion"])):
+        assert cli.main([*words, "evaluation.bootstrap=0", *given]) == 0
+        assert list(json.loads((tmp_path / "zero_shot.json").read_text())["protocol"]["findings"]) == counted
+
+
 def test_a_data_set_without_labels_permits_what_reports_alone_can_tell(run_dir, unlabelled_dir, tmp_path):
     assert list(run_evaluation(run_dir, unlabelled_dir, ["all"], output=tmp_path)) == ["retrieval", "generation"]
     with pytest.raises(UsageError, match="'zero_shot' needs labels"):
@@ -202,12 +223,12 @@ def test_a_probe_without_a_training_split_says_so(run_dir, data_dir, tmp_path):
     card = read_card(copy)
     chosen = choose_tasks(["all"], find_offers(copy, card, "test"))
     assert chosen == ["zero_shot", "retrieval", "grounding"], "what only a test split permits"
-    assert choose_tasks(["all"], find_offers(copy, card, "test", folds=3)) == [*chosen, "segmentation"]
+    assert choose_tasks(["all"], find_offers(copy, card, "test", folds=3)) == [*chosen, "segmentation", "detection"]
 
 
 def test_folds_judge_the_training_images_too_which_the_run_may_not_know(run_dir, data_dir, tmp_path):
     folded = EvaluationConfig(bootstrap=0, folds=3)
-    with pytest.raises(RunError, match=r"allow_leaks=\[pretraining.patient,pretraining.image\]"):
+    with pytest.raises(RunError, match=r"allow_leaks=\[pretraining.patient,pretraining.image,selection.image\]"):
         run_evaluation(run_dir, data_dir, ["segmentation"], evaluation=folded, output=tmp_path)
     run_evaluation(run_dir, data_dir, ["retrieval"], evaluation=folded, output=tmp_path)
 
