@@ -120,6 +120,13 @@ def count_attempts(run_dir: Path) -> int:
 
 
 def read_newest_step(run_dir: Path) -> int | None:
-    """Step of the checkpoint that `latest` names, unchecked; None before the first one."""
+    """Step of the checkpoint that `latest` names, unchecked; None before the first one. RunError for other text."""
     latest = run_dir / "checkpoints" / "latest"
-    return int(latest.read_text().removeprefix("step_")) if latest.is_file() else None
+    if not latest.is_file():
+        return None
+    text = latest.read_text(errors="replace").strip()
+    try:
+        return int(text.removeprefix("step_"))
+    except ValueError:
+        said = f"{latest} holds '{text[:40]}', expected step_N; write the name of the newest folder beside it there"
+        raise RunError(said) from None

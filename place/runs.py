@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import psutil
 import yaml
 
-from place.config import ClusterConfig, UsageError
+from place.config import ClusterConfig, RunError, UsageError
 from place.runlog import Tail, read_jsonl, read_newest_step
 
 State = Literal["running", "done", "stopped", "failed", "unknown"]
@@ -21,6 +22,8 @@ TAIL_BYTES = 64 << 10
 """How much of the end of metrics.jsonl is read: about 150 lines, so that a list of long runs comes at once."""
 QUIET_LINES = 3
 """Without a process to look at, a run counts as running for the time of a hung step and of this many lines."""
+DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, yaml.YAMLError)
+"""What files of a run that are not as PLACE wrote them raise, in whoever reads them or counts with what they hold."""
 
 
 class Standing(NamedTuple):
@@ -94,25 +97,66 @@ def find_runs(folder: Path) -> Iterator[Path]:
 def read_standing(run: Path, now: float) -> Standing:
     """Where a run stands at the time `now` (seconds since 1970); damaged files make it `unknown` and say which."""
     try:
-        recorded = read_recorded(run)
-        return compute_standing(str(run), recorded, now)
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        return Standing(str(run), "unknown", f"its files cannot be read: {said}")
+        with tell_damage(run):
+            return compute_standing(str(run), read_recorded(run), now)
+    except RunError as error:
+        return Standing(str(run), "unknown", str(error))
+
+
+@contextlib.contextmanager
+def tell_damage(path: Path) -> Iterator[None]:
+    """Say in one line what of a run cannot be read; errors that say it themselves pass as they are.
+
+    Args:
+        path: the file that is read within, or the run folder where it may be any of them.
+    Raises:
+        RunError: it is damaged.
+    Source: ours.
+    """
+    try:
+        yield
+    except (RunError, UsageError):
+        raise
+    except DAMAGE as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        what = f"is no whole run folder ({said}); restore its files"
+        raise RunError(f"{path} {what if path.is_dir() else f'cannot be read ({said}); restore it'}") from None
 
 
 def read_recorded(run: Path) -> Recorded:
-    """What a list of runs needs of a folder, without the weights. Raises OSError, ValueError, YAMLError: damaged."""
-    outcome, stop = run / "outcome.json", run / "stop"
-    return Recorded(
-        yaml.safe_load((run / "config.yaml").read_text()) or {},
-        json.loads((run / "run.json").read_text()),
-        list(read_jsonl(run / "attempts.jsonl")),
-        list(Tail(run / "metrics.jsonl", TAIL_BYTES).read()),
+    """What a list of runs needs of a folder, without the weights. Raises RunError, which names the damaged file."""
+    about, config, stop = run / "run.json", run / "config.yaml", run / "stop"
+    with tell_damage(run / "attempts.jsonl"):
+        attempts = list(read_jsonl(run / "attempts.jsonl"))
+    with tell_damage(run / "metrics.jsonl"):
+        metrics = list(Tail(run / "metrics.jsonl", TAIL_BYTES).read())
+    recorded = Recorded(
+        _read_sections(config, yaml.safe_load),
+        _read_sections(about, json.loads),
+        attempts,
+        metrics,
         read_newest_step(run),
-        json.loads(outcome.read_text()) if outcome.is_file() else {},
-        (stop.read_text() or "asked") if stop.is_file() else "",
+        _read_sections(run / "outcome.json", json.loads) if (run / "outcome.json").is_file() else {},
+        (stop.read_text(errors="replace") or "asked") if stop.is_file() else "",
     )
+    for name, section in recorded.config.items():
+        if not isinstance(section, dict):
+            raise RunError(f"{config} has {name}: {_show(section)}, expected its keys; restore it")
+    if "plan" not in recorded.about:
+        raise RunError(f"{about} has no 'plan'; restore it")
+    return recorded
+
+
+def _read_sections(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    with tell_damage(path):
+        found = parse(path.read_text())
+    if not isinstance(found, dict):
+        raise RunError(f"{path} holds {_show(found)}, expected names and values; restore it")
+    return found
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value, default=str)[:40]
 
 
 def compute_standing(name: str, recorded: Recorded, now: float) -> Standing:

@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from browser.look import look_at
 from clock import Clock
 
 from place import cli
@@ -245,6 +246,12 @@ def test_the_page_needs_nothing_else_and_holds_no_empty_picture(
     assert write_report(restarted).read_text() == page
 
 
+@pytest.mark.browser
+def test_the_page_is_whole_in_a_browser(restarted: Path) -> None:
+    note_end(restarted, "failed", f"no space left in /shared/{'a_long_name_of_a_folder_' * 8}")
+    assert look_at([write_report(restarted)]) == []
+
+
 def test_a_run_whose_workers_have_not_trained_yet_has_a_page_without_charts(tmp_path: Path, clock: Clock) -> None:
     run = write_run(tmp_path / "run")
     with pytest.raises(RunError, match="no worker has started yet"):
@@ -262,17 +269,30 @@ def test_a_run_whose_workers_have_not_trained_yet_has_a_page_without_charts(tmp_
         ("attempts.jsonl", "", 1, "lacks attempt 0"),
         ("metrics.jsonl", "x\n\ny\n", 1, "line 1 is damaged"),
         ("metrics.jsonl", '{"step": 10}\n', 1, "is no whole run folder"),
+        ("metrics.jsonl", b'{"\xff": 1}\n', 1, "metrics.jsonl cannot be read (UnicodeDecodeError"),
+        ("run.json", "{}", 1, "run.json has no 'plan'; restore it"),
+        ("run.json", '{"plan": {}}', 1, "is no whole run folder (KeyError"),
+        ("config.yaml", "", 1, "config.yaml holds null, expected names and values; restore it"),
+        ("config.yaml", "cluster:", 1, "config.yaml has cluster: null, expected its keys"),
+        ("config.yaml", "run: {}", 1, "is no whole run folder (KeyError: 'data'); restore its files"),
+        ("config.yaml", b"run: \xff", 1, "config.yaml cannot be read (UnicodeDecodeError"),
+        ("samples.jsonl", '{"step": 1, "attempt": 0, "epoch": 0}\n', 1, "samples.jsonl cannot be read (KeyError"),
+        ("samples.jsonl", b"\xff\n", 1, "samples.jsonl cannot be read (UnicodeDecodeError"),
+        ("attention.jsonl", "{}\n", 1, "attention.jsonl cannot be read (KeyError"),
+        ("checkpoints/latest", "", 1, "latest holds '', expected step_N"),
+        ("checkpoints/latest", "the newest", 1, "latest holds 'the newest', expected step_N"),
         ("report.html", "a folder", 1, "report.html: Is a directory"),
     ],
 )
 def test_what_cannot_be_reported_is_one_line(
-    name: str, text: str | None, code: int, words: str, restarted: Path, capsys: pytest.CaptureFixture[str]
+    name: str, text: str | bytes | None, code: int, words: str, restarted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (restarted / "checkpoints").mkdir()
     (restarted / name).unlink(missing_ok=True)
     if text == "a folder":
         (restarted / name).mkdir()
     elif text is not None:
-        (restarted / name).write_text(text)
+        (restarted / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     assert cli.main(["report", str(restarted)]) == code
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 1

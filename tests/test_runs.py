@@ -146,15 +146,29 @@ def test_a_new_start_takes_an_end_back(tmp_path: Path) -> None:
     [
         ("config.yaml", "a: [", "cannot be read"),
         ("run.json", '{"plan": ', "cannot be read"),
-        ("run.json", "{}", "'plan'"),
+        ("config.yaml", "", "config.yaml holds null, expected names and values; restore it"),
+        ("config.yaml", "[1, 2]", "config.yaml holds [1, 2], expected names and values"),
+        ("config.yaml", "cluster:", "config.yaml has cluster: null, expected its keys; restore it"),
+        ("config.yaml", "run: {log_every_steps: ten}", "is no whole run folder (TypeError"),
+        ("config.yaml", b"run: \xff", "config.yaml cannot be read (UnicodeDecodeError"),
+        ("run.json", "{}", "run.json has no 'plan'"),
+        ("run.json", "[]", "run.json holds [], expected names and values"),
+        ("run.json", '{"plan": null}', "is no whole run folder (TypeError"),
         ("attempts.jsonl", "x\n\ny\n", "attempts.jsonl line 1 is damaged"),
-        ("checkpoints/latest", "step_x", "invalid literal"),
+        ("attempts.jsonl", b"\xff\n", "attempts.jsonl cannot be read (UnicodeDecodeError"),
+        ("attempts.jsonl", '{"launch": "1-a", "attempt": 0, "time": 1, "workers": []}\n', "(IndexError"),
+        ("metrics.jsonl", b'{"\xff": 1}\n', "metrics.jsonl cannot be read (UnicodeDecodeError"),
+        ("outcome.json", "5", "outcome.json holds 5"),
+        ("checkpoints/latest", "step_x", "latest holds 'step_x', expected step_N"),
+        ("checkpoints/latest", "", "latest holds '', expected step_N"),
     ],
 )
 def test_a_damaged_run_is_a_line_and_not_the_end_of_the_list(
-    name: str, text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, text: str | bytes, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (write_run(tmp_path / "bad") / name).write_text(text)
+    bad_run = write_run(tmp_path / "bad", launcher="local")
+    write_attempt(bad_run, {"notes": []})
+    (bad_run / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     launch(write_run(tmp_path / "good", saved=100), 0, 0)
     assert cli.main(["runs", str(tmp_path), "--json"]) == 0
     bad, good = json.loads(capsys.readouterr().out)

@@ -7,11 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from place.config import RunError
 from place.runlog import ATTENTION, read_jsonl
-from place.runs import Recorded, read_recorded
+from place.runs import Recorded, read_recorded, tell_damage
 
 Record = dict[str, Any]
 
@@ -66,24 +64,26 @@ class History(NamedTuple):
 
 
 def read_history(run: Path) -> History:
-    """Read a run's logs. Raises RunError for a damaged file."""
-    try:
-        recorded, metrics = read_recorded(run), list(read_jsonl(run / "metrics.jsonl"))
-        attempts = build_attempts(recorded.attempts, metrics)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, yaml.YAMLError) as error:
-        raise RunError(f"{run} is no whole run folder ({type(error).__name__}: {error}); restore its files") from None
+    """Read a run's logs; to be called within `tell_damage`. Raises RunError where it is known which file is damaged."""
+    recorded = read_recorded(run)
+    with tell_damage(run / "metrics.jsonl"):
+        metrics = list(read_jsonl(run / "metrics.jsonl"))
+    attempts = build_attempts(recorded.attempts, metrics)
     limits = compute_limits(attempts)
     kept = [record for record in metrics if counts(record, limits)]
     steps = {record["step"]: record for record in kept if "total" in record}
     validations = {record["step"]: record for record in kept if "val_total" in record}
-    seen = {record["step"]: record for record in read_jsonl(run / ATTENTION) if counts(record, limits)}
+    with tell_damage(run / ATTENTION):
+        seen = {record["step"]: record for record in read_jsonl(run / ATTENTION) if counts(record, limits)}
+    with tell_damage(run / "samples.jsonl"):
+        epochs = count_epochs(read_lines(run / "samples.jsonl"), limits)
     return History(
         recorded,
         attempts,
         [steps[step] for step in sorted(steps)],
         [record for record in metrics if "total" in record and steps.get(record["step"]) is not record],
         [validations[step] for step in sorted(validations)],
-        count_epochs(read_lines(run / "samples.jsonl"), limits),
+        epochs,
         [seen[step] for step in sorted(seen)],
     )
 

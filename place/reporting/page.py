@@ -21,7 +21,7 @@ from place.reporting.history import (
     read_history,
 )
 from place.reporting.panels import build_charts, build_marks, build_time_line, is_gpu_run
-from place.runs import Standing, compute_standing, format_span, is_run
+from place.runs import Standing, compute_standing, format_span, is_run, tell_damage
 
 PAGE = "report.html"
 
@@ -69,10 +69,11 @@ def write_report(run: Path) -> Path:
         raise UsageError(
             f"{run} is no run folder (no config.yaml and run.json); give the run.dir of a `place pretrain`"
         )
-    history = read_history(run)
-    if not history.attempts:
-        raise RunError(f"{run}: no worker has started yet, there is nothing to report; wait for the first step")
-    page = build_page(history, compute_standing(str(run), history.recorded, time.time()))
+    with tell_damage(run):
+        history = read_history(run)
+        if not history.attempts:
+            raise RunError(f"{run}: no worker has started yet, there is nothing to report; wait for the first step")
+        page = build_page(history, compute_standing(str(run), history.recorded, time.time()))
     return write_page(run / PAGE, page, "make the run folder writable, or copy it")
 
 
