@@ -220,8 +220,9 @@ def compute_flops(footprint: Footprint, plan: RunPlan, config: Config, recompute
 
     Args:
         recomputed: False leaves out what is computed again, as MFU does (HFU counts it).
-    Source: the factor 3 is quoted (Kaplan et al. 2020, section 2.1); the losses' products are counted with it. That MFU
-        leaves recomputation out: quoted (Chowdhery et al. 2022, PaLM, appendix B).
+    Source: the factor 3 is quoted (Kaplan et al. 2020, section 2.1); the losses' products are counted with it, those of
+        the patch correlations by their definition, whose target has no gradient. That MFU leaves recomputation out:
+        quoted (Chowdhery et al. 2022, PaLM, appendix B). tests/cluster/test_memory_plan.py counts a step.
     """
     model = sum(part.pair_flops for part in footprint.parts.values())
     encoders = footprint.parts["vision"].pair_flops + footprint.parts["text"].pair_flops
@@ -229,10 +230,17 @@ def compute_flops(footprint: Footprint, plan: RunPlan, config: Config, recompute
     width, rows = config.model.joint_width, plan.global_batch
     logits = 4 * rows * rows * width if config.loss.instance.weight else 0
     if config.loss.pathology.weight:
+        sentences, queries = config.data.max_sentences, config.model.observations.num_queries
         columns = {"global": rows, "rank": plan.local_batch, "study": 1}[config.loss.pathology.negatives]
-        logits += 4 * rows * columns * config.data.max_sentences**2 * width
+        logits += 4 * rows * columns * sentences**2 * width
+        if config.loss.pathology.pairing == "soft":
+            logits += 4 * rows * sentences * queries * width
         if config.loss.pathology.search:
-            logits += 4 * rows * rows * config.data.max_sentences * config.model.observations.num_queries * width
+            logits += 4 * rows * rows * sentences * queries * width
     if config.loss.tokens.weight:
         logits += 4 * rows * rows * config.data.max_tokens * footprint.patches * width
-    return plan.global_batch * (3 * model + (again if recomputed else 0)) + 3 * logits
+    correlations = 0
+    if config.loss.correlation.weight:
+        # One product for each matrix, and two backward for that of z.
+        correlations = 2 * rows * footprint.patches**2 * (3 * config.model.correlation.width + footprint.target_width)
+    return plan.global_batch * (3 * model + (again if recomputed else 0)) + 3 * logits + correlations

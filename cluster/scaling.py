@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +37,7 @@ from pydantic import Field
 from place.config import Config, RunError, Section, UsageError, build_config, dump_config, read_section
 from place.data.mixture import read_fingerprint
 from place.kept import read_kept, run_logged, write_kept
-from place.runlog import read_jsonl
+from place.runlog import read_jsonl, read_newest_step
 from place.training.footprint import Footprint, measure_footprint
 from place.training.plan import build_plan, compute_accumulation
 from place.training.pretrain import read_commit
@@ -45,7 +46,10 @@ PROBES = {
     "synthetic": "one batch again and again: the ceiling of compute and network",
     "loader": "reading only: the ceiling of the input",
     "alone": "one worker with its share of the batch: no communication",
+    "restart": "the whole run started once more, from its last checkpoint",
 }
+RESTART_STEPS = 2
+"""Optimiser steps that a run goes on for where it is started once more."""
 HIDDEN = (
     "the phases hold their communication, as they do on GPUs: exposed is what a step takes beyond the compute of one "
     "worker with its share, in proportion to FLOPs, waits for slower workers included"
@@ -85,8 +89,13 @@ class ScaleConfig(Section):
     """Steps at its start that are not counted."""
     repeats: int = Field(1, ge=1)
     """Runs of each rung; rates are of the steps of all, intervals of resampled runs and, within them, steps."""
-    probes: tuple[Literal["synthetic", "loader", "alone"], ...] = ("synthetic", "loader", "alone")
-    """Rows beside the full run of each rung."""
+    probes: tuple[Literal["synthetic", "loader", "alone", "restart"], ...] = (
+        "synthetic",
+        "loader",
+        "alone",
+        "restart",
+    )
+    """What is measured beside the full runs of each rung: rows, and the `restart_s` of the full row."""
     launcher: Literal["ray", "slurm"] = "ray"
     """`slurm` submits slurm/pretrain.sh for each run and waits for it; PLACE_SBATCH holds more words for sbatch."""
     timeout_s: float = Field(3600, gt=0)
@@ -160,9 +169,11 @@ def plan_jobs(scale: ScaleConfig, base: Path) -> list[Job]:
 
 
 def _plan_job(scale: ScaleConfig, base: Path, rung: RungConfig, probe: str, repeat: int) -> Job:
-    name = name_rung(rung)
+    name, is_restart = name_rung(rung), probe == "restart"
     slug = "".join(char if char.isalnum() else "_" for char in name)
     folder = Path(scale.folder) / slug / (probe if probe != "full" else f"full{repeat}")
+    # The first full run is the one that is started again, in its own folder.
+    run = folder.with_name("full0") / "run" if is_restart else folder / "run"
     ladder = build_config(base, [*scale.overrides, *rung.config])
     pairs = ladder.train.global_batch * (rung.workers if scale.scaling == "weak" else 1)
     workers = rung.workers
@@ -171,10 +182,10 @@ def _plan_job(scale: ScaleConfig, base: Path, rung: RungConfig, probe: str, repe
             raise UsageError(f"{name}: a global batch of {pairs} does not divide over {workers} workers")
         pairs, workers = pairs // workers, 1
     own = [
-        f"run.dir={folder / 'run'}",
+        f"run.dir={run}",
         f"cluster.num_workers={workers}",
         f"train.global_batch={pairs}",
-        f"train.max_steps={scale.steps}",
+        f"train.max_steps={scale.steps + RESTART_STEPS * is_restart}",
         # One is written behind the last step but one, and so is part of the last line.
         f"train.checkpoint_every_steps={scale.steps - 1}",
         "run.log_every_steps=1",
@@ -186,46 +197,73 @@ def _plan_job(scale: ScaleConfig, base: Path, rung: RungConfig, probe: str, repe
         "cluster.rejoin_timeout_s=0",
     ]
     own += [f"run.probe={probe}"] if probe in ("synthetic", "loader") else []
+    own += ["run.resume=auto"] if is_restart else []
     return Job(rung, name, probe, repeat, folder, build_config(base, [*scale.overrides, *rung.config, *own]))
 
 
-def run_ladder(scale: ScaleConfig, base: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def run_ladder(
+    scale: ScaleConfig,
+    base: Path,
+    say: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], object] = lambda results: None,
+) -> dict[str, Any]:
     """Run what is missing, one run at a time.
 
-    Returns: `rows`, one for each rung and probe, as `build_rows`; `model`, as `build_predictions`; and what was asked.
+    Args:
+        keep: gets what is known so far after each rung but the last one, without a model of scaling.
+    Returns: `rows`, as `build_rows`; `model`, as `build_predictions`; and what was asked.
     """
-    jobs = plan_jobs(scale, base)
+    jobs, footprints = plan_jobs(scale, base), dict[str, Footprint]()
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+
+    def tell(done: list[Job]) -> dict[str, Any]:
+        rows = build_rows(scale, done, found, footprints)
+        good = {key: [record for record in records if not record["reason"]] for key, records in found.items()}
+        steps = {key: [r["phase_s"] for r in records] for key, records in good.items() if key[1] != "restart"}
+        why_not = f"the ladder has not ended, {len(done)} of its {len(jobs)} runs are done; start it again to go on"
+        return {
+            "scaling": scale.scaling,
+            "flop_rule": "model FLOPs of a step: 3 x forward (torch.utils.flop_counter), losses with it, "
+            "recomputation not",
+            "commit": read_commit(),
+            "rows": rows,
+            "model": build_predictions(scale, base, rows, steps) if done == jobs else {"why_not": why_not},
+        }
+
     for number, job in enumerate(jobs, start=1):
         record = run_job(job, scale, say)
         found.setdefault((job.name, job.probe), []).append(record)
-        pairs = job.config.train.global_batch
-        said = record["reason"] or f"{pairs / _compute_step_s([record]):,.1f} pairs/s"
-        say(f"{number}/{len(jobs)}  {job.name}, {job.probe}: {said}")
-    rows = build_rows(scale, jobs, found)
-    steps = {key: [record["phase_s"] for record in records if not record["reason"]] for key, records in found.items()}
-    return {
-        "scaling": scale.scaling,
-        "flop_rule": "model FLOPs of a step: 3 x forward (torch.utils.flop_counter), losses with it, recomputation not",
-        "commit": read_commit(),
-        "rows": rows,
-        "model": build_predictions(scale, base, rows, steps),
-    }
+        say(f"{number}/{len(jobs)}  {job.name}, {job.probe}: {record['reason'] or _describe_record(job, record)}")
+        if number < len(jobs) and jobs[number].name != job.name:
+            keep(tell(jobs[:number]))
+    return tell(jobs)
+
+
+def _describe_record(job: Job, record: dict[str, Any]) -> str:
+    if job.probe == "restart":
+        return f"{record['restart_s']:.1f} s to its first step"
+    return f"{job.config.train.global_batch / _compute_step_s([record]):,.1f} pairs/s"
 
 
 def run_job(job: Job, scale: ScaleConfig, say: Callable[[str], None]) -> dict[str, Any]:
     """Run one run, or read what an earlier call measured; one that failed before is tried again.
 
     Returns: `reason` (empty where it went well) and, step by step behind the warm-up, `samples_per_s`, `step_s`,
-        `phase_s`, `lag_s`, `sent_mib`, `power_w`, `loss`; `checkpoint_s`, `memory_mib`, `start_s`; and `read_origin`.
+        `phase_s`, `lag_s`, `sent_mib`, `power_w`, `loss`; `checkpoint_s`, `memory_mib`, `start_s`; of a restart
+        `restart_s` alone; and `read_origin`.
     """
-    key, path = compute_key(job, scale), job.folder / "measured.json"
+    key, path, run = compute_key(job, scale), job.folder / "measured.json", Path(job.config.run.dir)
     known = read_kept(path, key)
     if known and not known["reason"]:
+        _clear(job, scale, is_good=True)
         return known
-    run = job.folder / "run"
-    if run.exists():
+    is_restart = job.probe == "restart"
+    if is_restart and read_newest_step(run) != scale.steps:
+        again = f"remove {job.folder.with_name('full0') / 'measured.json'} to measure it anew"
+        return {"reason": f"the whole run left no checkpoint of its last step to start from; {again}"}
+    if run.exists() and not is_restart:
         # What a run left that was cut off would be taken for a part of this one.
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
         run.rename(job.folder / f"run-{int(time.time())}")
     job.folder.mkdir(parents=True, exist_ok=True)
     config = job.folder / "config.yaml"
@@ -238,11 +276,22 @@ def run_job(job: Job, scale: ScaleConfig, say: Callable[[str], None]) -> dict[st
             run_logged([sys.executable, "-m", "place", "pretrain", "--config", str(config)], log, scale.timeout_s)
     except RunError as error:
         reason = str(error)
-    record = {"reason": reason, **read_steps(run, scale, job.config, began), **read_origin(run)}
-    if not reason and not record["samples_per_s"]:
+    measured = read_restart(run, scale, began) if is_restart else read_steps(run, scale, job.config, began)
+    record = {"reason": reason, **measured, **read_origin(run)}
+    if not reason and is_restart and record["restart_s"] is None:
+        record["reason"] = f"no new step was logged ({log})"
+    elif not reason and not is_restart and not record["samples_per_s"]:
         record["reason"] = f"no step behind the warm-up was logged ({log})"
     write_kept(path, key, record)
+    _clear(job, scale, is_good=not record["reason"])
     return record
+
+
+def _clear(job: Job, scale: ScaleConfig, is_good: bool) -> None:
+    """Remove the checkpoints of a run, but those that it will be started again from."""
+    waits = job.is_full and job.repeat == 0 and "restart" in scale.probes
+    if not (waits and is_good) and (is_good or job.probe != "restart"):
+        shutil.rmtree(Path(job.config.run.dir) / "checkpoints", ignore_errors=True)
 
 
 def compute_key(job: Job, scale: ScaleConfig) -> str:
@@ -295,6 +344,13 @@ def read_steps(run: Path, scale: ScaleConfig, config: Config, began: float) -> d
     }
 
 
+def read_restart(run: Path, scale: ScaleConfig, began: float) -> dict[str, Any]:
+    """Seconds from the command that a run was started again with, at unix time `began`, to its first new step."""
+    records = [record for record in read_jsonl(run / "metrics.jsonl") if "samples_per_s" in record]
+    new = [record for record in records if record["step"] > scale.steps and record["time"] > began]
+    return {"restart_s": round(new[0]["time"] - began, 2) if new else None}
+
+
 def read_origin(run: Path) -> dict[str, Any]:
     """What made a measurement: commit, versions, device, and on how many nodes; nothing of a run that did not start."""
     if not (run / "run.json").is_file():
@@ -310,23 +366,38 @@ def read_origin(run: Path) -> dict[str, Any]:
 
 
 def build_rows(
-    scale: ScaleConfig, jobs: list[Job], found: dict[tuple[str, str], list[dict[str, Any]]]
+    scale: ScaleConfig,
+    jobs: list[Job],
+    found: dict[tuple[str, str], list[dict[str, Any]]],
+    footprints: dict[str, Footprint] | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each rung and probe: rates, efficiency against the smallest rung, where a step goes, costs.
 
-    `pairs_per_s` all pairs over all seconds, which costs and efficiency are counted from; `step_pairs_per_s` median,
-    p5, p95 of single steps, which come in bursts where reading is the limit; `efficiency` of a worker against a worker
-    of the smallest rung that went well, `efficiency_node` against one of a single node, both among rungs of equal
-    `config` and absent where there is no other; `nodes` None where not known; `phase_s` means, `unexplained` the share
-    of the step that they miss; `checkpoint_s` what a step waits for a checkpoint, which is in no other figure;
-    `exposed_s` what is waited for in collectives; `mfu` of the model's FLOPs
-    (`flop_rule`), under what `mfu_assumed` says of them; `commit`, `versions`, `device` of the runs, None where an
-    earlier version did not keep them. Source: ours.
+    A restart that went well is the `restart_s` of its rung's full row, and no row of its own.
+
+    Args:
+        footprints: those known from an earlier call, which gets what it had to measure.
+
+    Returns: `runs` that went well, `runs_failed` beside them; `pairs_per_s` all pairs over all seconds, which costs and
+        efficiency are counted from; `step_pairs_per_s` median, p5, p95 of single steps, which come in bursts where
+        reading is the limit; `efficiency` of a worker against a worker of the smallest rung that went well,
+        `efficiency_node` against one of a single node, both among rungs of equal `config` and absent where there is no
+        other; `nodes` None where not known; `phase_s` means, `unexplained` the share of the step that they miss;
+        `checkpoint_s` what a step waits for a checkpoint, which is in no other figure; `start_s` from the command to
+        the first step of a new run, `restart_s` to that of one that goes on from its checkpoint; `exposed_s` what is
+        waited for in collectives; `mfu` of the model's FLOPs (`flop_rule`), under what `mfu_assumed` says of them;
+        `commit`, `versions`, `device` of the runs, None where an earlier version did not keep them.
+    Source: ours.
     """
-    rows, footprints = [], {}
+    rows: list[dict[str, Any]] = []
+    footprints = {} if footprints is None else footprints
     for job in {(job.name, job.probe): job for job in jobs}.values():
         records = found.get((job.name, job.probe), [])
         good = [record for record in records if not record["reason"]]
+        if job.probe == "restart" and good:
+            full = next(row for row in rows if (row["rung"], row["probe"]) == (job.name, "full"))
+            full["restart_s"] = good[0]["restart_s"]
+            continue
         engine = job.config.engine
         row: dict[str, Any] = {
             "rung": job.name,
@@ -339,6 +410,7 @@ def build_rows(
             "global_batch": job.config.train.global_batch,
             "hold_out": job.rung.hold_out,
             "status": "ok" if good else "failed",
+            "runs_failed": len(records) - len(good),
             "reason": "; ".join(sorted({record["reason"] for record in records if record["reason"]})),
             "mfu": None,
         }
@@ -557,11 +629,13 @@ def read_model(path: Path) -> tuple[list[Model], Network]:
 
 
 def list_faults(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """What a reader must know first: rungs that failed, gaps in the breakdown, losses and origins that differ."""
+    """What a reader must know first: runs that failed, gaps in the breakdown, losses and origins that differ."""
     for row in rows:
         where = f"{row['rung']}, {row['probe']}"
         if row["status"] != "ok":
             yield f"{where}: failed, {row['reason']}"
+        elif row.get("runs_failed"):
+            yield f"{where}: {row['runs_failed']} of {row['runs'] + row['runs_failed']} runs failed: {row['reason']}"
         if row.get("unexplained") is not None and row["unexplained"] > 0.03:
             yield f"{where}: the phases miss {row['unexplained']:.1%} of the step"
         if (row.get("loss_apart") or 0.0) > 1e-2:

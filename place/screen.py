@@ -113,7 +113,7 @@ def print_stats(sums: dict[str, Any], image: dict[str, Any], console: Console) -
 
 
 def compute_pace(elapsed_s: float, done: int, left: int) -> tuple[float, float | None]:
-    """Rows a second, counting only those of this run and not what it found finished; seconds left, if that is known.
+    """Rows or steps a second, without those that this run found finished; seconds left, if that is known.
 
     Source: ours.
     """
@@ -128,6 +128,7 @@ class RunScreen:
         self.config, self.plan, self.run_dir = config, plan, Path(config.run.dir)
         self.console = build_console()
         self.bar = _build_bar(self.console, "{task.fields[note]}")
+        self.began: dict[str, Any] | None = None
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -194,7 +195,7 @@ class RunScreen:
                 if launches > 1 and "launch" in record:
                     self.console.print(f"workers started again (attempt {record['attempt']})")
             for record in self.metrics.read():
-                line = _format_metrics(record)
+                line, left = _format_metrics(record), self._format_left(record)
                 self.bar.update(task, completed=record["step"], note=line)
                 is_val, is_last = "val_total" in record, record["step"] == self.plan.total_steps
                 is_due = is_val or is_last or time.perf_counter() - printed > PLAIN_INTERVAL_S
@@ -207,12 +208,20 @@ class RunScreen:
                 where = f"epoch {record['epoch'] + 1:>3}"
                 if (is_due or is_news) and not self.console.is_terminal:
                     self.console.print(
-                        f"step {record['step']:>6}/{self.plan.total_steps}  {where}  {line}", soft_wrap=True
+                        f"step {record['step']:>6}/{self.plan.total_steps}  {where}  {line}{left}", soft_wrap=True
                     )
                 elif is_val or is_news:
                     self.console.print(f"{where}  {line}")
             if ended:
                 return
+
+    def _format_left(self, record: dict[str, Any]) -> str:
+        """Time to the last step at the pace of this attempt, by the records' own clock; empty where it is not known."""
+        if self.began is None or self.began["attempt"] != record["attempt"]:
+            self.began = record
+        elapsed_s, done = (record[name] - self.began[name] for name in ("time", "step"))
+        eta_s = compute_pace(elapsed_s, done, self.plan.total_steps - record["step"])[1]
+        return f", {timedelta(seconds=round(eta_s))} left" if eta_s else ""
 
 
 STATE_COLOURS = {"running": "green", "done": "default", "stopped": "yellow", "failed": "red", "unknown": "magenta"}
@@ -314,19 +323,21 @@ def print_forecast(forecast: dict[str, Any]) -> None:
 def print_scaling(results: dict[str, Any], faults: list[str]) -> None:
     """What `place scale` measured: a line a row, the model against what was held out, and what a reader must know."""
     console = build_console()
-    names = ("rung", "what", "pairs/s", "steps p5 to p95", "efficiency", "step ms", "exposed ms", "start s")
+    has_restart = any(row.get("restart_s") for row in results["rows"])
+    start = "start, restart s" if has_restart else "start s"
+    names = ("rung", "what", "pairs/s", "steps p5 to p95", "efficiency", "step ms", "exposed ms", start)
     table = Table(*(Column(n, justify="left" if n in ("rung", "what") else "right") for n in names), box=None)
     for row in (row for row in results["rows"] if row["status"] == "ok"):
-        rates, exposed = row["step_pairs_per_s"], row["exposed_s"]
+        rates, exposed, failed = row["step_pairs_per_s"], row["exposed_s"], row.get("runs_failed", 0)
         table.add_row(
             row["rung"],
-            row["probe"],
+            row["probe"] + (f", {row['runs']} of {row['runs'] + failed} runs" if failed else ""),
             f"{row['pairs_per_s']:,.1f}",
             f"{rates['p5']:,.1f} to {rates['p95']:,.1f}",
             f"{row['efficiency']:.0%}" if "efficiency" in row else "-",
             f"{1000 * row['step_s']:,.1f}",
             "-" if exposed is None else f"{1000 * exposed:,.1f}",
-            f"{row['start_s']:.1f}",
+            f"{row['start_s']:.1f}" + (f", {row['restart_s']:.1f}" if row.get("restart_s") else ""),
         )
     console.print(table)
     for row in (row for row in results["model"].get("rungs", []) if row["hold_out"]):

@@ -225,9 +225,10 @@ def format_table(found: list[dict[str, Any]]) -> str:
         tflop = f"{row['flops'] / 1e12:.1f}" if row["flops"] else ""
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else ""
         kernels = f"{row['kernels_ms']:.1f}" if row["kernels_ms"] else ""
+        syncs = "" if row["syncs"] is None else row["syncs"]
         lines.append(
             f"| {row['name']} | {row['step_ms']:.1f} ({row['least_ms']:.1f} to {row['most_ms']:.1f}) | {kernels} "
-            f"| {row['samples_per_s']:.0f} | {ratio} | {tflop} | {mfu} | {row['peak_gib']:.1f} | {row['syncs']} "
+            f"| {row['samples_per_s']:.0f} | {ratio} | {tflop} | {mfu} | {row['peak_gib']:.1f} | {syncs} "
             f"| {row['start_s']:.0f} |"
         )
     return "\n".join(lines)

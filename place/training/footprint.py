@@ -41,7 +41,8 @@ class Part(NamedTuple):
 class Footprint(NamedTuple):
     """`parts` by name of PARTS; bytes of one pair: of inputs, of outputs, of the largest tensor held.
 
-    `sizes` holds the elements of each parameter, `patches` counts those of an image.
+    `sizes` holds the elements of each parameter, `patches` counts those of an image, `target_width` is what the
+    correlation loss compares of each: pixels or features.
     """
 
     parts: dict[str, Part]
@@ -50,6 +51,7 @@ class Footprint(NamedTuple):
     largest_bytes: int
     sizes: list[int]
     patches: int
+    target_width: int
     assumed: list[str]
 
     @property
@@ -96,7 +98,8 @@ def measure_footprint(config: Config) -> Footprint:
         parts[name] = Part(*numbers)
     sizes = [parameter.numel() for parameter in model.parameters()]
     patches = (config.data.image_size_px // model.vision.patch_px) ** 2
-    return Footprint(parts, one.input_bytes, one.output_bytes, one.largest_bytes, sizes, patches, assumed)
+    given = one.input_bytes, one.output_bytes, one.largest_bytes
+    return Footprint(parts, *given, sizes, patches, one.target_width, assumed)
 
 
 class _Pass(NamedTuple):
@@ -105,6 +108,7 @@ class _Pass(NamedTuple):
     input_bytes: int
     output_bytes: int
     largest_bytes: int
+    target_width: int
 
 
 def _follow(model: PlaceModel, config: Config, pairs: int) -> _Pass:
@@ -140,6 +144,7 @@ def _follow(model: PlaceModel, config: Config, pairs: int) -> _Pass:
         sum(_count_bytes(tensor) for tensor in batch),
         sum(_count_bytes(tensor) for tensor in outputs[:-1]),
         max(max(found, default=0) for found in sizes.values()),
+        outputs.target_BND.shape[-1],
     )
 
 

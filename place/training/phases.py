@@ -35,10 +35,14 @@ COLLECTIVES = (
     "reduce_scatter",
     "reduce_scatter_tensor",
     "_reduce_scatter_base",
+    "all_to_all",
     "all_to_all_single",
+    "scatter",
+    "gather",
     "barrier",
 )
-"""What torch.distributed is asked for by us and by DeepSpeed."""
+"""What torch.distributed is asked for by us, by DeepSpeed, and by the backward pass of torch's own all_gather with
+gradient (torch.distributed.nn.functional): with gloo a scatter from each rank, with NCCL a reduce_scatter."""
 
 
 def take_stamp(device: torch.device) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from training.runs import write_config
 
 from place import cli
-from place.batch import Batch
+from place.batch import Batch, Losses, Outputs
 from place.config import Config, build_config
 from place.losses import search, tokens
+from place.losses.correlation import correlation_loss
 from place.losses.objective import compute_losses
 from place.model.place import build_model
 from place.training.footprint import measure_footprint
@@ -176,6 +178,45 @@ def test_flops_of_a_step_are_three_forwards_and_what_is_computed_again(vitb16: A
     assert compute_flops(footprint, chunks, again, recomputed=False) == plain
 
 
+def count_flops(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("target", ["pixels", "features"])
+def test_flops_of_a_step_are_those_that_are_counted_while_it_runs(target: str) -> None:
+    """Attention and the correlation loss by their definitions, whose products the counter sees."""
+    config = build_tiny_config(
+        data={"max_tokens": 14},
+        # Wide enough for the patch correlations to stand out.
+        model={"attention": "eager", "text": {"vocab_size": VOCAB}, "correlation": {"width": 256, "depth": 0}},
+        loss={"correlation": {"method": "reference", "target": target}},
+    )
+    batch = build_full_batch(config, 0)
+    sentences = config.data.max_sentences
+    batch = batch._replace(
+        num_sentences_B=torch.full_like(batch.num_sentences_B, sentences),
+        sentence_of_token_BT=(torch.arange(14) * sentences // 14).expand_as(batch.token_ids_BT),
+    )
+    cpu = torch.device("cpu")
+    engine = ENGINES["torch"](build_model(config, VOCAB, cpu)[0], config, cpu)
+    outputs = engine.forward(batch)
+    footprint, plan = measure_footprint(config), build_plan(config, 1, 1000, 0)
+    told = compute_flops(footprint, plan, config)
+
+    def compute(given: Outputs, of: Batch) -> Losses:
+        return compute_losses(given, of, config.loss, 1 / 255)
+
+    counted = count_flops(lambda: backward_contrast(engine, batch, 1, compute))
+    # More by a few products that have no gradient to give: to the image, and to which word is of which sentence.
+    assert counted == pytest.approx(told, rel=0.03)
+    of_losses = told - compute_flops(footprint, plan, weigh(config, correlation={"weight": 0.0}))
+    given = outputs.z_BNE.detach().requires_grad_(), outputs.target_BND, batch.valid_patch_BN, outputs.focus_BN
+    assert count_flops(lambda: correlation_loss(*given, config.loss.correlation, 1 / 255).backward()) == of_losses
+    assert of_losses > 0.05 * told, "or it would not be missed above"
+
+
 def test_the_search_multiplies_and_sends_what_is_counted(vitb16: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config, footprint, plan = vitb16
     pathology = config.loss.pathology.model_copy(update={"search": 0.5})
@@ -238,7 +279,7 @@ def test_the_token_loss_multiplies_sends_and_holds_what_is_counted(
 
 def test_a_term_of_weight_0_costs_nothing(vitb16: Any) -> None:
     config, footprint, plan = vitb16
-    bare = weigh(config, instance={"weight": 0.0}, pathology={"weight": 0.0})
+    bare = weigh(config, instance={"weight": 0.0}, pathology={"weight": 0.0}, correlation={"weight": 0.0})
     assert compute_memory(footprint, plan, bare, Setting(1, False, 1)).losses == 0
     assert compute_traffic(footprint, plan, bare, 1)["features"] == 0
     forward = plan.global_batch * sum(part.pair_flops for part in footprint.parts.values())

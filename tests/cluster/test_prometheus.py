@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from place.cluster.grafana import PANELS, build_dashboard
+from place.cluster.metrics import name_run
 from training.runs import run_place, write_config
 
 from place.runlog import read_jsonl
@@ -49,9 +50,16 @@ def test_prometheus_finds_the_figures_of_a_run_at_rays_endpoint(tmp_path: Path) 
         ray.shutdown()
     found = {line.split("{")[0]: line for line in page.splitlines() if line.startswith("ray_place_")}
     assert set(found) == {"ray_place_total", "ray_place_samples_per_s", "ray_place_step"}
-    assert 'run="mine"' in found["ray_place_total"]
+    assert f'run="{name_run(tmp_path / "mine")}"' in found["ray_place_total"]
     assert found["ray_place_total"].endswith(" 1.25")
     assert found["ray_place_step"].endswith(" 7.0")
+
+
+def test_rungs_of_ladders_are_told_apart_by_the_last_parts_of_their_folder() -> None:
+    rungs = [f"/shared/runs/{ladder}/{n}_workers/full0/run" for ladder in ("a", "b") for n in (2, 3)]
+    names = ["a/2_workers/full0/run", "a/3_workers/full0/run", "b/2_workers/full0/run", "b/3_workers/full0/run"]
+    assert [name_run(Path(rung)) for rung in rungs] == names
+    assert [name_run(Path(folder)) for folder in ("runs/mine", "/runs/mine")] == ["runs/mine"] * 2
 
 
 def test_the_dashboard_asks_for_figures_that_runs_have(prepared: Path, tmp_path: Path) -> None:

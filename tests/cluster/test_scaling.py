@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from browser.look import look_at
 from place.cluster import scaling
 from place.cluster.budget import compute_flops
 from place.cluster.scaling import (
@@ -26,11 +28,12 @@ from place.cluster.scaling import (
     run_job,
 )
 from place.cluster.scaling_model import Point, compute_rounds, fit, fit_resampled, predict_interval
-from place.cluster.scaling_page import write_results
+from place.cluster.scaling_page import draw_scaling, write_results
 
 from place.cli import main
-from place.config import UsageError, build_config
+from place.config import RunError, UsageError, build_config
 from place.kept import write_kept
+from place.runlog import read_jsonl
 from place.training.footprint import measure_footprint
 from place.training.plan import build_plan
 
@@ -71,7 +74,7 @@ def scaled(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> tuple[Pa
         {"workers": 1, "network": {"bandwidth_gbit": 1}},
         {"workers": 1, "name": "wrong", "config": ["data.train_split=nowhere"]},
     ]
-    ladder = write_ladder(folder, rungs=rungs, probes=["synthetic", "loader"])
+    ladder = write_ladder(folder, rungs=rungs, probes=["synthetic", "loader", "restart"])
     words = [f"data.path={prepared}", "data.image_size_px=32", "cluster.launcher=local", "engine.kind=torch"]
     words += ["train.global_batch=8", "cluster.num_workers=1"]
     return folder / "out", ["scale", "--config", str(ladder), *words], main(["scale", "--config", str(ladder), *words])
@@ -102,7 +105,12 @@ def test_rungs_become_rows_and_a_failed_one_has_its_reason(scaled: tuple[Path, l
     assert results["model"]["factors"]["per_wire"] == 0
     with (folder / "scaling.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert [row["status"] for row in lines] == ["ok", "ok", "ok", "failed", "failed", "failed"]
+    assert [row["status"] for row in lines] == ["ok"] * 3 + ["failed"] * 4
+    assert [row["probe"] for row in lines[3:]] == ["full", "synthetic", "loader", "restart"]
+    assert 0 < full["restart_s"] == float(lines[0]["restart_s"])
+    steps = [record["step"] for record in read_jsonl(folder / "1_worker" / "full0" / "run" / "metrics.jsonl")]
+    assert steps == [*range(1, 7), 7, 8], "it goes on where it was"
+    assert not list(folder.rglob("checkpoints")), "nobody needs them any more"
     assert float(lines[0]["pairs_per_s"]) == full["pairs_per_s"]
     assert [lines[0][name] for name in ("nodes", "engine", "precision", "micro_batch")] == ["1", "torch", "fp32", "8"]
     about = json.loads((folder / "1_worker" / "full0" / "run" / "run.json").read_text())
@@ -159,6 +167,90 @@ def test_a_ladder_goes_on_with_what_is_missing(
     assert main(words) == 1
     assert {Path(command[-1]).parents[1].name for command in called} == {"wrong"}
     assert (folder / "1_worker" / "full0" / "measured.json").stat().st_mtime_ns == before
+
+
+def test_repeats_that_failed_are_told_and_end_the_ladder_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    record, crash = build_record([{"forward": 1.0}]), {"reason": "ended with 1: gone"}
+    monkeypatch.setattr(scaling, "run_job", lambda job, *_: record if job.repeat == 1 else crash)
+    words = ["scale", "--config", str(write_ladder(tmp_path, repeats=3)), "engine.kind=torch"]
+    assert main(words) == 1
+    said = "1 worker, full: 2 of 3 runs failed: ended with 1: gone"
+    assert said in capsys.readouterr().out
+    page = (tmp_path / "out" / "scaling.html").read_text()
+    assert said in page
+    assert "(1 of 3 runs)" in page
+    with (tmp_path / "out" / "scaling.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert [row[name] for name in ("status", "runs", "runs_failed")] == ["ok", "1", "2"]
+    monkeypatch.setattr(scaling, "run_job", lambda *_: record)
+    assert main(words) == 0
+
+
+def test_a_ladder_that_is_stopped_leaves_a_page_of_the_rungs_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(job: scaling.Job, *_: object) -> dict[str, Any]:
+        if job.name == "2 workers":
+            raise SystemExit(1)
+        return build_record([{"forward": 1.0}])
+
+    monkeypatch.setattr(scaling, "run_job", run)
+    ladder = write_ladder(tmp_path, rungs=[{"workers": 1}, {"workers": 2}], repeats=2)
+    with pytest.raises(SystemExit):
+        main(["scale", "--config", str(ladder), "engine.kind=torch"])
+    results = json.loads((tmp_path / "out" / "scaling.json").read_text())
+    assert [(row["rung"], row["runs"]) for row in results["rows"]] == [("1 worker", 2)]
+    told = "the ladder has not ended, 2 of its 4 runs are done"
+    assert results["model"]["why_not"].startswith(told)
+    assert told in (tmp_path / "out" / "scaling.html").read_text()
+    assert (tmp_path / "out" / "scaling.csv").read_text().count("1 worker") == 1
+
+
+def test_a_run_is_started_again_from_its_checkpoint_and_checkpoints_go_when_nobody_needs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, bool]] = []
+    breaks = True
+
+    def pretrain(command: list[str], log: Path, timeout_s: float) -> None:
+        """What a run leaves: a line a step from its checkpoint on, 2 s apart, and a checkpoint."""
+        config = build_config(command[-1])
+        run, began = Path(config.run.dir), time.time()
+        latest = run / "checkpoints" / "latest"
+        calls.append((log.parent.name, latest.is_file()))
+        if breaks and log.parent.name == "restart":
+            raise RunError("ended with 1: gone")
+        first = int(latest.read_text().removeprefix("step_")) if latest.is_file() else 0
+        latest.parent.mkdir(parents=True, exist_ok=True)
+        with (run / "metrics.jsonl").open("a") as file:
+            for step in range(first + 1, config.train.max_steps + 1):
+                line = {"step": step, "time": began + 2 * (step - first), "samples_per_s": 4.0, "total": 1.0}
+                file.write(json.dumps(line) + "\n")
+        latest.write_text(f"step_{config.train.max_steps:08d}")
+
+    monkeypatch.setattr(scaling, "run_logged", pretrain)
+    ladder = write_ladder(tmp_path, repeats=2, probes=["alone", "restart"])
+    scale, folder = load_scale(ladder, ["engine.kind=torch"]), tmp_path / "out" / "1_worker"
+    full, failed = (row for row in scaling.run_ladder(scale, Path(TINY), print)["rows"] if row["probe"] != "alone")
+    assert (failed["probe"], failed["reason"]) == ("restart", "ended with 1: gone")
+    assert "restart_s" not in full
+    assert calls == [("full0", False), ("full1", False), ("alone", False), ("restart", True)]
+    assert [path.parents[1].name for path in folder.rglob("checkpoints")] == ["full0"], "it is tried again"
+    breaks = False
+    full, alone = scaling.run_ladder(scale, Path(TINY), print)["rows"]
+    assert calls[4:] == [("restart", True)]
+    assert full["restart_s"] == pytest.approx(2.0, abs=1.5)
+    assert full["start_s"] == pytest.approx(2.0, abs=1.5)
+    assert (full["steps"], alone["probe"]) == (2 * 4, "alone"), "the steps of the restart are in no rate"
+    assert not list(folder.rglob("checkpoints"))
+    (folder / "restart" / "measured.json").unlink()
+    *_, lost = scaling.run_ladder(scale, Path(TINY), print)["rows"]
+    assert lost["reason"].startswith("the whole run left no checkpoint of its last step to start from; remove ")
+    (folder / "full0" / "measured.json").unlink()
+    assert scaling.run_ladder(scale, Path(TINY), print)["rows"][0]["restart_s"]
+    assert calls[5:] == [("full0", False), ("restart", True)]
 
 
 def test_what_was_measured_counts_for_the_same_nodes_launcher_and_data_alone(tmp_path: Path) -> None:
@@ -288,6 +380,17 @@ def test_communication_within_the_phases_of_gpus_is_what_goes_beyond_one_worker_
     assert held_out["measured"]["step"] == pytest.approx(sum(steps["8 workers", "full"][0][1].values()))
     assert model["sizes"][0]["predicted"]["exposed"][0] == pytest.approx(3e-3 * 30, rel=0.02)
     assert model["notes"] == [scaling.HIDDEN]
+
+
+@pytest.mark.browser
+def test_the_page_is_whole_in_a_browser_also_with_long_names(tmp_path: Path) -> None:
+    scale, rows, steps = build_gpu_ladder(tmp_path, 3e-3, predict_workers=[16])
+    model = scaling.build_predictions(scale, Path(TINY), rows, steps)
+    failed = {"rung": "wrong", "probe": "full", "status": "failed", "workers": 1, "reason": "no such split: " * 20}
+    results = {"scaling": "weak", "commit": "abc", "flop_rule": "products", "rows": [*rows, failed], "model": model}
+    page, longer = write_results(tmp_path, "a ladder of four rungs", results), tmp_path / "longer.html"
+    longer.write_text(page.read_text().replace("4 workers", "four_workers_on_two_machines_" * 4))
+    assert look_at([page, longer]) == []
 
 
 def test_nothing_is_predicted_where_communication_was_not_seen(tmp_path: Path) -> None:
@@ -506,6 +609,30 @@ def test_efficiency_is_that_of_a_worker_against_the_smallest_rung() -> None:
     scaling._add_efficiency(rows)
     assert [row.get("efficiency") for row in rows] == [0.75, 1.0, 0.9, 45 / 80, 0.75, 1.0, None]
     assert [row.get("efficiency_node") for row in rows] == [60 / 72, None, 1.0, None, None, None, None]
+
+
+@pytest.mark.parametrize("configs", [[[]], [[], ["engine.zero_stage=3"]]])
+def test_each_config_is_a_series_of_its_own(configs: list[list[str]]) -> None:
+    rows = [
+        {"rung": " ".join([f"{workers} workers", *config]), "probe": probe, "status": "ok", "workers": workers}
+        | {"config": config, "pairs_per_s": rate * workers, "pairs_per_s_worker": rate, "phase_s": {"forward": 0.1}}
+        | {"step_pairs_per_s": {"p5": rate, "median": rate, "p95": rate}}
+        for config, rate in zip(configs, (80.0, 60.0))
+        for workers in (4, 2)
+        for probe in ("full", "synthetic")
+    ]
+    figure = draw_scaling({"rows": rows})
+    rates, parts = figure.axes
+    drawn = [line for line in rates.lines if len(line.get_xdata()) == 2 and line.get_marker() == "o"]
+    assert [line.get_ydata().tolist() for line in drawn] == [[160.0, 320.0], [120.0, 240.0]][: len(configs)]
+    colours = [line.get_color() for line in drawn]
+    assert len(set(colours)) == len(configs)
+    told = [text.get_text() for legend in figure.legends for text in legend.texts]
+    assert told == (["as the base", "engine.zero_stage=3"] if len(configs) > 1 else [])
+    labels = parts.get_xticklabels()
+    assert [label.get_text() for label in labels] == ["4\nworkers", "2\nworkers"] * len(configs)
+    if len(configs) > 1:
+        assert [label.get_color() for label in labels] == [colour for colour in colours for _ in range(2)]
 
 
 def test_a_rung_is_called_by_what_differs() -> None:

@@ -114,6 +114,7 @@ def run_ladder(machines: Machines) -> list[str]:
     full = [row for row in rows if row["probe"] == "full" and row["status"] == "ok"]
     faults += [f"{row['rung']}: phases miss {row['unexplained']:.1%}" for row in full if row["unexplained"] > 0.03]
     faults += [f"{row['rung']}: losses {row['loss_apart']:.1e} apart" for row in full[1:] if row["loss_apart"] > 1e-3]
+    faults += [f"{row['rung']}: no restart" for row in full if not row.get("restart_s")]
     wanted = ("scaling.html", "scaling.csv", "scaling.json", "scaling.png")
     return faults + [f"no {name}" for name in wanted if not (machines.folder / "ladder" / name).is_file()]
 

@@ -13,7 +13,7 @@ from clock import Clock
 from place.losses.objective import Losses
 from place.runlog import RunLog, read_jsonl
 from place.training import meter as meter_module
-from place.training.meter import Meter, describe_lag
+from place.training.meter import Meter, _count_sent_bytes, describe_lag
 from place.training.phases import Phases
 
 HOSTS = ["a", "a", "b", "b"]
@@ -34,6 +34,24 @@ def test_of_two_ranks_the_slower_one_is_measured_against_the_faster() -> None:
 
 def test_a_rank_alone_has_nobody_to_wait_for() -> None:
     assert describe_lag([0.1], 0.2, ["a"]) == {}
+
+
+def test_bytes_on_the_wire_hold_what_verbs_send_past_the_kernel_and_ip_over_infiniband_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = {"lo": 7, "eth0": 1000, "ib0": 500}
+    cards = {name: SimpleNamespace(bytes_sent=count) for name, count in sent.items()}
+    monkeypatch.setattr(meter_module.psutil, "net_io_counters", lambda pernic: cards)
+    for name, number in {"lo": 772, "eth0": 1, "ib0": 32}.items():
+        (tmp_path / "net" / name).mkdir(parents=True)
+        (tmp_path / "net" / name / "type").write_text(f"{number}\n")
+    assert _count_sent_bytes(tmp_path) == 1500, "no counter of InfiniBand can be read here"
+    ports = {"mlx5_0/ports/1": "300\n", "mlx5_1/ports/1": "20\n", "mlx5_1/ports/2": "N/A (no PMA)\n"}
+    for port, words in ports.items():
+        counters = tmp_path / "infiniband" / port / "counters"
+        counters.mkdir(parents=True)
+        (counters / "port_xmit_data").write_text(words)
+    assert _count_sent_bytes(tmp_path) == 1000 + 4 * 320
 
 
 def test_phases_sum_to_the_step_and_what_passes_between_epochs_counts_in_none(

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from clock import Clock
 from spawn import run_ranks
 
+from place.distributed import gather_with_grad
 from place.training.phases import Phases
 
 
@@ -55,3 +56,27 @@ def test_the_wait_for_others_is_communication_and_not_the_phase_around_it(tmp_pa
     assert late["gather"] < 0.1
     assert late["optimiser"] > 0.45
     assert early["optimiser"] < 0.1
+
+
+def come_late_to_the_gradients(late_s: float) -> dict[str, float]:
+    """Rank 1 comes late to the backward pass of gathered features, which waits for all ranks' gradients."""
+    features_BE = torch.ones(2, 3, requires_grad=True)
+    phases = Phases(torch.device("cpu"))
+    with phases.watch_collectives():
+        total = gather_with_grad(features_BE).sum()
+        dist.barrier()
+        phases.mark("loss")
+        phases.take()
+        time.sleep(late_s * dist.get_rank())
+        total.backward()
+        phases.mark("backward")
+    assert features_BE.grad is not None
+    assert features_BE.grad.eq(2).all()
+    return phases.take()
+
+
+@pytest.mark.multiprocess
+def test_the_exchange_of_the_features_gradients_is_communication_and_not_backward() -> None:
+    early, _ = run_ranks(come_late_to_the_gradients, 2, 1.5)
+    assert early["communication"] > 0.75
+    assert early["backward"] < 0.5 * early["communication"]
