@@ -165,7 +165,7 @@ def judge(
     """Look for leaks, run tasks and write what they found."""
     folded = IN_FOLDS & {*names} if task.evaluation.folds else set()
     splits = SPLITS if folded else (task.split,)
-    chooses = any(NEEDS[name].startswith("training") for name in {*names} - folded)
+    chooses = any(NEEDS.get(name, "").startswith("training") for name in {*names} - folded)
     choosing = (task.val_split,) if chooses and task.split == task.val_split else ()
     judged = Judged(task.data_dir, task.card, splits, choosing)
     (task.run.model if task.has_reports else task.encoder.vision).to(choose_device())
