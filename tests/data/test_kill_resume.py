@@ -127,6 +127,15 @@ def run_rank(
     dist.destroy_process_group()
 
 
+def list_mapped() -> set[str]:
+    """Shared memory that a process still uses: of another run on this machine, where no reader of ours is left."""
+    found = set[str]()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):
+            found |= {Path(line.split()[-1]).name for line in maps.read_text().splitlines() if "/dev/shm/" in line}
+    return found
+
+
 @pytest.mark.multiprocess
 def test_killed_at_twenty_random_steps_on_random_worlds_every_epoch_holds_every_sample_once(
     prepared: Path, tmp_path: Path
@@ -160,7 +169,7 @@ def test_killed_at_twenty_random_steps_on_random_worlds_every_epoch_holds_every_
     _, alive = psutil.wait_procs([psutil.Process(pid) for pid in readers if psutil.pid_exists(pid)], timeout=10)
     assert not alive, "loader workers of killed ranks are left"
     ours = {name for name in set(os.listdir("/dev/shm")) - before if name[:6].isdigit()}
-    assert not ours, "shared memory of killed ranks is left"
+    assert not ours - list_mapped(), "shared memory of killed ranks is left"
 
 
 def test_a_loader_worker_that_waits_for_ever_ends_with_its_killed_rank() -> None:
