@@ -460,38 +460,37 @@ class GenerationConfig(Section):
         return num_heads
 
 
-class SegmentationConfig(Section):
+class HeadConfig(Section):
+    """How a head on frozen tokens is trained, whatever it learns."""
+
+    max_steps: int = Field(ge=1)
+    """Most training steps."""
+    look_every_steps: int = Field(50, ge=1)
+    """Steps between two looks at the validation split; where `max_steps` are fewer, one look after the last."""
+    patience: int = Field(4, ge=1)
+    """Looks at the validation split in vain after which training stops."""
+    batch_size: int = Field(ge=1)
+    """Images a step."""
+    lr: float = Field(1e-3, gt=0)
+    """Learning rate."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Decay of weights."""
+    seed: int = Field(0, ge=0)
+    """Seed of weights and batches."""
+
+
+class SegmentationConfig(HeadConfig):
     max_steps: int = Field(600, ge=1)
     """Most training steps."""
-    look_every_steps: int = Field(50, ge=1)
-    """Steps between two looks at the validation split; where `max_steps` are fewer, one look after the last."""
-    patience: int = Field(4, ge=1)
-    """Looks at the validation split in vain after which training stops."""
     batch_size: int = Field(32, ge=2)
     """Images a step."""
-    lr: float = Field(1e-3, gt=0)
-    """Learning rate."""
-    weight_decay: float = Field(1e-4, ge=0)
-    """Decay of weights."""
-    seed: int = Field(0, ge=0)
-    """Seed of weights and batches."""
 
 
-class DetectionConfig(Section):
+class DetectionConfig(HeadConfig):
     max_steps: int = Field(400, ge=1)
     """Most training steps."""
-    look_every_steps: int = Field(50, ge=1)
-    """Steps between two looks at the validation split; where `max_steps` are fewer, one look after the last."""
-    patience: int = Field(4, ge=1)
-    """Looks at the validation split in vain after which training stops."""
     batch_size: int = Field(16, ge=1)
     """Images a step."""
-    lr: float = Field(1e-3, gt=0)
-    """Learning rate."""
-    weight_decay: float = Field(1e-4, ge=0)
-    """Decay of weights."""
-    seed: int = Field(0, ge=0)
-    """Seed of weights and batches."""
 
 
 class FinetuneConfig(Section):

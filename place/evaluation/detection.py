@@ -17,8 +17,8 @@ from place.evaluation.detection_metrics import COCO_IOUS, FIELD_IOUS, judge_matc
 from place.evaluation.detection_picture import draw_boxes
 from place.evaluation.detector import BoxedSplit, Boxes, train_detector
 from place.evaluation.encoder import get_units, read_units
-from place.evaluation.folds import describe_folds, list_folds
-from place.evaluation.heads import build_schedule, describe_limit
+from place.evaluation.folds import describe_folds, describe_splits, list_folds
+from place.evaluation.heads import build_schedule
 from place.evaluation.localisation import move_box
 from place.evaluation.metrics import Array, TaskResult
 from place.evaluation.task import Task
@@ -88,10 +88,7 @@ def _train_and_judge(task: Task) -> Judged:
         for split, limit in ((task.train_split, most), (task.val_split, MAX_VAL), (task.split, None))
     )
     guesses, step = _fit(task, train, val, test, len(names))
-    trained_on = (
-        f"{len(train.sample_ids)} images of '{task.train_split}', {describe_limit(most)}; "
-        f"stopped on '{task.val_split}' at step {step}"
-    )
+    trained_on = describe_splits(task, len(train.sample_ids), step)
     units = get_units(read_units(task.data_dir, task.split), test.sample_ids)
     return Judged(test, guesses, names, left_out, units, trained_on)
 

@@ -1,4 +1,4 @@
-"""Folds of patients: each image is judged once, by what neither trained nor stopped on images of its patient."""
+"""What trains, stops and is judged: a split each, or folds of patients, by which each image is judged once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from place.config import EvaluationConfig, UsageError
 from place.evaluation.heads import describe_limit
 from place.evaluation.metrics import Array
+from place.evaluation.task import Task
 
 
 class Fold(NamedTuple):
@@ -50,6 +51,14 @@ def deal_folds(unit_B: Array, folds: int) -> Array:
             f"evaluation.folds={folds}: expected 3 (train, stop, judge) to {len(patients)}, the patients there are"
         )
     return number_B.ravel() % folds
+
+
+def describe_splits(task: Task, num_train: int, step: int) -> str:
+    """What was trained on what without folds, in words: images that trained, and the step that was kept."""
+    return (
+        f"{num_train} images of '{task.train_split}', {describe_limit(task.evaluation.max_train_images)}; "
+        f"stopped on '{task.val_split}' at step {step}"
+    )
 
 
 def describe_folds(evaluation: EvaluationConfig, splits: Sequence[str], steps: Sequence[int]) -> str:

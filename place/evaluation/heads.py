@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from place.config import DetectionConfig, SegmentationConfig
+from place.config import HeadConfig
 
 CPU = torch.device("cpu")
 Head = TypeVar("Head", bound=nn.Module)
@@ -34,7 +34,7 @@ class Schedule(NamedTuple):
         )
 
 
-def build_schedule(config: SegmentationConfig | DetectionConfig) -> Schedule:
+def build_schedule(config: HeadConfig) -> Schedule:
     """What a section says, with a look at validation once at least."""
     every = min(config.look_every_steps, config.max_steps)
     return Schedule(config.max_steps, every, config.patience, config.batch_size, config.lr, config.weight_decay)

@@ -14,8 +14,8 @@ from place.data.identity import SPLITS
 from place.data.masks import Mask, read_masks, resize_mask
 from place.data.transforms import find_square
 from place.evaluation.encoder import get_units, read_units
-from place.evaluation.folds import describe_folds, list_folds
-from place.evaluation.heads import build_schedule, describe_limit
+from place.evaluation.folds import describe_folds, describe_splits, list_folds
+from place.evaluation.heads import build_schedule
 from place.evaluation.metrics import Array, Metric, TaskResult, compute_means, draw_weights, summarize
 from place.evaluation.segmentation_picture import draw_masks
 from place.evaluation.setr import HEAD_NAMES, MaskedSplit, predict, train_head
@@ -106,10 +106,7 @@ def _train_and_judge(task: Task, way: Way) -> Judged:
         for split, limit in ((task.train_split, most), (task.val_split, MAX_VAL), (task.split, None))
     )
     shown, step = way.fit(task, train, val, test)
-    trained_on = (
-        f"{len(train.sample_ids)} images of '{task.train_split}', {describe_limit(most)}; "
-        f"stopped on '{task.val_split}' at step {step}"
-    )
+    trained_on = describe_splits(task, len(train.sample_ids), step)
     units = get_units(read_units(task.data_dir, task.split), test.sample_ids)
     return Judged(test, shown.numpy(), names, left_out, units, trained_on)
 
