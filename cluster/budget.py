@@ -55,7 +55,8 @@ def compute_memory(footprint: Footprint, plan: RunPlan, config: Config, setting:
     share = size // plan.world if stage else size
     micro = plan.local_batch // setting.accumulation
     held = {name: part.count_held(micro) for name, part in footprint.parts.items()}
-    inputs = plan.local_batch * footprint.input_bytes
+    # On a GPU the next batch is copied while this one trains.
+    inputs = plan.local_batch * footprint.input_bytes * (2 if setting.on_gpu else 1)
     parts = {
         "weights": share + _count_gathered(footprint, config, plan) if stage == 3 else size,
         "master": share if stage else 0,

@@ -28,6 +28,7 @@ from place.training.plan import RunPlan
 from place.training.profile import StepProfiler
 from place.training.saver import Saver
 from place.training.stop import is_asked
+from place.training.transfer import send_ahead
 from place.training.watchdog import Watchdog
 
 
@@ -73,13 +74,14 @@ def train(
         batches = itertools.repeat(next(batches))
     elif config.run.probe == "loader":
         return _read_only(plan, batches, meter, watchdog, config.run.log_every_steps)
+    on_their_way = send_ahead(batches, engine.device)
     while progress["step"] < plan.total_steps and not stopping:
         epoch, first_step = divmod(progress["step"], plan.steps_per_epoch)
         last_step = min(plan.steps_per_epoch, plan.total_steps - epoch * plan.steps_per_epoch)
-        for batch in meter.time_waits(itertools.islice(batches, last_step - first_step)):
+        for sent in meter.time_waits(itertools.islice(on_their_way, last_step - first_step)):
             watchdog.feed()
             seed_step(config.run.seed, progress["step"], world.rank)
-            batch = batch.to(engine.device)
+            batch = sent.receive()
             meter.mark("copy")
             losses, scales = backward_contrast(engine, batch, plan.accumulation, timed)
             meter.mark("backward")

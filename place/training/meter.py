@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -26,6 +26,7 @@ from place.training.saver import Saver
 
 ARPHRD_INFINIBAND = 32
 """Type of a network card that is IP over InfiniBand. Source: quoted (Linux, if_arp.h)."""
+Item = TypeVar("Item")
 STRAGGLER_SHARE, STRAGGLER_S = 0.2, 0.05
 """A rank is called a straggler when it comes later than its peers by this share of a step, and by so many seconds."""
 
@@ -66,18 +67,18 @@ class Meter:
         self._spans: list[tuple[Any, Any]] = []
         self._got: Any = None
 
-    def time_waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def time_waits(self, batches: Iterator[Item]) -> Iterator[Item]:
         """The same batches; counts the time that the loop waited for them."""
         while True:
             self.mark("other")
             asked = time.perf_counter()
-            batch = next(batches, None)
+            item = next(batches, None)
             self.waited_s += time.perf_counter() - asked
             self.mark("wait")
-            if batch is None:
+            if item is None:
                 return
             self._got = take_stamp(self.device)
-            yield batch
+            yield item
 
     def time_arrivals(self, objective: Objective) -> Objective:
         """The same objective; notes when this rank comes to it."""

@@ -27,6 +27,7 @@ from place.model.place import build_model
 from place.training.footprint import measure_footprint
 from place.training.gradcache import backward_contrast
 from place.training.plan import build_plan
+from place.training.transfer import send_ahead
 
 ROOT = Path(__file__).parents[2]
 VOCAB = 64
@@ -136,10 +137,9 @@ def test_memory_agrees_with_what_a_gpu_allocates(settings: dict) -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     engine = ENGINES["torch"](build_model(config, VOCAB, device)[0], config, device)
-    for step in range(2):
-        batch = build_full_batch(config, step).to(device)
+    for sent in send_ahead((build_full_batch(config, step) for step in range(3)), device):
         backward_contrast(
-            engine, batch, config.train.accumulation, lambda o, b: compute_losses(o, b, config.loss, 1 / 255)
+            engine, sent.receive(), config.train.accumulation, lambda o, b: compute_losses(o, b, config.loss, 1 / 255)
         )
         engine.step(1e-3)
     measured = torch.cuda.max_memory_allocated() - before

@@ -17,6 +17,7 @@ from place.losses.objective import compute_losses
 from place.model.place import build_model
 from place.training.engine import TorchEngine
 from place.training.gradcache import backward_contrast
+from place.training.transfer import send_ahead
 
 WAITING = {
     *("_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount"),
@@ -96,7 +97,7 @@ def build_step(device: torch.device, accumulation: int, precision: str, method: 
         return compute_losses(outputs, of, config.loss, 1 / 255)
 
     def take_step() -> Tensor:
-        losses, _ = backward_contrast(engine, batch.to(device), accumulation, compute)
+        losses, _ = backward_contrast(engine, next(send_ahead(iter([batch]), device)).receive(), accumulation, compute)
         return losses.total.detach() + engine.step(1e-3)
 
     return engine, batch, take_step
