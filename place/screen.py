@@ -403,4 +403,5 @@ def _format_metrics(record: dict[str, Any]) -> str:
 
 def _build_bar(console: Console, note: str) -> Progress:
     columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn(note, markup=False), console=console)
+    # rich forgets what is older than 30 s, and with it the time left where lines are further apart.
+    return Progress(*columns, TextColumn(note, markup=False), console=console, speed_estimate_period=600)

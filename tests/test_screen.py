@@ -38,6 +38,17 @@ def test_a_straggler_is_named_in_the_log_even_between_two_due_lines(
     assert lines[1].endswith("on node-with-a-long-name.cluster.internal is 0.25 s late each step, 0:03:14 left")
 
 
+def test_the_bar_knows_the_time_left_where_lines_are_a_minute_apart() -> None:
+    now = 0.0
+    bar = RunScreen(Config.model_validate({"data": {"path": "unused"}}), SimpleNamespace()).bar
+    bar.get_time = lambda: now
+    task = bar.add_task("pretrain", total=10, note="")
+    for step in range(1, 4):
+        now = 60.0 * step
+        bar.update(task, completed=step)
+    assert bar.tasks[0].time_remaining == 7 * 60
+
+
 def build_ladder(rung: str, exposed_s: float) -> dict[str, Any]:
     """Results of `place scale` with one rung, which is held out."""
     row = {"rung": rung, "probe": "full", "status": "ok", "exposed_s": exposed_s, "step_s": 0.5, "start_s": 1.0}
