@@ -216,7 +216,7 @@ def _start_ray(num_cpus: int) -> bool:
     quiet = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
     try:
         ray.init(address=address or "local", **quiet, **own)
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, ValueError) as error:
         raise RunError(f"RAY_ADDRESS={address}: no Ray cluster answers ({_last_line(error)})") from None
     return not address
 

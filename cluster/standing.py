@@ -37,20 +37,20 @@ def read_token(environ: Mapping[str, str]) -> Token:
         return Token("", f"RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, {path}")
 
 
-def check_address(address: str, environ: Mapping[str, str]) -> bool:
+def check_address(address: str, environ: Mapping[str, str]) -> bool | None:
     """Ask a Ray head who it is, before Ray does so for 20 s.
 
     Args:
         address: `host:port` of the head; other forms, such as `auto`, are left to Ray.
     Returns:
-        Whether the head asks for a token.
+        Whether the head asks for a token; None where it was not asked.
     Raises:
         UsageError: nothing answers there, or the token is missing or wrong.
     """
     import grpc
 
     if "://" in address or ":" not in address:
-        return False
+        return None
     token = read_token(environ)
     failure, asks_for_token = _ask(address, ""), False
     if failure == grpc.StatusCode.UNAUTHENTICATED:

@@ -312,26 +312,27 @@ LAUNCHERS: dict[str, Callable[[Config], int]] = {
 def _watch(config: Config, plan: Any, run: Callable[[], str]) -> int:
     """Run with the progress on the screen; a signal asks the run to stop at its next step."""
     from place.node import clean_node
-    from place.runlog import note_end, note_start
+    from place.runlog import hold_run, note_end, note_start
     from place.screen import RunScreen
     from place.training.stop import read_stop
 
     run_dir = Path(config.run.dir)
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    _catch_signals(run_dir)
-    try:
-        note_start(run_dir)
-        with RunScreen(config, plan) as screen:
-            outcome = run()
-        note_end(run_dir, outcome, read_stop(run_dir))
-    except Exception as error:
-        note_end(run_dir, "failed", str(error))
-        raise
-    finally:
-        clean_node(run_dir)
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    with hold_run(run_dir):
+        _catch_signals(run_dir)
+        try:
+            note_start(run_dir)
+            with RunScreen(config, plan) as screen:
+                outcome = run()
+            note_end(run_dir, outcome, read_stop(run_dir))
+        except Exception as error:
+            note_end(run_dir, "failed", str(error))
+            raise
+        finally:
+            clean_node(run_dir)
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in before.items():
+                    signal.signal(number, handler)
     screen.print_end(outcome)
     if outcome == "stopped":
         _note_requeue(run_dir)

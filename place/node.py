@@ -40,7 +40,7 @@ def clean_node(run_dir: Path) -> int:
 
 
 def clean_folder(folder: Path) -> int:
-    """`clean_node` for every run whose workers had `folder` as their temporary folder."""
+    """`clean_node` for every run of this user whose workers had `folder` as their temporary folder."""
     return sum(_clean(path) for path in folder.glob("place-*.node.jsonl"))
 
 
@@ -56,8 +56,11 @@ def _append(run_dir: Path, record: dict[str, Any]) -> None:
 
 
 def _clean(path: Path) -> int:
+    # Its name can be guessed, and others may write in a temporary folder: what they put there is not done.
+    if not path.is_file() or path.is_symlink() or path.stat().st_uid != os.geteuid():
+        return 0
     # A worker killed while it wrote leaves half a line.
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text().splitlines()
     removed = sum(_remove(json.loads(line), path.parent) for line in lines if line.endswith("}"))
     path.unlink(missing_ok=True)
     return removed

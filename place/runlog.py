@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from place.config import RunError
+from place.config import RunError, UsageError
 from place.trackers import Tracker
 
 ATTENTION = "attention.jsonl"
@@ -21,17 +23,15 @@ class RunLog:
     """Writer of a run's logs; used on rank 0 alone. Final."""
 
     def __init__(self, run_dir: Path, attempt: int, trackers: Sequence[Tracker] = ()):
-        self.attempt, self._run_dir, self._trackers = attempt, run_dir, trackers
-        self._metrics = (run_dir / "metrics.jsonl").open("a", buffering=1)
-        self._samples = (run_dir / "samples.jsonl").open("a", buffering=1)
+        self.attempt, self._run_dir, self._trackers = attempt, run_dir, list(trackers)
+        self._metrics, self._samples = (open_log(run_dir / name) for name in ("metrics.jsonl", "samples.jsonl"))
 
     def write_metrics(self, step: int, values: dict[str, Any]) -> None:
         """One object of a logged step."""
         record = {"step": step, "attempt": self.attempt, "time": round(time.time(), 3), **values}
         self._metrics.write(json.dumps(record) + "\n")
         figures = {name: value for name, value in values.items() if isinstance(value, int | float)}
-        for tracker in self._trackers:
-            tracker.log(step, figures)
+        self._tell(lambda tracker: tracker.log(step, figures))
 
     def write_samples(self, step: int, epoch: int, sample_ids: list[int]) -> None:
         """The sample ids of an optimiser step, over all ranks."""
@@ -41,15 +41,34 @@ class RunLog:
     def write_attention(self, step: int, attention_KN: Sequence[Sequence[float]]) -> None:
         """How the V-PORs' queries share out the patches of one image, at a validation; the image is not kept."""
         shares_KN = [[float(f"{share:.2g}") for share in share_N] for share_N in attention_KN]
-        with (self._run_dir / ATTENTION).open("a") as file:
+        with open_log(self._run_dir / ATTENTION) as file:
             file.write(json.dumps({"step": step, "attempt": self.attempt, "attention": shares_KN}) + "\n")
 
     def close(self) -> None:
         """Flush and close."""
         self._metrics.close()
         self._samples.close()
-        for tracker in self._trackers:
-            tracker.close()
+        self._tell(lambda tracker: tracker.close())
+
+    def _tell(self, ask: Callable[[Tracker], None]) -> None:
+        """Ask each tracker; one that fails is told nothing more, for a run does not end with a service beside it."""
+        for tracker in [*self._trackers]:
+            try:
+                ask(tracker)
+            except Exception as error:  # noqa: BLE001  a package of its own raises what it likes
+                self._trackers.remove(tracker)
+                said = f"{type(tracker).__name__} failed ({' '.join(str(error).split())[:200]})"
+                note = f"{said}; it gets no more figures, metrics.jsonl has them all"
+                write_attempt(self._run_dir, {"attempt": self.attempt, "notes": [note]})
+
+
+def open_log(path: Path) -> TextIO:
+    """Open a file of JSON lines to append to, beginning a new line where a killed writer left half of one."""
+    file = path.open("a+", buffering=1)
+    end = file.tell()
+    if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
+        file.write("\n")
+    return file
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -98,13 +117,57 @@ def read_surviving(path: Path) -> list[dict[str, Any]]:
 
 def write_attempt(run_dir: Path, record: dict[str, Any]) -> None:
     """A line of attempts.jsonl: a start of the command or of its workers, notes about one, or how the command ended."""
-    with (run_dir / "attempts.jsonl").open("a") as file:
+    with open_log(run_dir / "attempts.jsonl") as file:
         file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
 
 
 def note_start(run_dir: Path) -> None:
-    """A line of attempts.jsonl: which process a `place pretrain` is."""
-    write_attempt(run_dir, {"command": {"host": socket.gethostname(), "pid": os.getpid()}})
+    """A line of attempts.jsonl: which process a `place pretrain` is, and of which start of a Slurm job."""
+    write_attempt(run_dir, {"command": {"host": socket.gethostname(), "pid": os.getpid(), "job": _read_job()}})
+
+
+@contextlib.contextmanager
+def hold_run(run_dir: Path) -> Iterator[None]:
+    """Keep every other `place pretrain` out of a run folder for as long as the block runs.
+
+    A lock on attempts.jsonl, which ends with its process; on storage without locks nobody is kept out.
+    Raises:
+        UsageError: another one works there.
+    """
+    with open_log(run_dir / "attempts.jsonl") as file:
+        is_held = _lock(file, run_dir)
+        try:
+            yield
+        finally:
+            if is_held:  # or loader workers that live a moment longer would keep it
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _lock(file: TextIO, run_dir: Path) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        other = [record["command"] for record in read_jsonl(run_dir / "attempts.jsonl") if "command" in record][-1:]
+        own, known = _read_job(), other[0].get("job") if other else None
+        # Slurm starts a job again once its machines are gone; of one without power NFS may never hear that.
+        if own and known and own["id"] == known["id"] and own["start"] > known["start"]:
+            return False
+        who = f", process {other[0]['pid']} on {other[0]['host']}" if other else ""
+        raise UsageError(
+            f"another place pretrain works in {run_dir}{who}; wait for it, or end it with scancel, ray job stop or "
+            "Ctrl-C, or choose another run.dir"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        return False
+    return True
+
+
+def _read_job() -> dict[str, Any] | None:
+    """The Slurm job of this process and which of its starts this is; none outside of Slurm."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return {"id": job, "start": int(os.environ.get("SLURM_RESTART_COUNT", "0"))} if job else None
 
 
 def note_end(run_dir: Path, outcome: str, why: str) -> None:

@@ -44,6 +44,8 @@ def check_head(address: str, environ: Mapping[str, str]) -> list[Finding]:
         asks = check_address(address, environ)
     except UsageError as error:
         return [Finding("ray head", FAIL, str(error))]
+    if asks is None:
+        return [Finding("ray head", SKIP, f"{address} is no HOST:PORT: not asked whether it wants a token")]
     if asks:
         return [Finding("ray head", OK, f"{address} answers and asks for a token, which is right")]
     advice = "start it with RAY_AUTH_MODE=token; else whoever reaches its port runs code as you"

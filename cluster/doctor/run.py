@@ -100,7 +100,9 @@ def _check_ray(options: Options) -> list[Finding]:
     findings = run_check("ray head", lambda: ray_cluster.check_head(address, os.environ), timeout_s)
     if findings[0].state == FAIL:
         return findings
-    mark = write_mark(Path(options.config.run.dir))
+    mark, unwritable = write_mark(Path(options.config.run.dir))
+    if mark is None:
+        return [*findings, *unwritable]
     try:
         with ray_cluster.connect(address) as topology:
             nodes = ray_cluster.list_nodes()
@@ -110,7 +112,7 @@ def _check_ray(options: Options) -> list[Finding]:
             findings += ray_cluster.check_hosts(nodes, _find_pins(), folders, mark, timeout_s)
             findings += _compare_software(findings)
             findings += ray_cluster.check_collectives(topology, nodes, 2 * timeout_s)
-    except ConnectionError as error:
+    except (ConnectionError, RuntimeError, ValueError) as error:
         findings.append(Finding("ray head", FAIL, f"{address}: {str(error).splitlines()[0]}", "check RAY_ADDRESS"))
     finally:
         mark.unlink(missing_ok=True)
@@ -126,12 +128,14 @@ def _check_processes(options: Options, rank: int) -> list[Finding]:
     host = socket.gethostname()
     hosts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(hosts, host)
-    box = [str(write_mark(Path(options.config.run.dir))) if rank == 0 else ""]
+    box = [write_mark(Path(options.config.run.dir)) if rank == 0 else (None, [])]
     dist.broadcast_object_list(box)
-    mark, findings = Path(box[0]), []
+    mark, unwritable = box[0]
+    findings = [] if rank else unwritable
     if hosts.index(host) == rank:
         checks = build_host_checks(_find_pins(), _list_folders(options.config), ports=False)
-        checks["shared folder"] = lambda: check_mark(mark)
+        if mark is not None:
+            checks["shared folder"] = lambda: check_mark(mark)
         for name, check in checks.items():
             findings += run_check(name, check, options.timeout_s)
     everyone: list[list[Finding]] = [[]] * len(hosts)
@@ -144,7 +148,8 @@ def _check_processes(options: Options, rank: int) -> list[Finding]:
     if rank:
         dist.destroy_process_group()
         return []
-    mark.unlink(missing_ok=True)
+    if mark is not None:
+        mark.unlink(missing_ok=True)
     findings = [finding for found in everyone for finding in found]
     findings += [*_compare_software(findings), *network, *_check_storage(options)]
     dist.destroy_process_group()

@@ -60,11 +60,15 @@ def check_reading(path: str, size_mib: int = 256, budget_s: float = 3.0) -> list
     return [Finding("data", OK, text)]
 
 
-def write_mark(folder: Path) -> Path:
-    """A file that other nodes are asked for; the caller removes it."""
+def write_mark(folder: Path) -> tuple[Path | None, list[Finding]]:
+    """A file that other nodes are asked for, which the caller removes; or that none could be written."""
     path = find_existing(folder) / f".place-doctor-{uuid.uuid4().hex}"
-    path.write_text("place doctor\n")
-    return path
+    try:
+        path.write_text("place doctor\n")
+    except OSError as error:
+        text = f"run.dir {path.parent} cannot be written ({error.strerror}): nodes were not asked for a file in it"
+        return None, [Finding("shared folder", FAIL, text, "give run.dir a folder that you may write")]
+    return path, []
 
 
 def check_mark(mark: Path) -> list[Finding]:

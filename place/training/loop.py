@@ -75,6 +75,7 @@ def train(
     elif config.run.probe == "loader":
         return _read_only(plan, batches, meter, watchdog, config.run.log_every_steps)
     on_their_way = send_ahead(batches, engine.device)
+    watchdog.feed()  # the first batch may not come
     while progress["step"] < plan.total_steps and not stopping:
         epoch, first_step = divmod(progress["step"], plan.steps_per_epoch)
         last_step = min(plan.steps_per_epoch, plan.total_steps - epoch * plan.steps_per_epoch)

@@ -32,7 +32,7 @@ from place.kept import write_text
 from place.losses.objective import compute_losses
 from place.model.place import PlaceModel, build_model
 from place.node import clean_node, note_cache, note_shared_memory
-from place.runlog import RunLog, count_attempts, write_attempt
+from place.runlog import RunLog, count_attempts, hold_run, write_attempt
 from place.trackers import Tracker, check_trackers, open_trackers
 from place.training.checkpoint import agree_on_checkpoint, read_state, write_definition
 from place.training.engine import Engine, TorchEngine
@@ -53,7 +53,8 @@ def prepare_run(config: Config, world: int) -> RunPlan:
     """Check everything that can be checked before workers start, and write config.yaml and run.json.
 
     Raises:
-        UsageError: data, plan or run folder do not permit the run. RunError: see `check_disk`.
+        UsageError: data, plan or run folder do not permit the run, or another one works there.
+        RunError: see `check_disk`.
     """
     run_dir = Path(config.run.dir)
     plan = build_run_plan(config, world)
@@ -69,14 +70,22 @@ def prepare_run(config: Config, world: int) -> RunPlan:
             _check_lineage(folder, config, plan)
             _check_shapes(folder, config)
             break
+    about = _describe_run(config, world, plan)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(run_dir / "config.yaml", dump_config(config))
+        with hold_run(run_dir):
+            write_text(run_dir / "config.yaml", dump_config(config))
+            check_disk(run_dir, need_mib=512)
+            write_text(run_dir / "run.json", json.dumps(about, indent=1))
+            withdraw_stop(run_dir)
     except OSError as error:
         raise UsageError(f"run.dir={run_dir} cannot be written: {error.strerror}; choose another folder") from None
-    check_disk(run_dir, need_mib=512)
+    return plan
+
+
+def _describe_run(config: Config, world: int, plan: RunPlan) -> dict[str, Any]:
     mean, std = read_intensity(config.data)
-    record = {
+    return {
         "commit": read_commit(),
         "versions": {name: _read_version(name) for name in VERSIONS},
         "python": platform.python_version(),
@@ -86,9 +95,6 @@ def prepare_run(config: Config, world: int) -> RunPlan:
         "std": std,
         "plan": plan.model_dump(),
     }
-    write_text(run_dir / "run.json", json.dumps(record, indent=1))
-    withdraw_stop(run_dir)
-    return plan
 
 
 def build_run_plan(config: Config, world: int) -> RunPlan:
@@ -151,13 +157,13 @@ def _work(
         notes.append(f"all {plan.total_steps} steps are done already: nothing to train")
     gpu, blind = open_gpu(device)
     notes += [blind] if blind else []
+    node = read_node()
+    cache = _make_cache(config, launch, attempt, node)
     log = None
     if world.is_first:
         log = RunLog(run_dir, attempt, [*open_trackers(config, progress["step"]), *trackers])
     if world.is_first:
         write_attempt(run_dir, {"attempt": attempt, "from_step": progress["step"], "notes": [attention, *notes]})
-    node = read_node()
-    cache = _make_cache(config, launch, attempt, node)
     watchdog = Watchdog(run_dir, attempt, world.rank, config.cluster.hang_timeout_s)
     build_loader = functools.partial(
         PairLoader, config.data, tokenizer=tokenizer, seed=config.run.seed, num_patches=num_patches, cache=cache
@@ -277,7 +283,13 @@ def _make_cache(config: Config, launch: str, attempt: int, node: Node) -> Path:
     if node.is_first:
         clean_node(Path(config.run.dir))
         note_cache(Path(config.run.dir), cache)
-        cache.mkdir(parents=True)
+        try:
+            cache.mkdir(parents=True)
+        except OSError as error:
+            raise UsageError(
+                f"data.cache_dir={cache.parent} on {socket.gethostname()}: {error.strerror}; give a folder that every "
+                "node can write, or none for the temporary one"
+            ) from None
     barrier()
     return cache
 

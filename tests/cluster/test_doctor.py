@@ -14,7 +14,7 @@ from place.cluster.doctor import host, storage
 from place.cluster.doctor.findings import FAIL, OK, SKIP, WARN, Finding, exit_code, merge_hosts, run_check
 from place.cluster.doctor.first_batch import check_first_batch
 from place.cluster.doctor.network import check_local_collectives, describe_collectives
-from place.cluster.doctor.ray_cluster import STOP_WAIT
+from place.cluster.doctor.ray_cluster import STOP_WAIT, check_head
 from place.cluster.doctor.run import read_launcher
 from standing_head import start_head
 from training.runs import run_place, write_config
@@ -148,6 +148,18 @@ def test_a_folder_that_may_not_be_written_fails(tmp_path: Path) -> None:
     assert storage.check_writing(tmp_path / "theirs")[0].state == FAIL
 
 
+def test_a_run_folder_that_cannot_be_asked_for_fails() -> None:
+    mark, (finding,) = storage.write_mark(Path("/proc/run"))
+    assert (mark, finding.check, finding.state) == (None, "shared folder", FAIL)
+    assert "/proc cannot be written" in finding.text
+
+
+@pytest.mark.parametrize("address", ["auto", "localhost", "ray://127.0.0.1:9"])
+def test_a_head_that_was_not_asked_is_not_said_to_be_open(address: str) -> None:
+    (finding,) = check_head(address, {})
+    assert (finding.state, "not asked" in finding.text) == (SKIP, True)
+
+
 def test_a_disk_that_fills_up_under_the_test_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -165,7 +177,9 @@ def test_a_data_folder_without_shards_is_skipped_with_the_reason(tmp_path: Path)
 
 
 def test_a_run_folder_that_another_node_does_not_see_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mark = storage.write_mark(tmp_path / "run")
+    mark, faults = storage.write_mark(tmp_path / "run")
+    assert mark is not None
+    assert faults == []
     assert storage.check_mark(mark)[0].state == OK
     mark.unlink()
     monkeypatch.setattr(storage.time, "sleep", lambda _: None)
@@ -219,6 +233,14 @@ def test_data_that_is_damaged_fails_the_first_batch(tmp_path: Path, prepared: Pa
 )
 def test_torchrun_and_srun_are_told_from_a_process_alone(environ: dict, found: tuple | None) -> None:
     assert read_launcher(environ) == found
+
+
+@pytest.mark.multiprocess
+def test_under_torchrun_a_run_folder_that_cannot_be_written_is_a_finding() -> None:
+    code, out, err = run_place("doctor", "--json", "run.dir=/proc/run", processes=2)
+    assert code == 1, out + err
+    states = read_states([Finding(**item) for item in json.loads(out)])
+    assert (states["collectives"], states["shared folder"]) == (OK, FAIL)
 
 
 @pytest.mark.multiprocess

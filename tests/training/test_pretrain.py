@@ -8,6 +8,9 @@ import os
 import re
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -27,7 +30,7 @@ from place.data.tokens import ReportTokenizer, train_tokenizer
 from place.losses.objective import compute_losses
 from place.model.place import build_model
 from place.node import note_path
-from place.runlog import read_jsonl, read_surviving
+from place.runlog import count_attempts, read_jsonl, read_surviving
 from place.training import loop
 from place.training import pretrain as pretrain_module
 from place.training.checkpoint import find_fault, load_run
@@ -282,6 +285,54 @@ def test_a_killed_run_goes_on_and_cleans_up_what_it_left(
     assert (ended.code, ended.err) == (0, [])
     assert_nothing_is_left(tmp_path / "cache", held)
     assert_same_curve(run, undisturbed)
+
+
+def test_a_second_command_in_a_run_folder_is_refused_and_disturbs_nothing(
+    pretrain: Any, prepared: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    config = write_config(tmp_path, prepared, **LONG)
+    process = start_place("pretrain", "--config", str(config), f"data.cache_dir={tmp_path / 'cache'}")
+    wait_until(lambda: bool(list(read_jsonl(run / "metrics.jsonl"))), process)
+    ended = pretrain(config, "optim.lr=0.5")
+    assert ended.code == 2
+    assert ended.err == [
+        f"place pretrain: another place pretrain works in {run}, process {process.pid} on {socket.gethostname()}; wait "
+        "for it, or end it with scancel, ray job stop or Ctrl-C, or choose another run.dir"
+    ]
+    assert process.poll() is None, "the first had ended before the second came"
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "lr: 0.5" not in (run / "config.yaml").read_text()
+    assert count_attempts(run) == 1
+
+
+NO_BATCH = """
+import sys, time
+from place.data.loader import PairLoader
+PairLoader.read_steps = lambda *_: iter(lambda: time.sleep(99), 0)
+from place.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_first_batch_that_never_comes_ends_the_worker(prepared: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, prepared, cluster={"hang_timeout_s": 2})
+    command = [sys.executable, "-c", NO_BATCH, "pretrain", "--config", str(config)]
+    ended = subprocess.run(command, capture_output=True, timeout=80, check=False)
+    assert ended.returncode == 1
+    (stacks,) = (tmp_path / "run" / "stacks").glob("attempt_0000/rank_00000.*.txt")
+    assert "in train" in stacks.read_text()
+
+
+def test_a_cache_that_cannot_be_made_is_one_line(pretrain: Any, prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ended = pretrain(write_config(tmp_path, prepared), f"data.cache_dir={tmp_path / 'file'}")
+    assert ended.code == 2
+    assert ended.err == [
+        f"place pretrain: data.cache_dir={tmp_path / 'file'} on {socket.gethostname()}: Not a directory; give a folder "
+        "that every node can write, or none for the temporary one"
+    ]
 
 
 def test_a_run_is_stopped_by_its_folder(pretrain: Any, prepared: Path, tmp_path: Path) -> None:
