@@ -57,8 +57,8 @@ class RunLog:
                 ask(tracker)
             except Exception as error:  # noqa: BLE001  a package of its own raises what it likes
                 self._trackers.remove(tracker)
-                said = f"{type(tracker).__name__} failed ({' '.join(str(error).split())[:200]})"
-                note = f"{said}; it gets no more figures, metrics.jsonl has them all"
+                said = " ".join(str(error).split())[:200]
+                note = f"{type(tracker).__name__} failed ({said}); it gets no more figures, metrics.jsonl has them all"
                 write_attempt(self._run_dir, {"attempt": self.attempt, "notes": [note]})
 
 
