@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 TIMM = "timm"
 ONNX = "onnx/vision.onnx"
 RESULTS = "evaluation"
+_FOLDERS = re.compile(r"(?<![\w/.])(?<!http:)(?<!https:)(?!https?:)(?:\w+:/)?/(?=[^\s/])(?:[^;,]*/)?(?=[^\s/])")
+"""What comes before the name in an absolute path or S3 address; as names may hold spaces, up to a clause's last /."""
 
 
 class Exported(NamedTuple):
@@ -41,6 +44,8 @@ def run_export(run_dir: Path, output: Path, which: str = "best", with_onnx: bool
         RunError: it cannot be written, or the ONNX file does not give what torch gives.
     Source: ours.
     """
+    if output.resolve() == Path.cwd():
+        raise UsageError(f"--output {output} is the folder that this runs in; give a new one")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UsageError(f"--output {output} is there already; give a new folder or remove it")
     if with_onnx:
@@ -71,7 +76,7 @@ def write_parts(run_dir: Path, run: LoadedRun, folder: Path, with_onnx: bool = F
     notes = [write_timm(run_dir, run, folder / TIMM)]
     if with_onnx:
         notes.append(write_onnx(run.model.vision, run.config.data.image_size_px, folder / ONNX))
-    results = read_results(run_dir, run.step)
+    results = {name: hide_folders(result) for name, result in read_results(run_dir, run.step).items()}
     for name, result in results.items():
         path = folder / RESULTS / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
@@ -108,6 +113,15 @@ def build_pretrained(run_dir: Path, run: LoadedRun) -> PlacePretrainedModel:
 def name_source(source: str) -> str:
     """An encoder's source without the folders of the machine that trained."""
     return f"folder {Path(source).name}" if Path(source).is_absolute() or Path(source).is_dir() else source
+
+
+def hide_folders(tree: Any) -> Any:
+    """A result without the folders of the machine that judged: of each path in it the name alone is left."""
+    if isinstance(tree, dict):
+        return {name: hide_folders(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [hide_folders(value) for value in tree]
+    return _FOLDERS.sub("", tree) if isinstance(tree, str) else tree
 
 
 def write_timm(run_dir: Path, run: LoadedRun, folder: Path) -> str:

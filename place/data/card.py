@@ -52,6 +52,8 @@ def build_card(
         "split_rule": table.split_rule,
         "notes": table.notes,
         "fingerprint": compute_fingerprint(shard_hashes, store),
+        # Tells another salt, and so patients that cannot be compared; it tells nothing of the salt itself.
+        "salt_check": table.rows.ids.code("salt", "check"),
         "image": {"size_px": config.size_px, "quality": config.jpeg_quality, "mean": mean, "std": std},
         "columns": dict(config.columns),
         "versions": {"place": place.__version__, **{name: version(name) for name in _LIBRARIES}},

@@ -25,6 +25,8 @@ def open_phantom(config: PrepareConfig) -> Table:
 class PhantomRows:
     """Studies that are generated when they are iterated over: in the task, not in the process that hands tasks out."""
 
+    ids = IdHasher(PHANTOM_SALT)
+
     def __init__(self, config: PrepareConfig, begin: int, end: int):
         self.config, self.begin, self.end = config, begin, end
 
@@ -42,7 +44,7 @@ class PhantomRows:
             yield self._build_row(index, generate_study(self.config.seed, index, self.config.size_px))
 
     def _build_row(self, index: int, study: PhantomStudy) -> Row:
-        ids = IdHasher(PHANTOM_SALT)
+        ids = self.ids
         sentences = [("findings", text) for text in study.findings] + [
             ("impression", text) for text in study.impression
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
+from place.data.identity import IdHasher
 from place.data.masks import SourceMask
 
 
@@ -35,6 +36,9 @@ class Row(NamedTuple):
 
 class Rows(Protocol):
     """What a task iterates over and `run_prepare` slices; made so that a slice is small to send to another process."""
+
+    ids: IdHasher
+    """What hashes the ids of the rows."""
 
     def __len__(self) -> int: ...
 

@@ -283,16 +283,20 @@ def run_experiment(experiment: Experiment, base: Path, parallel: int, say: Calla
     jobs, failed = plan_jobs(experiment, base), []
     figures: Figures = {}
     gaps: Gaps = {}
-    with ThreadPoolExecutor(parallel) as pool:
+    pool = ThreadPoolExecutor(parallel)
+    try:
         futures = [pool.submit(run_job, job, experiment) for job in jobs]
         for number, (job, future) in enumerate(zip(jobs, futures, strict=True), start=1):
             try:
                 figures.setdefault(job.row, {})[job.seed] = future.result()
                 say(f"{number}/{len(jobs)}  {job.row}, seed {job.seed}: done")
-            except RunError as error:
+            except (RunError, UsageError) as error:
                 failed.append(f"{job.row}, seed {job.seed}: {error}")
                 say(f"{number}/{len(jobs)}  {failed[-1]}")
             _write(experiment, figures, gaps, [describe_origin(jobs), *failed])
+    finally:
+        # Whoever stops the experiment does not wait for runs that have not begun.
+        pool.shutdown(cancel_futures=True)
     for job, reference in list_pairs(experiment, jobs, figures):
         try:
             gaps.setdefault(job.row, {})[job.seed] = pair_job(job, reference, experiment)

@@ -45,13 +45,7 @@ def choose_findings(
         UsageError: a finding the data set does not have, or none that can be judged.
     Source: ours.
     """
-    for name in wanted:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            raise UsageError(
-                f"evaluation.findings: the data set has no label '{name}'"
-                + (f"; did you mean '{near[0]}'?" if near else f"; it has {', '.join(known)}")
-            )
+    check_names(wanted, known)
     names = list(wanted or known)
     target_BF = build_targets(labels, names)
     positives_F, negatives_F = (target_BF == 1).sum(axis=0), (target_BF == 0).sum(axis=0)
@@ -66,6 +60,17 @@ def choose_findings(
         )
     keep_F = np.array([name not in left_out for name in names])
     return Findings([name for name in names if name not in left_out], target_BF[:, keep_F], left_out)
+
+
+def check_names(wanted: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse a finding of `evaluation.findings` that the data set does not have. Raises UsageError."""
+    for name in wanted:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            raise UsageError(
+                f"evaluation.findings: the data set has no label '{name}'"
+                + (f"; did you mean '{near[0]}'?" if near else f"; it has {', '.join(known)}")
+            )
 
 
 def build_targets(labels: Sequence[dict[str, int | None]], names: Sequence[str]) -> Array:

@@ -24,6 +24,7 @@ from place.evaluation.encoder import (
     read_units,
     take,
 )
+from place.evaluation.findings import check_names
 from place.evaluation.grounding_picture import Grounded, draw_grounded
 from place.evaluation.localisation import THRESHOLDS, Box, fill_boxes, judge_map, move_box
 from place.evaluation.metrics import Array, Metric, TaskResult, compute_means, draw_weights, summarize
@@ -62,7 +63,7 @@ def run_grounding(task: Task) -> TaskResult:
     """Judge the maps of every phrase of the split that has a box; a prior that never sees the image stands beside.
 
     Raises:
-        UsageError: no phrase with a box, or none of a finding that was asked for.
+        UsageError: no phrase with a box, or none of a finding that was asked for, or one that nobody knows.
     Source: inferred (BioViL, patch-wise cosine); attention, prior and intervals are ours.
     """
     units, boxes = read_units(task.data_dir, task.split), read_prior(task)
@@ -76,7 +77,7 @@ def run_grounding(task: Task) -> TaskResult:
             if len(drawn.setdefault(phrase.finding, [])) < NUM_DRAWN:
                 drawn[phrase.finding].append(Grounded(jpeg, phrase.text, phrase.finding, phrase.boxes, maps))
         task.report("grounding", done * task.evaluation.batch_size + len(samples), len(units))
-    names = choose_grounded(judged, task)
+    names, left_out = choose_grounded(judged, task, boxes)
     unit_P = get_units(units, [item.phrase.sample_id for item in judged])
     if task.folder:
         # One of each finding in turn, in stored order: no score decides.
@@ -85,7 +86,8 @@ def run_grounding(task: Task) -> TaskResult:
         draw_grounded([item for item in turns if item][:NUM_DRAWN], task.folder / "grounding.png", subtitle)
     metrics = summarize_phrases(judged, names, unit_P, task.evaluation.bootstrap)
     num_phrases = sum(item.phrase.finding in names for item in judged)
-    return TaskResult("grounding", metrics, _describe(judged, names), num_phrases, list_judged(judged, names))
+    protocol = _describe(judged, names) | {"left_out": left_out}
+    return TaskResult("grounding", metrics, protocol, num_phrases, list_judged(judged, names))
 
 
 def list_judged(judged: Sequence[Judged], findings: Sequence[str]) -> dict[str, Any]:
@@ -182,19 +184,28 @@ def build_prior(boxes: Sequence[tuple[Box, int]], side: int) -> Array:
     return np.mean(filled, axis=0) if filled else np.zeros((side, side))
 
 
-def choose_grounded(judged: Sequence[Judged], task: Task) -> list[str]:
-    """Findings that count: those asked for, or all, as far as a phrase tells of them. Raises UsageError."""
+def choose_grounded(judged: Sequence[Judged], task: Task, known: Iterable[str]) -> tuple[list[str], dict[str, str]]:
+    """Findings that count: those asked for, or all, as far as a phrase tells of them; and why others do not.
+
+    Args:
+        known: findings that have boxes elsewhere; those asked for are among these, the labels and the phrases.
+    Raises:
+        UsageError: a finding that nobody knows, no phrase with a box, or none of a finding that was asked for.
+    """
     there = sorted({item.phrase.finding for item in judged})
     if not there:
         raise UsageError(
             f"grounding: no sentence of split '{task.split}' has a box; take a data set with boxes, such as phantoms"
         )
-    names = [name for name in task.evaluation.findings or there if name in there]
+    wanted = task.evaluation.findings or there
+    check_names(wanted, sorted({*task.labels, *there, *known}))
+    names = [name for name in wanted if name in there]
     if not names:
         raise UsageError(
             f"evaluation.findings: none of them has a box in split '{task.split}'; there are {', '.join(there)}"
         )
-    return names
+    reason = f"no phrase with a box in split '{task.split}'"
+    return names, {name: reason for name in wanted if name not in there}
 
 
 def summarize_phrases(

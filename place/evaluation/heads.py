@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from place.config import HeadConfig
+from place.config import HeadConfig, RunError
 
 CPU = torch.device("cpu")
 Head = TypeVar("Head", bound=nn.Module)
 
 
 class Schedule(NamedTuple):
-    """At most `max_steps` of `batch_size`, a look at validation `every` so many, an end after `patience` in vain."""
+    """At most `max_steps` of `batch_size`, a look at validation `every` so many and after the last, an end after
+    `patience` in vain."""
 
     max_steps: int
     every: int
@@ -70,6 +71,8 @@ def train_on_tokens(
         compute_val_loss: of the whole validation split; called in eval mode, without gradients.
     Returns:
         The head in eval mode, and the step that its weights are of.
+    Raises:
+        RunError: see `check_trained`.
     """
     rng = np.random.default_rng(seed)
     trained = head.parameters() if groups is None else groups
@@ -81,7 +84,7 @@ def train_on_tokens(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % schedule.every == 0:
+        if step % schedule.every == 0 or step == schedule.max_steps:
             head.eval()
             with torch.no_grad():
                 val_loss = compute_val_loss()
@@ -91,5 +94,15 @@ def train_on_tokens(
                 on_progress(step)
             if step - best_step >= schedule.patience * schedule.every:
                 break
+    check_trained(best, step, "the head")
     head.load_state_dict(kept)
     return head.eval(), best_step
+
+
+def check_trained(best: float, steps: int, what: str) -> None:
+    """Refuse weights whose validation loss was never finite. Raises RunError."""
+    if not math.isfinite(best):
+        raise RunError(
+            f"{what}: training diverged, no finite validation loss in {steps} steps; lower its learning rate, lr in "
+            "its section of evaluation"
+        )

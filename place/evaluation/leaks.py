@@ -43,8 +43,9 @@ from place.evaluation.metrics import Array
 KINDS = ("patient", "image")
 SELECTION = "selection.image"
 _COLUMNS = ["sample_id", "split", "patient", "source_sha256"]
-_CLOSED = ("phantom", "openi")
-"""Sources whose patients have names of their own: another source's patient of the same name is another one."""
+_CLOSED = {"phantom": ("phantom",), "openi": ("openi", "r2gen-json")}
+"""Sources whose patients have names of their own, with the sources that have the same ones: a patient of that name of
+any other source is another one."""
 RULE = (
     "patient: same keyed hash; image: same source file, or a perceptual hash of 256 bits with at most "
     f"{MAX_BITS} different and then a pixel error at 64 px of at most {MAX_ERROR}, or the same by the map of ids"
@@ -133,13 +134,14 @@ def check_leaks(
         For the results: `found` (overlapping rows by RELATION.KIND), `allowed`, `not_checked` (relation to reason),
         `rule`.
     Raises:
-        UsageError: a name in `allow_leaks` that no check has, an id map that cannot be read.
+        UsageError: a name in `allow_leaks` that no check has, other data sets of one name, an id map that cannot be
+            read.
         RunError: an overlap that is not allowed, or an id map that names no image of the data set.
     Source: ours.
     """
     same, others, not_checked = _find_same_data(judged, pretraining)
-    not_checked |= _list_unchecked(judged.card, [*others, *evaluation.other_tests])
-    names = ["splits", "pretraining", *(Path(folder).name for folder in evaluation.other_tests)]
+    names = ["splits", "pretraining", *_name_others(evaluation.other_tests)]
+    not_checked |= _list_unchecked(judged, [*others, *evaluation.other_tests])
     known = [SELECTION, *(f"{name}.{kind}" for name in names for kind in KINDS)]
     for name in evaluation.allow_leaks:
         if name not in known:
@@ -190,14 +192,51 @@ def _find_same_data(judged: Judged, pretraining: Pretraining | None) -> tuple[bo
     return len(others) < len(folders), others, {}
 
 
-def _list_unchecked(card: dict[str, Any], folders: Sequence[str]) -> dict[str, str]:
+def _name_others(folders: Sequence[str]) -> list[str]:
+    """What the relations to other data sets are called: each by its folder. Raises UsageError where two are alike."""
+    known = {name: f"the relation '{name}'" for name in ("splits", "pretraining", "selection")}
+    for folder in folders:
+        name = Path(folder).name
+        if name in known:
+            raise UsageError(
+                f"evaluation.other_tests: {folder} and {known[name]} have one name, so a leak of the one would be "
+                "allowed for both; give a folder of another name"
+            )
+        known[name] = folder
+    return [Path(folder).name for folder in folders]
+
+
+def _list_unchecked(judged: Judged, folders: Sequence[str]) -> dict[str, str]:
     """Why patients are not compared, and which data sets with images of the judged one are in none of the folders."""
-    alone = [note for note in card.get("notes", []) if note.endswith(MIXED)]
-    unchecked = {"patients": "; ".join(alone)} if alone else {}
+    card, cards = judged.card, {folder: read_card(folder) for folder in folders}
+    reasons = [note for note in card.get("notes", []) if note.endswith(MIXED)]
+    reasons += filter(None, (_compare_salts(judged, folder, other) for folder, other in cards.items()))
+    unchecked = {"patients": "; ".join(reasons)} if reasons else {}
     relatives = card.get("protocol", {}).get("shares_images_with", [])
-    compared = {_name_data_set(read_card(folder)) for folder in folders} if relatives else set()
+    compared = {_name_data_set(other) for other in cards.values()}
     reason = "it has images of this data set; give the folder it is prepared in with 'evaluation.other_tests=[DIR]'"
     return unchecked | {name: reason for name in relatives if name not in compared}
+
+
+def _compare_salts(judged: Judged, folder: str, other: dict[str, Any]) -> str:
+    """Why patients of the judged data set have other hashes in a folder, or may have; empty where they have the same.
+
+    Args:
+        other: the folder's card.
+    """
+    source, advice = judged.card.get("source", ""), "prepare both with the same salt, into new folders"
+    if source == "phantom" or not _share_names(source, other.get("source", "")):
+        return ""
+    salts = {str(judged.data_dir): judged.card.get("salt_check"), str(folder): other.get("salt_check")}
+    if unknown := [name for name, salt in salts.items() if salt is None]:
+        return f"{' and '.join(unknown)} was prepared before the salt was noted, which may be another one; {advice}"
+    is_same = len({*salts.values()}) == 1
+    return "" if is_same else f"{folder} was prepared with another salt than {judged.data_dir}; {advice}"
+
+
+def _share_names(one: str, other: str) -> bool:
+    """Whether a patient's name in two sources is one person's."""
+    return other in _CLOSED.get(one, (other,)) and one in _CLOSED.get(other, (one,))
 
 
 def _name_data_set(card: dict[str, Any]) -> str:
@@ -253,7 +292,7 @@ def _order_bits(hashes: ImageHashes, ids: Array, data_dir: str | Path) -> Array:
 
 def find_patients(left: Rows, right: Rows) -> set[str]:
     """Patients that both have. Source: ours."""
-    if left.source != right.source and {left.source, right.source} & {*_CLOSED}:
+    if not _share_names(left.source, right.source):
         return set()
     return ({*left.patient_N.tolist()} & {*right.patient_N.tolist()}) - {None, ""}
 

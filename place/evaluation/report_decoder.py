@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from place.config import GenerationConfig, UsageError
-from place.evaluation.heads import CPU
+from place.evaluation.heads import CPU, check_trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -222,7 +222,7 @@ def train_decoder(
     Returns:
         The decoder in eval mode, where its language model comes from, and the step that its weights are of.
     Raises:
-        UsageError: see `build_language`.
+        UsageError: see `build_language`. RunError: see `check_trained`.
     Source: ours; AdamW, warm-up and cosine as in pretraining.
     """
     rng, size = np.random.default_rng(config.seed), min(config.batch_size, len(train.reports))
@@ -250,6 +250,7 @@ def train_decoder(
                     best, best_step, kept = val_loss, step, {k: v.clone() for k, v in decoder.state_dict().items()}
             if on_progress:
                 on_progress(step)
+    check_trained(best, config.steps, "the report decoder")
     decoder.load_state_dict(kept)
     return decoder.eval(), language.origin, best_step
 

@@ -57,7 +57,10 @@ def run_retrieval(task: Task) -> TaskResult:
     split = task.encoded
     groups = [study.report_group if study.sentences else NO_REPORT for study in split.studies]
     gallery = build_gallery(groups, task.evaluation.gallery_size)
-    names = task.evaluation.findings or task.labels
+    wanted = task.evaluation.findings or task.labels
+    # Told and not refused: findings of other tasks are those of boxes and masks.
+    left_out = {name: "the data set has no such label" for name in wanted if name not in task.labels}
+    names = [name for name in wanted if name not in left_out]
     label_BF = build_targets([study.labels for study in split.studies], names) if names else None
     scores = score_gallery(split, gallery)
     headline = "instance" if task.run.config.loss.instance.weight else "pathology"
@@ -68,7 +71,8 @@ def run_retrieval(task: Task) -> TaskResult:
     metrics = judged.pop(headline)
     metrics |= {f"{mode}.{name}": metric for mode, other in judged.items() for name, metric in other.items()}
     rows = list_found(split, gallery, scores[headline].numpy())
-    protocol = _describe(headline, gallery, label_BF) | {"without_report": groups.count(NO_REPORT)}
+    protocol = _describe(headline, gallery, label_BF)
+    protocol |= {"without_report": groups.count(NO_REPORT), "left_out": left_out}
     return TaskResult("retrieval", metrics, protocol, len(gallery.query_Q), rows)
 
 

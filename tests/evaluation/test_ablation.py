@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -121,10 +122,13 @@ def test_a_faulty_experiment_is_one_line(change: dict, said: str, tmp_path: Path
     assert "\n" not in str(caught.value)
 
 
-def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [RunError, UsageError])
+def test_a_failed_run_is_named_and_the_others_go_on(
+    kind: type[ValueError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run_job(job: ablation.Job, _: Experiment) -> dict[str, float]:
         if (job.row, job.seed) == ("b", 0):
-            raise RunError("place pretrain ended with 1: no space left")
+            raise kind("place pretrain ended with 1: no space left")
         return {"retrieval:r1": 0.25}
 
     monkeypatch.setattr(ablation, "run_job", run_job)
@@ -135,6 +139,32 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch:
     table = (tmp_path / "out/table.md").read_text()
     assert "| B | 1 | 25.0 (+0.0) |" in table
     assert "\nb, seed 0: place pretrain ended with 1: no space left.\n" in table
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError()])
+def test_an_experiment_that_is_stopped_begins_no_other_run(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+    told = threading.Event()
+
+    def run_job(job: ablation.Job, _: Experiment) -> dict[str, float]:
+        begun.append(f"{job.row}{job.seed}")
+        if len(begun) == 2:
+            assert told.wait(60)
+            raise UsageError("the second fails once the first was told")
+        return {"retrieval:r1": 0.25}
+
+    def say(line: str) -> None:
+        threading.Timer(0.5, told.set).start()
+        raise error
+
+    monkeypatch.setattr(ablation, "run_job", run_job)
+    (tmp_path / "base.yaml").write_text("")
+    experiment = Experiment.model_validate(TREE | {"folder": str(tmp_path / "out")})
+    with pytest.raises(type(error)):
+        ablation.run_experiment(experiment, tmp_path / "base.yaml", 1, say)
+    assert begun == ["a0", "b0"]
 
 
 def test_runs_of_several_commits_are_told_under_the_table(tmp_path: Path) -> None:

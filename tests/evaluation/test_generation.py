@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from place.cli import main
-from place.config import EvaluationConfig, GenerationConfig, UsageError
+from place.config import EvaluationConfig, GenerationConfig, RunError, UsageError
 from place.data.prepared import read_samples
 from place.evaluation.compare import run_compare
 from place.evaluation.encoder import encode_visual, get_units, read_units
@@ -107,6 +107,12 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_torch_alone():
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = train_decoder(config.model_copy(update={"seed": 1}), pairs, pairs)[0].state_dict()
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_decoder_that_diverges_is_refused_in_one_line():
+    pairs, config = build_pairs(12), SMALL.model_copy(update={"steps": 3, "lr": float("inf")})
+    with pytest.raises(RunError, match="^the report decoder: training diverged, .* in 3 steps; lower .*evaluation$"):
+        train_decoder(config, pairs, pairs)
 
 
 def test_padding_does_not_count_in_the_loss(trained):

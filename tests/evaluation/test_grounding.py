@@ -26,7 +26,7 @@ def run(run_dir):
 
 def build_task(run, data_dir, folder=None, **options) -> Task:
     evaluation = EvaluationConfig(bootstrap=50, batch_size=16, **options)
-    return Task(TaskInput(run, data_dir, {"labels": []}, "test", evaluation, folder=folder))
+    return Task(TaskInput(run, data_dir, {"labels": ["effusion", "edema"]}, "test", evaluation, folder=folder))
 
 
 def build_sample(**boxes) -> dict:
@@ -203,3 +203,14 @@ def test_findings_without_a_box_are_told(run, data_dir, unlabelled_dir):
         grounding.run_grounding(build_task(run, data_dir, findings=["edema"]))
     with pytest.raises(UsageError, match="no sentence of split 'test' has a box"):
         grounding.run_grounding(build_task(run, unlabelled_dir))
+    result = grounding.run_grounding(build_task(run, data_dir, findings=["effusion", "edema"]))
+    assert [*result.protocol["findings"]] == ["effusion"]
+    assert result.protocol["left_out"] == {"edema": "no phrase with a box in split 'test'"}
+
+
+def test_a_finding_that_nobody_knows_is_refused(run, data_dir):
+    with pytest.raises(UsageError, match="no label 'efusion'; did you mean 'effusion'"):
+        grounding.run_grounding(build_task(run, data_dir, findings=["edema", "effusion", "efusion"]))
+    judged = [build_judged("nodule", 0.0)]
+    names = grounding.choose_grounded(judged, build_task(run, data_dir, findings=["mass", "nodule"]), ["mass"])[0]
+    assert names == ["nodule"], "boxes may be of findings that are no labels"

@@ -150,6 +150,36 @@ def test_a_patient_of_another_source_is_the_same_one_unless_a_source_has_names_o
 
     assert count_shared("mimic-cxr", "csv") == count_shared("phantom", "phantom") == 1
     assert count_shared("csv", "phantom") == count_shared("openi", "csv") == 0
+    assert count_shared("openi", "r2gen-json") == count_shared("r2gen-json", "openi") == 1
+
+
+def test_patients_under_another_salt_are_told(trained, tmp_path):
+    (tmp_path / "salt").write_text(SALT[::-1])
+    other = write_set(tmp_path / "other", build_rows(60, "a"), salt_file=str(tmp_path / "salt"))
+    leaks = check(other, trained, other_tests=[str(trained)])
+    assert set(leaks["found"].values()) == {0}
+    assert list_leak_notes(leaks) == [
+        f"no check against patients: {trained} was prepared with another salt than {other}; prepare both with the same "
+        "salt, into new folders"
+    ]
+
+
+def test_patients_under_a_salt_that_nobody_noted_are_told_where_a_salt_matters(trained, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    data_dir = write_set(tmp_path / "other", build_rows(60, "e"))
+
+    def tell(source: str, other: str, *salts: str | None) -> dict[str, str]:
+        for folder, name, salt in zip((data_dir, copy), (source, other), salts, strict=True):
+            card = {key: value for key, value in read_card(folder).items() if key != "salt_check"}
+            card |= {"source": name} | ({"salt_check": salt} if salt else {})
+            (folder / "card.json").write_text(json.dumps(card))
+        return check(data_dir, copy)["not_checked"]
+
+    for where, salts in ((copy, ("a", None)), (data_dir, (None, "a")), (f"{data_dir} and {copy}", (None, None))):
+        told = tell("csv", "mimic-cxr", *salts)["patients"]
+        assert told.startswith(f"{where} was prepared before the salt was noted, which may be another one; prepare")
+    assert tell("csv", "csv", "a", "a") == tell("phantom", "phantom", "a", None) == {}
+    assert tell("csv", "openi", "a", "b") == tell("phantom", "csv", "a", "b") == {}
 
 
 def test_a_patient_in_two_splits_is_refused(trained, tmp_path):
@@ -199,6 +229,16 @@ def test_a_test_image_of_another_data_set_is_refused_in_any_split(trained, tmp_p
         other.rename(trained)
     assert leaks["found"]["nih.image"] == 1
     assert leaks["allowed"] == ["nih.image"]
+
+
+def test_other_data_sets_of_one_name_are_refused(trained, tmp_path):
+    other = shutil.copytree(trained, tmp_path / "b" / trained.name)
+    with pytest.raises(UsageError, match=f"{other} and {trained} have one name, .*; give a folder of another name"):
+        check(trained, None, other_tests=[str(trained), str(other)], allow_leaks=["out.patient"])
+    for name in ("splits", "pretraining", "selection"):
+        with pytest.raises(UsageError, match=f"/b/{name} and the relation '{name}' have one name"):
+            check(trained, None, other_tests=[str(other.rename(other.with_name(name)))])
+        other = other.with_name(name)
 
 
 def test_a_published_map_of_ids_finds_what_pixels_do_not(trained, tmp_path):

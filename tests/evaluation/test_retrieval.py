@@ -7,6 +7,7 @@ import pytest
 import torch
 from torchmetrics.functional.retrieval import retrieval_hit_rate, retrieval_precision, retrieval_reciprocal_rank
 
+from place.config import EvaluationConfig
 from place.evaluation.retrieval import (
     NO_REPORT,
     build_gallery,
@@ -14,8 +15,11 @@ from place.evaluation.retrieval import (
     compute_precision,
     judge_retrieval,
     rank_matches,
+    run_retrieval,
     score_sentences,
 )
+from place.evaluation.task import Task, TaskInput
+from place.training.checkpoint import load_run
 
 
 def judge(score, groups, **options):
@@ -102,6 +106,20 @@ def test_precision_at_100_is_there_where_100_other_reports_are():
     assert metrics["image_to_text.p_at_10"].value == 1
     assert metrics["image_to_text.p_at_100"].value == 0.5
     assert "image_to_text.p_at_100" not in judge(label[:100] @ label[:100].T, range(100), label_BF=label[:100])
+
+
+def test_a_finding_that_is_no_label_is_told_and_changes_nothing(run_dir, data_dir):
+    def run(*findings):
+        evaluation = EvaluationConfig(bootstrap=5, batch_size=16, findings=list(findings))
+        card = {"labels": ["effusion", "edema"]}
+        return run_retrieval(Task(TaskInput(load_run(run_dir), data_dir, card, "test", evaluation)))
+
+    mistyped, right = run("edema", "efusion"), run("edema")
+    assert mistyped.protocol["left_out"] == {"efusion": "the data set has no such label"}
+    assert right.protocol["left_out"] == {}
+    assert mistyped.metrics == right.metrics
+    assert "image_to_text.p_at_5" in right.metrics
+    assert not any("p_at" in name for name in run("lungs").metrics)
 
 
 @pytest.mark.parametrize("matches", [1, 3])

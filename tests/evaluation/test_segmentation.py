@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchmetrics.functional.segmentation import dice_score, mean_iou
 
-from place.config import EvaluationConfig, SegmentationConfig, UsageError
+from place.config import EvaluationConfig, RunError, SegmentationConfig, UsageError
 from place.evaluation.folds import deal_folds
 from place.evaluation.heads import Schedule, build_schedule
 from place.evaluation.segmentation import (
@@ -100,6 +100,24 @@ def test_the_head_finds_what_the_tokens_tell_and_its_steps_repeat():
     assert step == same_step
     assert torch.equal(predict(head, tokens, 16), predict(again, tokens, 16))
     assert torch.allclose(predict(head, tokens[:1], 16), predict(head, tokens, 16)[:1], atol=1e-5)
+
+
+def test_a_head_that_diverges_is_refused_in_one_line():
+    tokens = torch.randn(4, 16, 6)
+    split = MaskedSplit(tokens, torch.ones(4, 1, 16, 16, dtype=torch.bool), torch.ones(4, 1, dtype=torch.bool))
+    config = SegmentationConfig(max_steps=7, look_every_steps=5, lr=float("inf"))
+    told = "^the head: training diverged, no finite validation loss in 7 steps; lower its learning rate, lr in its "
+    with pytest.raises(RunError, match=f"{told}section of evaluation$"):
+        train_head(split, split, 4, config)
+
+
+def test_a_head_is_looked_at_after_its_last_step_too():
+    tokens = torch.randn(8, 16, 6)
+    mask = (tokens[:, :, 0] > 0).unflatten(1, (4, 4))[:, None].repeat_interleave(4, 2).repeat_interleave(4, 3)
+    split, seen = MaskedSplit(tokens, mask, torch.ones(8, 1, dtype=torch.bool)), []
+    _, step = train_head(split, split, 4, SegmentationConfig(max_steps=14, look_every_steps=5), seen.append)
+    assert seen == [5, 10, 14]
+    assert step == 14
 
 
 def test_a_head_gives_the_size_asked_for_whatever_the_patch():
