@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from place.batch import Batch, Outputs
-from place.config import Config, EngineConfig
+from place.config import Config, EngineConfig, merge_trees
 from place.distributed import World, read_world
 from place.training.engine import LossScale, set_training
 from place.training.optim import build_optimizer
@@ -146,7 +146,7 @@ def build_deepspeed_config(config: Config, world: World) -> dict[str, Any]:
         ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", **modules}
     elif engine.wire_precision == "bf16":
         ours["communication_data_type"] = "bf16"
-    return _merge(ours, engine.deepspeed)
+    return merge_trees(ours, engine.deepspeed)
 
 
 def _build_zero_config(engine: EngineConfig, world: World) -> dict[str, Any]:
@@ -170,14 +170,6 @@ def _build_zero_config(engine: EngineConfig, world: World) -> dict[str, Any]:
     if engine.offload == "all":
         zero["offload_param"] = host
     return zero
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = {**base, **over}
-    for key, value in over.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            merged[key] = _merge(base[key], value)
-    return merged
 
 
 def _import_deepspeed(device: torch.device) -> Any:

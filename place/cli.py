@@ -360,6 +360,7 @@ def _catch_signals(run_dir: Path) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """`place evaluate`."""
+    from place.data.storage import find_folder
     from place.evaluation.suite import print_results, run_evaluation
     from place.screen import build_console
 
@@ -367,14 +368,14 @@ def evaluate(arguments: argparse.Namespace) -> int:
         return _evaluate_encoder(arguments)
     if arguments.random_weights:
         raise UsageError("--random-weights goes with --encoder; a run has weights of its own")
-    run = Path(arguments.run)
+    run, data_dir = Path(arguments.run), find_folder(arguments.data)
     output = Path(arguments.output or run / "evaluation")
     source = run / "config.yaml"
     if not source.is_file():
         raise UsageError(f"{run} is no run folder (no config.yaml); give the run.dir of a `place pretrain`")
     evaluation = build_config(source, [*_read_findings(arguments.data), *arguments.overrides]).evaluation
     results = run_evaluation(
-        run, Path(arguments.data), arguments.tasks.split(","), arguments.split, arguments.checkpoint, evaluation, output
+        run, data_dir, arguments.tasks.split(","), arguments.split, arguments.checkpoint, evaluation, output
     )
     print_results(results, build_console())
     print(f"{output / 'report.html'}: {_PAGE}")
@@ -390,6 +391,7 @@ def _read_findings(data: str) -> list[str]:
 
 
 def _evaluate_encoder(arguments: argparse.Namespace) -> int:
+    from place.data.storage import find_folder
     from place.evaluation.suite import print_results, run_encoder_evaluation
     from place.pretrained.load import is_export, read_evaluation
     from place.screen import build_console
@@ -398,7 +400,7 @@ def _evaluate_encoder(arguments: argparse.Namespace) -> int:
         raise UsageError("--output is needed with --encoder: the folder that results are written to")
     if arguments.checkpoint != "best":
         raise UsageError("--checkpoint goes with --run; an encoder is one set of weights")
-    output, console = Path(arguments.output), build_console()
+    output, data_dir, console = Path(arguments.output), find_folder(arguments.data), build_console()
     if arguments.random_weights:
         console.print(f"{arguments.encoder}: random weights, seed 0; nothing has been learned", style="yellow")
     own = read_evaluation(arguments.encoder) if is_export(arguments.encoder) else {}
@@ -406,7 +408,7 @@ def _evaluate_encoder(arguments: argparse.Namespace) -> int:
     evaluation = build_config(None, laid_over).evaluation
     results = run_encoder_evaluation(
         arguments.encoder,
-        Path(arguments.data),
+        data_dir,
         arguments.tasks.split(","),
         output,
         arguments.split,
@@ -420,6 +422,7 @@ def _evaluate_encoder(arguments: argparse.Namespace) -> int:
 
 def compare(arguments: argparse.Namespace) -> int:
     """`place compare RUN_A RUN_B`."""
+    from place.data.storage import find_folder
     from place.evaluation.compare import print_comparison, run_compare, write_comparison
     from place.screen import build_console
 
@@ -428,7 +431,8 @@ def compare(arguments: argparse.Namespace) -> int:
     first, second = Path(arguments.first), Path(arguments.second)
     output = Path(arguments.output or second / "compare" / f"{first.resolve().name}.json")
     tasks = [name for name in arguments.tasks.split(",") if name]
-    found = run_compare(first, second, Path(arguments.data) if arguments.data else None, arguments.bootstrap, tasks)
+    data_dir = find_folder(arguments.data) if arguments.data else None
+    found = run_compare(first, second, data_dir, arguments.bootstrap, tasks)
     print_comparison(found, build_console(), arguments.findings)
     write_comparison(found, arguments.bootstrap, output)
     print(f"{output}: all figures")

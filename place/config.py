@@ -87,7 +87,7 @@ class DataConfig(Section):
     train_split: str = "train"
     """Split that is trained on."""
     val_split: str = "val"
-    """Split that selects the best checkpoint."""
+    """Split that selects the best checkpoint; a name that the data set has not, such as none: nothing is validated."""
     image_size_px: int = Field(224, ge=16)
     """Side of the square image the model sees, in pixels; divisible by the patch size."""
     max_tokens: int = Field(160, ge=8)
@@ -405,18 +405,18 @@ class ClusterConfig(Section):
     cpus_per_worker: int = Field(1, ge=1)
     """CPU cores a worker reserves."""
     max_failures: int = Field(3, ge=0)
-    """Failures in a row, without a new checkpoint between them, that the run survives; one more ends it."""
+    """Ray: failures in a row, without a new checkpoint between them, that the run survives; one more ends it."""
     start_timeout_s: int = Field(300, ge=0)
     """Longest wait for all nodes of a standing cluster at the start, in seconds."""
     rejoin_timeout_s: int = Field(60, ge=0)
-    """Longest wait for a lost node to come back, in seconds; then see `min_nodes`."""
+    """Ray: longest wait for a lost node to come back, in seconds; then see `min_nodes`."""
     min_nodes: int | None = Field(None, ge=1)
-    """Go on with fewer workers on at least so many nodes, at the same global batch; none ends the run."""
+    """Ray: go on with fewer workers on at least so many nodes, at the same global batch; none ends the run."""
     grow_after_s: int = Field(60, ge=1)
     """A run that goes on with fewer workers restarts with more once nodes have been back for so long, in seconds."""
     hang_timeout_s: int = Field(600, ge=1)
     """Longest step, with its wait for the checkpoint before, in seconds; then every rank writes its stacks to
-    RUN/stacks and the workers start again."""
+    RUN/stacks and ends, and Ray's launcher starts them again."""
     timeout_s: int = Field(1800, ge=10)
     """Longest wait in a collective, in seconds."""
     bind_cores: bool = True
@@ -447,7 +447,8 @@ class GenerationConfig(Section):
     chexbert: str | None = None
     """Folder with `chexbert.pth` and the config.json and tokenizer of bert-base-uncased: F1 by CheXbert as well."""
     radgraph: str | None = None
-    """Folder of a RadGraph model, called `radgraph` or `radgraph-xl`, with weights.th: RadGraph F1 as well."""
+    """Folder of a RadGraph model, called `radgraph`, `radgraph-xl` or `modern-radgraph-xl`, with weights.th: RadGraph
+    F1 as well."""
     seed: int = 0
     """Seed of weights and batches."""
 
@@ -532,7 +533,8 @@ class EvaluationConfig(Section):
     max_train_images: int | None = Field(2000, ge=1)
     """segmentation, finetune_segmentation, detection: most training images, the first by hash; none takes all."""
     folds: int = Field(0, ge=0)
-    """segmentation, finetune_segmentation, detection: folds of patients over all splits; 0 judges one split alone."""
+    """segmentation, finetune_segmentation, detection: folds of patients over all splits, 3 or more; 0 judges one split
+    alone."""
     allow_leaks: list[str] = []
     """Overlaps that are allowed, and then written into the results, such as pretraining.image."""
     pretraining: list[str] = []
@@ -727,6 +729,8 @@ def read_tree(path: Path, depth: int = 0) -> dict[str, Any]:
         text = path.read_text()
     except OSError as error:
         raise UsageError(f"config {path}: {error.strerror}; give the path of a YAML file") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"config {path}: not text in UTF-8; give the path of a YAML file, saved as UTF-8") from None
     tree = _parse_yaml(text, str(path)) or {}
     if not isinstance(tree, dict):
         raise UsageError(f"config {path}: expected sections, got {type(tree).__name__}")
@@ -737,7 +741,7 @@ def read_tree(path: Path, depth: int = 0) -> dict[str, Any]:
         raise UsageError(f"config {path}: extends={base!r}; expected the path of one YAML file")
     if depth:
         raise UsageError(f"config {path}: a base may not extend another one; only one `extends` is allowed")
-    return _merge(read_tree(path.parent / base, depth + 1), tree)
+    return merge_trees(read_tree(path.parent / base, depth + 1), tree)
 
 
 def _parse_yaml(text: str, where: str) -> Any:
@@ -747,13 +751,16 @@ def _parse_yaml(text: str, where: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"{where}: not YAML ({str(error).splitlines()[0]})") from None
+    except ValueError as error:  # a date that there is not, such as 2024-13-01
+        raise UsageError(f"{where}: no value of YAML ({error}); put quotes around what is text") from None
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge_trees(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """A nested dict laid over another one, key by key; what is no dict in both is replaced."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge_trees(merged[key], value) if both else value
     return merged
 
 

@@ -6,17 +6,37 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from place.config import RunError
 
+PARTIAL = ".partial"
+"""How the name of a file or folder ends that is not whole yet."""
+
+
+@contextmanager
+def drafted(path: Path) -> Iterator[Path]:
+    """A name of its own beside `path` to write under; it takes the place of `path` at the end, and goes after an error.
+
+    A reader sees the old file or the new one, however many write it at once.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}{PARTIAL}")
+    try:
+        yield draft
+        os.replace(draft, path)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink()
+        raise
+
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file by rename, so that a reader sees the old or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    """Write a small file by rename."""
+    with drafted(path) as draft:
+        draft.write_text(text)
 
 
 def read_kept(path: Path, key: str) -> Any:

@@ -106,6 +106,10 @@ def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
         ("train.epochs", "write it as section.key=value"),
         ("train.epochs.more=1", None),
         ("train=[1", "not YAML"),
+        (
+            "run.dir=2024-13-01",
+            r"^run\.dir=2024-13-01: no value of YAML \(month must be in 1\.\.12\); put quotes around",
+        ),
         ("data=3", "data: .*got 3"),
         ("run.seed=-1", "run.seed: .*greater than or equal to 0.*got -1"),
         ("data.cache_limit=lots", "data.cache_limit: .*expected bytes, such as 200gb.*got 'lots'"),
@@ -133,12 +137,24 @@ def test_features_of_an_image_with_hidden_patches_are_refused_as_target_of_the_c
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("a: [", "not YAML"), ("- 1\n", "expected sections, got list"), (None, "No such file")]
+    ("content", "words"),
+    [
+        (b"a: [", "not YAML"),
+        (b"- 1\n", "expected sections, got list"),
+        (b"run: {dir: 2024-13-01}", "no value of YAML"),
+        (
+            "run: {dir: Gr\xf6\xdfe}".encode("latin-1"),
+            "not text in UTF-8; give the path of a YAML file, saved as UTF-8",
+        ),
+        (b"\x89PNG\r\n\x1a\n", "not text in UTF-8"),
+        (b"a\x00b", "not YAML"),
+        (None, "No such file"),
+    ],
 )
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, text: str | None, words: str) -> None:
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, content: bytes | None, words: str) -> None:
     path = tmp_path / "c.yaml"
-    if text is not None:
-        path.write_text(text)
+    if content is not None:
+        path.write_bytes(content)
     with pytest.raises(UsageError, match=words) as caught:
         build_config(path)
     assert "\n" not in str(caught.value)

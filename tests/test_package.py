@@ -6,12 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 # Drops what an editable install left on the way, then looks for `place` in the folder given.
@@ -74,6 +76,21 @@ def test_the_python_that_is_asked_for_is_the_oldest_that_all_pins_take() -> None
     assert "sys.version_info < (3, 11, 5)" in (ROOT / "Makefile").read_text()
     for name in ("README.md", "docs/index.md", "docs/getting-started.md"):
         assert re.findall(r"Python ([\d.]+) or newer", (ROOT / name).read_text()) == ["3.11.5"], name
+
+
+def test_what_is_declared_is_imported() -> None:
+    by_others = {"pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "tensorboard"}  # pydicom, torch.utils.tensorboard
+    source = "\n".join(
+        path.read_text() for name in ("place", "cluster", "kernels") for path in (ROOT / name).rglob("*.py")
+    )
+    imported = set(re.findall(r"^ *(?:from|import) (\w+)", source, re.MULTILINE))
+    modules: dict[str, set[str]] = {}
+    for module, names in metadata.packages_distributions().items():
+        for name in names:
+            modules.setdefault(canonicalize_name(name), set()).add(module)
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    needed = {canonicalize_name(Requirement(text).name) for text in declared}
+    assert {name for name in needed if not modules[name] & imported} == by_others
 
 
 def test_the_demo_leaves_a_gpu_alone(tmp_path: Path) -> None:

@@ -91,10 +91,12 @@ def _combine(rule: LabelRule, name: str, worth: pd.Series, image: pd.Series) -> 
                 "would settle that"
             )
         return groups.first().replace(-9, np.nan).to_numpy()
-    if rule.combine == "majority":
-        return (worth.groupby(image, sort=False).mean() >= 0.5).astype(float).to_numpy()
     # Uncertain lies between negative and positive.
-    return worth.replace(-1, 0.5).groupby(image, sort=False).max().replace(0.5, -1).to_numpy()
+    votes = worth.replace(-1, 0.5).groupby(image, sort=False)
+    if rule.combine == "any":
+        return votes.max().replace(0.5, -1).to_numpy()
+    share, doubted = votes.mean(), (worth == -1).groupby(image, sort=False).any()
+    return (share >= 0.5).astype(float).where(share.notna()).mask((share == 0.5) & doubted, -1).to_numpy()
 
 
 def read_boxes(rule: BoxRule, rows: pd.DataFrame, table: str) -> Boxes:

@@ -83,7 +83,7 @@ def _read_reports(path: Path, config: PrepareConfig) -> tuple[pd.DataFrame, list
     """The reports and the columns that tell their study, the surer one first."""
     columns = dict(config.columns)
     if path.is_file():
-        present = _read_names(path)
+        present = read_header(path)
         columns = {
             **{field: found for field, names in _GUESSES.items() if (found := find_column(names, present))},
             **columns,
@@ -100,13 +100,6 @@ def _read_reports(path: Path, config: PrepareConfig) -> tuple[pd.DataFrame, list
     return read_table(
         path, {name: column for name, column in columns.items() if name != "view"}, config.label_columns
     ), keys
-
-
-def _read_names(path: Path) -> list[str]:
-    try:
-        return read_header(path)
-    except (OSError, ValueError):
-        raise RunError(f"table {path.name}: cannot be read") from None
 
 
 def _scan(root: Path, table: Path, config: PrepareConfig) -> pd.DataFrame:

@@ -73,7 +73,8 @@ class LabelRule(Section):
     unknown_as: Literal["unknown", "negative"] = "unknown"
     """What an empty cell counts as."""
     combine: Literal["same", "any", "majority"] = "same"
-    """Rows of one image: all must say the same, one positive is enough, or at least half must be positive."""
+    """Rows of one image: all must say the same, one positive is enough, or at least half of those that know must be
+    positive; there uncertain is half a vote, and the label is uncertain where that leaves it at exactly half."""
 
     @field_validator("names", mode="before")
     @classmethod

@@ -57,10 +57,7 @@ def _read_one(root: Path, table: TableFile, columns: list[str], optional: list[s
 
 
 def _read_headed(path: Path, table: TableFile, wanted: set[str]) -> pd.DataFrame:
-    try:
-        present = read_header(path, table.separator)
-    except (OSError, ValueError):
-        raise RunError(f"table {path.name}: cannot be read; download it again") from None
+    present = read_header(path, table.separator)
     spelled = {name.strip(): name for name in present if table.rename.get(name.strip(), name.strip()) in wanted}
     if not spelled:
         check_column(sorted(wanted)[0], present, path.name)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from place.data.storage import Store
+from place.config import RunError
+from place.data.storage import Store, open_store
 
 MANIFEST_FILE, REJECTED_FILE = "manifest.parquet", "rejected.parquet"
 HASHES_FILE = "hashes.parquet"
@@ -80,9 +83,41 @@ def concat_tables(store: Store, parts: Iterable[str], name: str, schema: pa.Sche
 
 
 def read_batches(store: Store, name: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Some columns of a table, at most a row group at a time."""
-    with store.open(name) as file, pq.ParquetFile(file) as table:
+    """Some columns of a table, at most a row group at a time. Raises RunError where it is missing or damaged."""
+    with _open_whole(store, name) as file, pq.ParquetFile(file) as table:
         yield from table.iter_batches(columns=columns)
+
+
+def read_manifest(data_dir: str | Path, columns: list[str], split: str | None = None) -> pa.Table:
+    """Some columns of the manifest, of a split or of all. Raises RunError where it is missing or damaged."""
+    return read_columns(data_dir, MANIFEST_FILE, columns, None if split is None else ("split", "==", split))
+
+
+def read_columns(
+    data_dir: str | Path, name: str, columns: list[str] | None = None, where: tuple[str, str, Any] | None = None
+) -> pa.Table:
+    """Columns of a table of a data set, or all, of the rows that fit. Raises RunError where it is missing or damaged.
+
+    Args:
+        where: column, comparison and value, as pyarrow filters; none takes all rows.
+    """
+    with _open_whole(open_store(data_dir), name) as file:
+        return pq.read_table(file, columns=columns, filters=where and [where])
+
+
+@contextmanager
+def _open_whole(store: Store, name: str) -> Iterator[IO[bytes]]:
+    """A table to read in, whose damage is told in one line."""
+    try:
+        with store.open(name) as file:
+            yield file
+    except FileNotFoundError:
+        raise RunError(f"{store}/{name} is missing; prepare the data set again, into a new folder") from None
+    except (OSError, pa.ArrowException) as error:
+        told = (str(error).splitlines() or ["no reason given"])[0]
+        raise RunError(
+            f"{store}/{name} cannot be read ({told}); prepare the data set again, into a new folder"
+        ) from None
 
 
 def read_json(store: Store, name: str) -> Any:

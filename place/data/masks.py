@@ -10,12 +10,11 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from place.config import RunError
 from place.data.images import Rejected, decode_picture, read_file
+from place.data.manifest import read_columns
 from place.data.shapes import Shape, draw_shapes
 
 MASKS_FILE = "masks.parquet"
@@ -118,12 +117,14 @@ def list_mask_files(image: str, root: str, patterns: dict[str, str]) -> tuple[So
 
 
 def list_masked(data_dir: str | Path) -> tuple[set[str], set[str]]:
-    """Splits with images that were looked at for masks, and those of them with a mask that is not empty."""
-    path = Path(data_dir) / MASKS_FILE
-    if not path.is_file():
+    """Splits with images that were looked at for masks, and those of them with a mask that is not empty.
+
+    Raises RunError for a damaged file.
+    """
+    if not (Path(data_dir) / MASKS_FILE).is_file():
         return set(), set()
-    everywhere = pq.read_table(path, columns=["split"])
-    masked = pq.read_table(path, columns=["split"], filters=[("mask", "!=", b"")])
+    everywhere = read_columns(data_dir, MASKS_FILE, ["split"])
+    masked = read_columns(data_dir, MASKS_FILE, ["split"], ("mask", "!=", b""))
     looked, full = (set(rows["split"].unique().to_pylist()) for rows in (everywhere, masked))
     return looked, full
 
@@ -137,15 +138,8 @@ def read_masks(data_dir: str | Path, split: str) -> dict[int, dict[str, Mask | N
         RunError: a damaged file.
     Source: ours.
     """
-    path = Path(data_dir) / MASKS_FILE
-    try:
-        rows = pq.read_table(path, filters=[("split", "==", split)]).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise RunError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}); prepare the data set again, into a new folder"
-        ) from None
     masks: dict[int, dict[str, Mask | None]] = {}
-    for row in rows:
+    for row in read_columns(data_dir, MASKS_FILE, where=("split", "==", split)).to_pylist():
         study = masks.setdefault(row["sample_id"], {})
         mask_YX, before_YX = decode_mask(row["mask"]) if row["mask"] else None, study.get(row["finding"])
         study[row["finding"]] = mask_YX if before_YX is None else before_YX if mask_YX is None else before_YX | mask_YX

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from place.config import PrepareConfig, RunError, UsageError
+from place.config import PrepareConfig, UsageError
 from place.data.frame_rows import FrameRows, mark_mixed_studies, mark_rejects
 from place.data.identity import IdHasher, read_salt
 from place.data.ms_cxr import find_boxes
@@ -103,10 +103,7 @@ def _find_list(root: Path) -> Path:
 
 def _read_images(root: Path) -> pd.DataFrame:
     table = _find_list(root)
-    try:
-        present = read_header(table)
-    except (OSError, ValueError):
-        raise RunError(f"table {table.name}: cannot be read; download it again") from None
+    present = read_header(table)
     columns = {"identity": _IDS["image"], "study": _IDS["study"], "patient": _IDS["patient"]}
     views = {"view": _VIEW, "meaning": _VIEW_MEANING}
     frame = read_table(table, {**columns, **{ours: name for ours, name in views.items() if name in present}}, ())

@@ -8,8 +8,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 from place.config import PrepareConfig, RunError, UsageError
@@ -33,8 +34,9 @@ from place.data.rows import Table
 from place.data.shards import HASHES, write_index
 from place.data.sources import open_source
 from place.data.spill import FULL
-from place.data.storage import PARTIAL, Folder, Store, open_store
+from place.data.storage import Folder, Store, open_store
 from place.data.task import NOTHING, PARTS, PartResult, Task, add_results, find_parts, name_table, read_part, run_task
+from place.kept import PARTIAL
 
 MapTasks = Callable[[Callable[[Task], PartResult], Iterable[Task], int], Iterator[PartResult]]
 """Takes a function, tasks and a number of workers (0: all there are); yields results in any order."""
@@ -44,7 +46,7 @@ OnProgress = Callable[[int, int, int], None]
 PAGE = "inspect.html"
 """What `place data inspect` writes beside the data."""
 _FILES = (MANIFEST_FILE, REJECTED_FILE, MASKS_FILE, "card.json", "card.md")
-_OURS = {PARTS, PAGE, HASHES_FILE, *SPLITS, *_FILES, *(f"{name}{PARTIAL}" for name in (*_FILES, HASHES_FILE))}
+_OURS = {PARTS, PAGE, HASHES_FILE, *SPLITS, *_FILES}
 _PATHS = ("input", "image_root", "reports", "salt_file", "boxes", "only", "protocol", "output")
 _FREE = (*_PATHS, "launcher", "address", "num_workers", "allow_counts")
 _REQUEST = f"{PARTS}/request.json"
@@ -114,7 +116,7 @@ def _held(store: Store) -> Iterator[None]:
         if isinstance(store, Folder):
             store.root.mkdir(parents=True, exist_ok=True)
             handle = os.open(store.root, os.O_RDONLY)
-        foreign = sorted({*store.list_top()} - _OURS)
+        foreign = sorted(name for name in store.list_top() if not _is_ours(name))
     except OSError as error:
         raise UsageError(f"cannot write to {store}: {error.strerror or error}; choose another --output") from None
     try:
@@ -124,10 +126,26 @@ def _held(store: Store) -> Iterator[None]:
             )
         if handle is not None:
             _lock(handle, store)
+        if isinstance(store, Folder):
+            _drop_drafts(store.root)
         yield
     finally:
         if handle is not None:
             os.close(handle)
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a name at the top is one of a data set, or a draft of one."""
+    is_draft = name.endswith(PARTIAL) and name.lstrip(".").startswith(tuple(f"{own}." for own in _OURS))
+    return name in _OURS or is_draft
+
+
+def _drop_drafts(root: Path) -> None:
+    """Delete what killed commands were writing; nobody else may be writing to the folder."""
+    for folder in (root, root / PARTS, *(root / split for split in SPLITS)):
+        for stale in folder.glob(f"*{PARTIAL}"):
+            with suppress(OSError):  # a finished data set may be read-only
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
 
 
 def _lock(handle: int, store: Store) -> None:
@@ -187,9 +205,6 @@ def _run_parts(
 
 def _begin_parts(store: Store, request: dict[str, Any]) -> None:
     try:
-        if isinstance(store, Folder):
-            for stale in (store.root / PARTS).glob(f"*{PARTIAL}"):
-                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         write_json(store, _REQUEST, request)
     except OSError as error:
         if error.errno in FULL:

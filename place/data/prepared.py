@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from place.config import RunError, UsageError
+from place.config import PassingError, RunError, UsageError
 from place.data.identity import SPLITS
 from place.data.storage import Store, open_store
 
@@ -81,14 +81,13 @@ def _check_shard(store: Store, split: str, info: dict[str, Any]) -> tuple[str, b
     return "", packed
 
 
-def find_split_faults(data_dir: str | Path, split: str) -> list[str]:
-    """The faults of all shards of a split."""
-    store = open_store(data_dir)
-    return [fault for info in read_shard_list(data_dir, split) if (fault := find_shard_fault(store, split, info))]
-
-
 def read_shard_list(data_dir: str | Path, split: str) -> list[dict[str, Any]]:
-    """The shards of a split, as its index.json has them. Raises UsageError where the split is missing or empty."""
+    """The shards of a split, as its index.json has them.
+
+    Raises:
+        UsageError: the split is missing or empty.
+        RunError: the file is damaged. PassingError: it cannot be read now.
+    """
     try:
         return json.loads(open_store(data_dir).read(f"{split}/index.json"))["shards"]
     except FileNotFoundError:
@@ -96,6 +95,13 @@ def read_shard_list(data_dir: str | Path, split: str) -> list[dict[str, Any]]:
         raise UsageError(
             f"{data_dir} has no samples in split '{split}'; splits there are {list_splits(data_dir)}"
         ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{data_dir}/{split}/index.json is damaged ({type(error).__name__} {error}); "
+            "run `place prepare` again into a new folder"
+        ) from None
+    except OSError as error:
+        raise PassingError(f"{data_dir} cannot be read: {error.strerror or error}; try again") from None
 
 
 def list_splits(data_dir: str | Path) -> list[str]:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from place.config import RunError, UsageError
+from place.kept import PARTIAL, drafted
 
 S3 = "s3://"
-PARTIAL = ".partial"
 
 
 class Store(Protocol):
@@ -67,6 +67,13 @@ def open_store(where: str | Path) -> Store:
     return Folder(Path(text))
 
 
+def find_folder(where: str) -> Path:
+    """The folder of a data set that is evaluated. Raises UsageError where it is on S3."""
+    if "://" in where:
+        raise UsageError(f"{where} is no local folder, and evaluation reads one; copy it and give the copy by --data")
+    return Path(where)
+
+
 class Folder:
     """A folder of this machine or of a shared file system. Final."""
 
@@ -93,11 +100,10 @@ class Folder:
 
     @contextmanager
     def create(self, name: str) -> Iterator[IO[bytes]]:
-        draft = (self.root / name).with_name(f"{Path(name).name}{PARTIAL}")
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("wb") as file:
+        target = self.root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with drafted(target) as draft, draft.open("wb") as file:
             yield file
-        os.replace(draft, self.root / name)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Path]:

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,16 +77,24 @@ def read_table(
     if not path.name.endswith(_SUFFIXES):
         raise UsageError(f"table {path.name}: unknown kind; expected a name that ends in {', '.join(_SUFFIXES)}")
     wanted = {**columns, **{f"label:{name}": name for name in label_columns}}
-    try:
-        present = read_header(path, separator)
-        for column in wanted.values():
-            check_column(column, present)
+    present = read_header(path, separator)
+    for column in wanted.values():
+        check_column(column, present)
+    with _reading(path):
         frame = _read_cells(path, sorted(set(wanted.values())), separator)
-    except (pa.ArrowException, OSError) as error:
-        raise RunError(f"table {path.name}: cannot be read ({_describe_fault(error)})") from None
     if frame.empty:
         raise RunError(f"table {path.name}: has a header but no rows")
     return pd.DataFrame({field: frame[column] for field, column in wanted.items()})
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise RunError(
+            f"table {path.name}: cannot be read ({_describe_fault(error)}); write or download it again"
+        ) from None
 
 
 def _describe_fault(error: Exception) -> str:
@@ -152,10 +161,11 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def read_header(path: Path, separator: str | None = None) -> list[str]:
-    """Names of a table's columns."""
-    if path.suffix == ".parquet":
-        return list(pq.read_schema(path).names)
-    return list(csv.open_csv(path, parse_options=_parse_options(path, separator)).schema.names)
+    """Names of a table's columns. Raises RunError for a file that is not what its name says."""
+    with _reading(path):
+        if path.suffix == ".parquet":
+            return list(pq.read_schema(path).names)
+        return list(csv.open_csv(path, parse_options=_parse_options(path, separator)).schema.names)
 
 
 def _read_cells(path: Path, columns: list[str], separator: str | None) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from rich.table import Table
 from place.config import RunError, UsageError, build_config
 from place.data.identity import SPLITS
 from place.data.prepared import read_card
+from place.data.storage import find_folder
 from place.evaluation.encoder import get_units, read_units
 from place.evaluation.metrics import Array, count_resamples, draw_weights, note_resamples
 from place.evaluation.paired import Difference, Rows, compare_rows
@@ -105,7 +106,9 @@ def find_data(run: Path, data_dir: Path | None, fingerprint: str) -> Path:
     config = run / "config.yaml"
     if data_dir is None and not config.is_file():
         raise UsageError(f"{run} is no run folder and does not say where its data set lies; give --data")
-    folders = [data_dir] if data_dir else [Path(stream.path) for stream in build_config(config).data.list_streams()]
+    folders = (
+        [data_dir] if data_dir else [find_folder(stream.path) for stream in build_config(config).data.list_streams()]
+    )
     prints = {folder: read_card(folder)["fingerprint"] for folder in folders}
     for folder, own in prints.items():
         if own == fingerprint:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from place.config import UsageError
 from place.data.identity import SPLITS
+from place.data.manifest import read_manifest
 from place.data.transforms import read_image
 from place.evaluation.detection_metrics import COCO_IOUS, FIELD_IOUS, judge_matches, list_matches, match_boxes
 from place.evaluation.detection_picture import draw_boxes
@@ -139,7 +139,7 @@ def _take_rows(read: Read, rows: list[int]) -> Read:
 def list_boxed(task: Task, split: str) -> set[str]:
     """Findings with a box in a split that the encoder sees a part of."""
     columns = ["boxes", "height_px", "width_px"]
-    rows = pq.read_table(task.data_dir / "manifest.parquet", columns=columns, filters=[("split", "==", split)])
+    rows = read_manifest(task.data_dir, columns, split)
     return {
         box["finding"]
         for cell, *shape in zip(*(rows[name].to_pylist() for name in columns), strict=True)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from place.config import RunError
+from place.data.manifest import read_manifest
 from place.data.prepared import read_samples
 from place.data.streaming import read_report
 from place.data.transforms import eval_transform, read_image
@@ -161,10 +161,7 @@ def build_study(sample: dict[str, Any], sections: str) -> Study:
 
 def read_units(data_dir: Path, split: str) -> dict[int, str]:
     """Patient of each study of a split by sample_id; a study without a patient is a unit of its own."""
-    path = data_dir / "manifest.parquet"
-    if not path.is_file():
-        raise RunError(f"{path} is missing; prepare the data set again")
-    rows = pq.read_table(path, columns=["sample_id", "patient"], filters=[("split", "==", split)])
+    rows = read_manifest(data_dir, ["sample_id", "patient"], split)
     pairs = zip(rows["sample_id"].to_pylist(), rows["patient"].to_pylist(), strict=True)
     return {sample_id: patient or str(sample_id) for sample_id, patient in pairs}
 

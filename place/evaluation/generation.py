@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from place.config import UsageError
+from place.data.manifest import read_manifest
 from place.data.prepared import read_samples
 from place.evaluation.encoder import VisualFeatures, build_study, encode_visual, get_units, read_units, take
 from place.evaluation.generation_metrics import TOKENS, label_reports, load_judges, pack_findings, score_reports
@@ -124,7 +124,7 @@ def _write_all(task: Task, decoder: ReportDecoder, visual: Visual) -> list[str]:
 
 def _read_split(task: Task, split: str, limit: int | None) -> Read:
     """The first `limit` images that have a report by sample_id, which is a hash, in that order."""
-    worded = read_ids(task.data_dir / "manifest.parquet", split)
+    worded = read_ids(task.data_dir, split)
     if not worded:
         raise UsageError(f"generation: split '{split}' has no reports; it takes train, val and test patients with some")
     wanted, parts, studies = set(sorted(worded)[:limit]), [], []
@@ -139,10 +139,10 @@ def _read_split(task: Task, split: str, limit: int | None) -> Read:
     return Read(Pairs(Visual(patches, observations), reports), image, [studies[row].sample_id for row in order])
 
 
-def read_ids(manifest: Path, split: str) -> list[int]:
+def read_ids(data_dir: Path, split: str) -> list[int]:
     """sample_id of the images of a split that have a report."""
-    rows = pq.read_table(manifest, columns=["sample_id"], filters=[("split", "==", split), ("num_words", ">", 0)])
-    return rows["sample_id"].to_pylist()
+    rows = read_manifest(data_dir, ["sample_id", "num_words"], split)
+    return [key for key, words in zip(rows["sample_id"].to_pylist(), rows["num_words"].to_pylist()) if words]
 
 
 def _encode(task: Task, jpegs: Sequence[bytes]) -> VisualFeatures:

@@ -9,10 +9,10 @@ from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 from torch import Tensor
 
 from place.config import UsageError
+from place.data.manifest import read_manifest
 from place.data.prepared import read_samples
 from place.data.transforms import read_image
 from place.evaluation.encoder import (
@@ -169,7 +169,7 @@ def read_prior(task: Task) -> Prior:
     prior: Prior = {}
     if split == task.split:
         return prior
-    rows = pq.read_table(task.data_dir / "manifest.parquet", columns=columns, filters=[("split", "==", split)])
+    rows = read_manifest(task.data_dir, columns, split)
     for boxes, *shape in zip(*(rows[name].to_pylist() for name in columns), strict=True):
         for box in json.loads(boxes):
             seen = move_box(box["box_xyxy"], tuple(shape))

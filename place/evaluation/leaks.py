@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from place.config import Config, DataConfig, EvaluationConfig, RunError, StreamConfig, UsageError
 from place.data.frame_rows import MIXED
 from place.data.identity import IdHasher, read_salt
-from place.data.manifest import MANIFEST_FILE
+from place.data.manifest import read_manifest
 from place.data.mixture import read_fingerprint
 from place.data.perceptual import (
     MAX_BITS,
@@ -36,7 +35,6 @@ from place.data.perceptual import (
     read_thumbnails,
 )
 from place.data.prepared import read_card
-from place.data.storage import open_store
 from place.data.table import read_header, read_table
 from place.evaluation.metrics import Array
 
@@ -270,8 +268,7 @@ def _list_relations(
 def read_rows(data_dir: str | Path, report: Report) -> Rows:
     """All images of a prepared data set. Raises UsageError, RunError."""
     card = read_card(data_dir)
-    with open_store(data_dir).open(MANIFEST_FILE) as file:
-        table = pq.read_table(file, columns=_COLUMNS)
+    table = read_manifest(data_dir, _COLUMNS)
     hashes = read_hashes(data_dir, partial(report, "hash images"))
     ids, split, patient, digest = (np.array(table[name].to_pylist(), object) for name in _COLUMNS)
     bits = _order_bits(hashes, ids.astype(np.int64), data_dir)

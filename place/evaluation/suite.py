@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from place.config import DataConfig, EvaluationConfig, RunError, UsageError
 from place.data.identity import SPLITS
+from place.data.manifest import MANIFEST_FILE, read_manifest
 from place.data.masks import list_masked
 from place.data.prepared import read_card
 from place.distributed import choose_device
@@ -34,7 +35,7 @@ from place.evaluation.segmentation import run_segmentation
 from place.evaluation.table import print_results
 from place.evaluation.task import StepProgress, Task, TaskInput
 from place.evaluation.zero_shot import run_zero_shot
-from place.kept import write_text
+from place.kept import drafted, write_text
 from place.pretrained.load import load_export, read_trained
 from place.training.checkpoint import load_run
 
@@ -51,7 +52,7 @@ TASKS: dict[str, Callable[[Task], TaskResult]] = {
     "generation": run_generation,
 }
 FROZEN = {"finetune": "classification", "finetune_segmentation": "segmentation"}
-"""Tasks that train the encoder: by name only, for each takes as long as all others together. Beside it the name of
+"""Tasks that train the encoder: by name only, for they train it several times over. Beside it the name of
 the same with a frozen encoder, under which protocol files tell the scores of others."""
 IN_FOLDS = {"segmentation", "finetune_segmentation", "detection"}
 """Tasks that judge the images of all splits where `evaluation.folds` is set."""
@@ -213,10 +214,10 @@ def find_offers(data_dir: Path, card: dict[str, Any], split: str, folds: int = 0
         "labels": bool(card["labels"]),
         "training masks": bool(folds and masked) or (can_train and "val" in looked and {"train", split} <= masked),
     }
-    manifest = data_dir / "manifest.parquet"
-    if manifest.is_file():
-        columns = ("split", "boxes", "num_words")
-        rows = list(zip(*(pq.read_table(manifest, columns=[key])[key].to_pylist() for key in columns)))
+    if (data_dir / MANIFEST_FILE).is_file():
+        columns = ["split", "boxes", "num_words"]
+        table = read_manifest(data_dir, columns)
+        rows = list(zip(*(table[key].to_pylist() for key in columns)))
         boxed = {name for name, boxes, _ in rows if boxes != "[]"}
         worded = {name for name, _, words in rows if words}
         phrased = (box.get("phrase") or box.get("sentence") is not None for box in _list_boxes(rows, split))
@@ -267,13 +268,12 @@ def write_result(folder: Path, result: TaskResult, task: Task, which: str) -> No
         "encoder": {"name": task.encoder.name, "weights": task.encoder.weights},
     }
     path = folder / f"{result.task}.json"
-    part = path.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".parquet").unlink(missing_ok=True)
         if result.rows is not None:
-            pq.write_table(pa.table(result.rows), part)
-            part.replace(path.with_suffix(".parquet"))
+            with drafted(path.with_suffix(".parquet")) as draft:
+                pq.write_table(pa.table(result.rows), draft)
         write_text(path, json.dumps(tree, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise RunError(f"{path}: {error.strerror}; give a folder that can be written") from None

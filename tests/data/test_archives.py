@@ -183,9 +183,11 @@ def test_labels_and_reports_of_mimic_that_are_not_there_are_named(tmp_path):
         open_source(settings("mimic-cxr-jpg", tmp_path / "mimic", reports=str(tmp_path)))
     with pytest.raises(UsageError, match="say --input DIR"):
         open_source(PrepareConfig(source="mimic-cxr", output=""))
-    (tmp_path / "mimic" / "mimic-cxr-2.0.0-metadata.csv.gz").write_bytes(b"no gzip")
-    with pytest.raises(RunError, match="mimic-cxr-2.0.0-metadata.csv.gz: cannot be read"):
-        open_source(settings("mimic-cxr-jpg", tmp_path / "mimic"))
+    for name in ("negbio", "chexpert", "metadata"):
+        for content in (b"no gzip", b""):
+            (tmp_path / "mimic" / f"mimic-cxr-2.0.0-{name}.csv.gz").write_bytes(content)
+            with pytest.raises(RunError, match=f"mimic-cxr-2.0.0-{name}.csv.gz: cannot be read .* download it again$"):
+                open_source(settings("mimic-cxr-jpg", tmp_path / "mimic"))
 
 
 def test_a_slice_of_an_archive_is_small_and_holds_no_raw_id_but_paths(tmp_path):

@@ -18,7 +18,7 @@ from PIL import Image
 from small_sets import edit_table, write_csv_source
 
 from place.cli import main
-from place.config import DataConfig, PrepareConfig
+from place.config import DataConfig, PassingError, PrepareConfig
 from place.data.inspect_page import iterate_bins
 from place.data.prepare import run_prepare
 from place.data.prepared import list_splits, read_card, read_samples, read_shard, read_shard_list
@@ -108,6 +108,22 @@ def test_a_damaged_or_missing_file_beside_the_shards_is_named(copy, name):
     (copy / name).unlink()
     (fault,) = find_faults(copy)
     assert fault.startswith(f"{copy}/{name} is missing")
+
+
+@pytest.mark.parametrize(("action", "name"), [("stats", "val/index.json"), ("inspect", "manifest.parquet")])
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff"])
+def test_a_damaged_file_beside_the_shards_is_one_line_for_whoever_reads_it(action, name, content, copy, capsys):
+    (copy / name).write_bytes(content)
+    assert main(["data", action, str(copy)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"place data: {copy}/{name} ")
+
+
+def test_a_list_of_shards_that_cannot_be_read_now_is_a_passing_fault(copy):
+    (copy / "val" / "index.json").unlink()
+    (copy / "val" / "index.json").mkdir()
+    with pytest.raises(PassingError, match=f"{copy} cannot be read: Is a directory"):
+        read_shard_list(copy, "val")
 
 
 def test_a_changed_card_is_named(copy):

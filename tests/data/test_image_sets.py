@@ -29,11 +29,12 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def judge(name: str, write: Any, encoder: Path, tmp_path: Path, tasks: str, *options: str) -> dict[str, dict[str, Any]]:
     """Prepare a miniature by its protocol file, judge an encoder on it, and read each task's JSON."""
-    folder, output = tmp_path / name, tmp_path / "results"
+    folder, output, salt = tmp_path / name, tmp_path / "results", tmp_path / "salt"
+    salt.write_text("a salt of the tests, so that the splits and with them the figures are the same each time")
     folder.mkdir()
     write(folder, 40)
     protocol = write_protocol(name, folder, counts={"all": {"images": 40}})
-    assert main(["prepare", *map(str, prepare_words(protocol, folder))]) == 0
+    assert main(["prepare", *map(str, prepare_words(protocol, folder)), "--salt-file", str(salt)]) == 0
     words = ["--encoder", str(encoder), "--data", f"{folder}-out", "--output", str(output), "--tasks", tasks]
     assert main(["evaluate", *words, *OPTIONS, *options]) == 0
     return {path.stem: json.loads(path.read_text()) for path in output.glob("*.json")}
@@ -48,7 +49,8 @@ def test_siim_reaches_masks_of_a_frozen_and_of_a_trained_encoder_beside_the_scor
     }
     for task in ("segmentation", "finetune_segmentation"):
         result = found[task]
-        assert result["metrics"]["dice.Pneumothorax"]["value"] >= 0
+        # After one step they are 0.09 and 0; two regions that hang on the image's number are hard to tell in 30.
+        assert result["metrics"]["dice.Pneumothorax"]["value"] > 0.15
         assert result["protocol"]["findings"]["Pneumothorax"]["unknown"] == 0
         assert "MGCA-ViT" in {peer["name"] for peer in result["protocol"]["peers"]}
     assert "MGCA-ViT" in {peer["name"] for peer in found["finetune"]["protocol"]["peers"]}
@@ -57,7 +59,8 @@ def test_siim_reaches_masks_of_a_frozen_and_of_a_trained_encoder_beside_the_scor
 
 def test_rsna_reaches_boxes_and_a_limit_of_training_images_is_kept(encoder: Path, tmp_path: Path) -> None:
     found = judge("rsna", write_rsna, encoder, tmp_path, "detection,segmentation", "evaluation.max_train_images=9")
-    assert found["detection"]["metrics"]["mean_ap_40_75"]["value"] >= 0
+    # Boxes are planted in the same two places; after one step it is 0.
+    assert found["detection"]["metrics"]["mean_ap_40_75"]["value"] > 0.3
     for result in found.values():
         assert result["protocol"]["trained_on"].startswith("9 images of 'train', at most 9, first by hash")
 

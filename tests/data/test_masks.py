@@ -151,6 +151,13 @@ def test_a_data_set_without_masks_says_so(data_dir, tmp_path):
     assert list_masked(tmp_path) == ({"train", "val", "test"}, {"train", "test"})
 
 
+@pytest.mark.parametrize("read", [list_masked, lambda folder: read_masks(folder, "test")])
+def test_a_damaged_file_of_masks_is_one_line(tmp_path, read):
+    (tmp_path / MASKS_FILE).write_bytes(b"PAR1")
+    with pytest.raises(RunError, match=f"^{tmp_path / MASKS_FILE} cannot be read .*; prepare the data set again"):
+        read(tmp_path)
+
+
 def test_mask_files_of_a_table_are_told_apart_from_absent_and_unknown(tmp_path):
     config = write_csv_source(tmp_path, count=3, masks={"lungs": "../masks/{stem}.lungs.png"})
     (tmp_path / "masks").mkdir()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -38,6 +39,8 @@ from miniatures import (
 )
 
 from place.config import EvaluationConfig, PrepareConfig, RunError, UsageError
+from place.data.annotations import read_labels
+from place.data.layout import LabelRule
 from place.data.masks import read_masks
 from place.data.prepare import run_prepare
 from place.data.prepared import list_splits, read_samples
@@ -250,6 +253,26 @@ def test_vindr_lets_the_readers_vote_on_labels_and_boxes_and_renames_a_column(tm
     assert list_positive(found.samples[3]) == ["No finding"]
     (box,) = found.samples[0]["boxes"]
     assert box == {"finding": "Cardiomegaly", "box_xyxy": [11, 21, 31, 41], "sentence": None}  # the mean of two readers
+
+
+@pytest.mark.parametrize(
+    ("cells", "sign"),
+    [
+        (["1", "1", "-1"], "1"),
+        (["1", "-1", ""], "1"),
+        (["0", "-1", "-1"], "0"),
+        (["0", "0", "1"], "0"),
+        (["1", "0", ""], "1"),
+        (["1", "0", "-1"], "-1"),
+        (["-1", "-1", ""], "-1"),
+        (["", "", ""], ""),
+        (["", "0", ""], "0"),
+    ],
+)
+def test_a_majority_is_of_the_readers_that_know_and_uncertain_is_half_a_vote(cells, sign):
+    rows = pd.DataFrame({"identity": ["a"] * len(cells), "edema": cells})
+    labels = read_labels(LabelRule(names={"edema": "edema"}, combine="majority"), rows)
+    assert labels.loc["a", "edema"] == sign
 
 
 def test_object_cxr_draws_rectangles_ellipses_and_polygons_on_images_of_any_shape(tmp_path):

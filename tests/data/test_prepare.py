@@ -25,7 +25,8 @@ from place.config import PrepareConfig, RunError, UsageError
 from place.data import prepare
 from place.data.pool import map_in_processes
 from place.data.prepare import run_prepare
-from place.data.prepared import find_split_faults, list_splits, read_samples
+from place.data.prepared import list_splits, read_samples
+from place.data.verify import find_faults
 
 RUN = """
 import os, signal, sys
@@ -111,9 +112,9 @@ def test_shards_hold_the_contract_and_the_manifest_lists_them_in_order(tmp_path)
     card = run_prepare(config)
     manifest = read_rows(config, "manifest.parquet")
     assert sorted(list_splits(config.output)) == sorted({row["split"] for row in manifest})
+    assert list(find_faults(config.output)) == []
     for split in list_splits(config.output):
         samples = list(read_samples(config.output, split))
-        assert find_split_faults(config.output, split) == []
         assert [sample["sample_id"] for sample in samples] == [
             row["sample_id"] for row in manifest if row["split"] == split
         ]
@@ -353,9 +354,25 @@ def test_a_part_under_way_is_thrown_away(tmp_path):
     config = write_csv_source(tmp_path)
     stale = Path(config.output) / ".parts" / "00001.host-1.partial"
     stale.mkdir(parents=True)
-    (stale.parent / "request.json.partial").write_text("{")
+    (stale.parent / ".request.json.1-00c0ffee.partial").write_text("{")
+    (stale.parents[1] / "train").mkdir()
+    (stale.parents[1] / "train" / ".index.json.1-00c0ffee.partial").write_text("{")
+    (stale.parents[1] / ".card.json.1-00c0ffee.partial").write_text("{")
     run_prepare(config)
     assert not stale.parent.exists()
+    assert not list(Path(config.output).rglob("*.partial"))
+
+
+def test_a_draft_that_a_killed_evaluation_left_is_no_foreign_file(tmp_path):
+    config = write_csv_source(tmp_path)
+    run_prepare(config)
+    whole, draft = read_bytes(config.output), Path(config.output) / ".hashes.parquet.1-00c0ffee.partial"
+    draft.write_bytes(b"PAR1")
+    assert run_prepare(config)["already_prepared"]
+    assert read_bytes(config.output) == whole
+    (Path(config.output) / ".notes.txt.1-00c0ffee.partial").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds other files \(.notes.txt"):
+        run_prepare(config)
 
 
 def test_a_part_that_lost_a_shard_is_told(tmp_path):

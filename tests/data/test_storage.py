@@ -13,8 +13,9 @@ from small_sets import write_csv_source
 
 from place.config import PrepareConfig, UsageError
 from place.data.prepare import run_prepare
-from place.data.prepared import find_split_faults, list_splits, read_card, read_samples
+from place.data.prepared import list_splits, read_card, read_samples
 from place.data.storage import Bucket, open_store
+from place.data.verify import find_faults
 
 
 def list_objects(bucket: str) -> dict[str, bytes]:
@@ -129,7 +130,7 @@ def test_a_damaged_shard_in_a_bucket_is_named(tmp_path, bucket):
     data = bytearray(store.read(name))
     data[len(data) // 2] ^= 1
     store.write(name, bytes(data))
-    (fault,) = find_split_faults(remote.output, "train")
+    (fault,) = find_faults(remote.output)
     assert fault.startswith(f"shard {remote.output}/{name} is damaged")
     store.delete(name)
-    assert find_split_faults(remote.output, "train") == [f"shard {remote.output}/{name} is missing"]
+    assert list(find_faults(remote.output)) == [f"shard {remote.output}/{name} is missing"]

@@ -12,7 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from place.cli import main
-from place.config import DetectionConfig, EvaluationConfig, RunError, SegmentationConfig, UsageError
+from place.config import (
+    DetectionConfig,
+    EvaluationConfig,
+    RunError,
+    SegmentationConfig,
+    UsageError,
+    build_config,
+    dump_config,
+)
 from place.evaluation.compare import read_judged, run_compare
 from place.evaluation.encoder import get_units, read_units
 from place.evaluation.metrics import draw_weights, summarize
@@ -216,6 +224,21 @@ def test_folders_that_do_not_fit_are_named(evaluated: Path, data_dir: Path, tmp_
     (damaged / "grounding.parquet").write_bytes(b"PAR1")
     with pytest.raises(RunError, match=r"grounding.json is no result of an evaluation, or damaged"):
         run_compare(evaluated, damaged, data_dir)
+
+
+def test_data_on_s3_are_refused_by_name(
+    evaluated: Path, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told, remote = "s3://b/x is no local folder, and evaluation reads one; copy it", ["--data", "s3://b/x"]
+    encoder = ["evaluate", "--encoder", str(tmp_path), "--output", str(tmp_path / "out")]
+    for words in (["evaluate", "--run", str(run_dir)], encoder, ["compare", str(evaluated), str(evaluated)]):
+        assert main([*words, *remote]) == 2
+        assert capsys.readouterr().err.splitlines() == [f"place {words[0]}: {told} and give the copy by --data"]
+    shutil.copytree(evaluated, tmp_path / "run" / "evaluation")
+    config = build_config(run_dir / "config.yaml", ["data.path=s3://b/x"])
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
+    with pytest.raises(UsageError, match=f"^{told}"):
+        run_compare(tmp_path / "run", evaluated)
 
 
 def test_the_verb_prints_a_table_of_100_columns_and_writes_all_figures(

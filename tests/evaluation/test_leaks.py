@@ -258,6 +258,9 @@ def test_a_published_map_of_ids_finds_what_pixels_do_not(trained, tmp_path):
     (tmp_path / "map.csv").write_text("rsna\nrsna-5.png\n")
     with pytest.raises(UsageError, match="expected a csv of two columns"):
         check(data_dir, trained, **settings)
+    (tmp_path / "map.csv").write_text("")
+    with pytest.raises(RunError, match="table map.csv: cannot be read .*; write or download it again"):
+        check(data_dir, trained, **settings)
 
 
 def test_the_json_that_rsna_publishes_is_a_map_of_ids(trained, tmp_path):

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import pyarrow.parquet as pq
@@ -18,6 +19,11 @@ from place.config import EvaluationConfig, FinetuneConfig, GenerationConfig, Run
 from place.data.masks import MASKS_FILE
 from place.data.prepared import read_card
 from place.data.protocol import read_protocol
+from place.evaluation.detection import list_boxed
+from place.evaluation.encoder import read_units
+from place.evaluation.generation import read_ids
+from place.evaluation.grounding import read_prior
+from place.evaluation.leaks import read_rows
 from place.evaluation.metrics import draw_weights
 from place.evaluation.suite import IN_FOLDS, TASKS, choose_tasks, find_offers, judge, print_results, run_evaluation
 from place.evaluation.task import Task, TaskInput
@@ -224,6 +230,29 @@ def test_a_probe_without_a_training_split_says_so(run_dir, data_dir, tmp_path):
     chosen = choose_tasks(["all"], find_offers(copy, card, "test"))
     assert chosen == ["zero_shot", "retrieval", "grounding"], "what only a test split permits"
     assert choose_tasks(["all"], find_offers(copy, card, "test", folds=3)) == [*chosen, "segmentation", "detection"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", None], ids=["empty", "short", "torn"])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda data: find_offers(data, {"labels": []}, "test"),
+        lambda data: read_units(data, "test"),
+        lambda data: read_rows(data, lambda *_: None),
+        lambda data: list_boxed(SimpleNamespace(data_dir=data), "test"),
+        lambda data: read_prior(SimpleNamespace(data_dir=data, train_split="train", split="test")),
+        lambda data: read_ids(data, "test"),
+    ],
+    ids=["offers", "patients", "leaks", "detection", "grounding", "generation"],
+)
+def test_a_damaged_manifest_is_one_line_wherever_it_is_read(data_dir, tmp_path, read, content):
+    manifest = shutil.copytree(data_dir, tmp_path / "copy") / "manifest.parquet"
+    # Torn: the end, which is read first, is whole.
+    whole = manifest.read_bytes()
+    manifest.write_bytes(b"\xff" * (len(whole) // 2) + whole[len(whole) // 2 :] if content is None else content)
+    with pytest.raises(RunError, match=f"^{manifest} cannot be read .*; prepare the data set again") as caught:
+        read(manifest.parent)
+    assert "\n" not in str(caught.value)
 
 
 def test_folds_judge_the_training_images_too_which_the_run_may_not_know(run_dir, data_dir, tmp_path):
