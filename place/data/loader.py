@@ -147,7 +147,8 @@ def _read_ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
     try:
         # The first by this thread: loader workers that the pool's thread forked could not leave in peace.
         batch = take(None)
-        ahead = deque(pool.submit(take, None) for _ in range(depth))
+        # One fewer: the loop asks for another before it hands a batch out.
+        ahead = deque(pool.submit(take, None) for _ in range(depth - 1))
         while batch is not None:
             spent.append(batch)
             ahead.append(pool.submit(take, spent.popleft()))
