@@ -37,20 +37,25 @@ def read_token(environ: Mapping[str, str]) -> Token:
         return Token("", f"RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, {path}")
 
 
-def check_address(address: str, environ: Mapping[str, str]) -> bool | None:
+def names_head(address: str) -> bool:
+    """Whether an address is a head's HOST:PORT; other forms, such as `auto`, are left to Ray."""
+    return "://" not in address and ":" in address
+
+
+def check_address(address: str, environ: Mapping[str, str]) -> bool:
     """Ask a Ray head who it is, before Ray does so for 20 s.
 
     Args:
-        address: `host:port` of the head; other forms, such as `auto`, are left to Ray.
+        address: of the head; what `names_head` does not take is not asked.
     Returns:
-        Whether the head asks for a token; None where it was not asked.
+        Whether the head asks for a token.
     Raises:
         UsageError: nothing answers there, or the token is missing or wrong.
     """
     import grpc
 
-    if "://" in address or ":" not in address:
-        return None
+    if not names_head(address):
+        return False
     token = read_token(environ)
     failure, asks_for_token = _ask(address, ""), False
     if failure == grpc.StatusCode.UNAUTHENTICATED:

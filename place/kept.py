@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -31,6 +32,15 @@ def drafted(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             draft.unlink()
         raise
+
+
+def try_lock(handle: int) -> bool:
+    """Lock an open file or folder for this process, or find that another one has it; the lock ends with the process."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from place.config import RunError, UsageError
+from place.kept import try_lock
 from place.trackers import Tracker
 
 ATTENTION = "attention.jsonl"
@@ -145,23 +146,22 @@ def hold_run(run_dir: Path) -> Iterator[None]:
 
 def _lock(file: TextIO, run_dir: Path) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        other = [record["command"] for record in read_jsonl(run_dir / "attempts.jsonl") if "command" in record][-1:]
-        own, known = _read_job(), other[0].get("job") if other else None
-        # Slurm starts a job again once its machines are gone; of one without power NFS may never hear that.
-        if own and known and own["id"] == known["id"] and own["start"] > known["start"]:
-            return False
-        who = f", process {other[0]['pid']} on {other[0]['host']}" if other else ""
-        raise UsageError(
-            f"another place pretrain works in {run_dir}{who}; wait for it, or end it with scancel, ray job stop or "
-            "Ctrl-C, or choose another run.dir"
-        ) from None
+        if try_lock(file.fileno()):
+            return True
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
         return False
-    return True
+    other = [record["command"] for record in read_jsonl(run_dir / "attempts.jsonl") if "command" in record][-1:]
+    own, known = _read_job(), other[0].get("job") if other else None
+    # Slurm starts a job again once its machines are gone; of one without power NFS may never hear that.
+    if own and known and own["id"] == known["id"] and own["start"] > known["start"]:
+        return False
+    who = f", process {other[0]['pid']} on {other[0]['host']}" if other else ""
+    raise UsageError(
+        f"another place pretrain works in {run_dir}{who}; wait for it, or end it with scancel, ray job stop or "
+        "Ctrl-C, or choose another run.dir"
+    )
 
 
 def _read_job() -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from place.cluster.doctor.findings import FAIL, OK, SKIP, WARN, Finding, run_che
 from place.cluster.doctor.host import build_host_checks
 from place.cluster.doctor.network import describe_collectives, describe_failure, join_and_measure
 from place.cluster.doctor.storage import check_mark
-from place.cluster.standing import JOB_MARK, check_address
+from place.cluster.standing import JOB_MARK, check_address, names_head
 from place.cluster.topology import Topology, read_ray
 
 import place
@@ -25,13 +25,20 @@ STOP_WAIT_S = 60  # what a checkpoint of a model of 200 M parameters may take on
 
 @contextlib.contextmanager
 def connect(address: str) -> Iterator[Topology]:
-    """A connection to a standing Ray cluster, whose nodes import the PLACE that runs here."""
+    """A connection to a standing Ray cluster, whose nodes import the PLACE that runs here.
+
+    Raises:
+        ConnectionError: there is none, or one of another version.
+    """
     import ray
 
     paths = [str(Path(place.__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
     # Under `ray job submit` the working directory is there already.
     own = {} if JOB_MARK in os.environ else {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, paths))}}
-    ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=own)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=own)
+    except (RuntimeError, ValueError) as error:
+        raise ConnectionError(str(error)) from None
     try:
         yield read_ray(ray.nodes())
     finally:
@@ -40,12 +47,12 @@ def connect(address: str) -> Iterator[Topology]:
 
 def check_head(address: str, environ: Mapping[str, str]) -> list[Finding]:
     """Whether a head answers at the address, and whether it asks for a token."""
+    if not names_head(address):
+        return [Finding("ray head", SKIP, f"{address} is no HOST:PORT: not asked whether it wants a token")]
     try:
         asks = check_address(address, environ)
     except UsageError as error:
         return [Finding("ray head", FAIL, str(error))]
-    if asks is None:
-        return [Finding("ray head", SKIP, f"{address} is no HOST:PORT: not asked whether it wants a token")]
     if asks:
         return [Finding("ray head", OK, f"{address} answers and asks for a token, which is right")]
     advice = "start it with RAY_AUTH_MODE=token; else whoever reaches its port runs code as you"

@@ -112,7 +112,7 @@ def _check_ray(options: Options) -> list[Finding]:
             findings += ray_cluster.check_hosts(nodes, _find_pins(), folders, mark, timeout_s)
             findings += _compare_software(findings)
             findings += ray_cluster.check_collectives(topology, nodes, 2 * timeout_s)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except ConnectionError as error:
         findings.append(Finding("ray head", FAIL, f"{address}: {str(error).splitlines()[0]}", "check RAY_ADDRESS"))
     finally:
         mark.unlink(missing_ok=True)

@@ -27,6 +27,7 @@ from place.data.mixture import find_fault
 from place.data.streaming import THREAD_FAILED, Pair, ReportPairs
 from place.data.tokens import ReportTokenizer
 from place.distributed import Node, gather_objects, read_node, read_world
+from place.kept import try_lock
 
 _PR_SET_PDEATHSIG = 1
 """Of prctl: the signal that the kernel sends a process whose parent dies."""
@@ -178,12 +179,7 @@ def _alone_on_node(node: Node) -> Iterator[None]:
 
 def _lock_all(folder: int, node: Node) -> bool:
     """Try to lock the folder on every node: a collective call, which locks none where one is taken."""
-    is_free = True
-    if node.is_first:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            is_free = False
+    is_free = not node.is_first or try_lock(folder)
     if all(answer["is_free"] for answer in gather_objects({"is_free": is_free})):
         return True
     fcntl.flock(folder, fcntl.LOCK_UN)

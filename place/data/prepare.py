@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -36,7 +35,7 @@ from place.data.sources import open_source
 from place.data.spill import FULL
 from place.data.storage import Folder, Store, open_store
 from place.data.task import NOTHING, PARTS, PartResult, Task, add_results, find_parts, name_table, read_part, run_task
-from place.kept import PARTIAL
+from place.kept import PARTIAL, try_lock
 
 MapTasks = Callable[[Callable[[Task], PartResult], Iterable[Task], int], Iterator[PartResult]]
 """Takes a function, tasks and a number of workers (0: all there are); yields results in any order."""
@@ -124,8 +123,8 @@ def _held(store: Store) -> Iterator[None]:
             raise UsageError(
                 f"{store} holds other files ({foreign[0]}); --output must be a new folder or a prepared data set"
             )
-        if handle is not None:
-            _lock(handle, store)
+        if handle is not None and not try_lock(handle):
+            raise UsageError(f"another prepare is writing to {store}; wait for it or choose another --output")
         if isinstance(store, Folder):
             _drop_drafts(store.root)
         yield
@@ -146,13 +145,6 @@ def _drop_drafts(root: Path) -> None:
         for stale in folder.glob(f"*{PARTIAL}"):
             with suppress(OSError):  # a finished data set may be read-only
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-
-
-def _lock(handle: int, store: Store) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(f"another prepare is writing to {store}; wait for it or choose another --output") from None
 
 
 def _read_card(store: Store, request: dict[str, Any]) -> dict[str, Any] | None:

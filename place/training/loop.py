@@ -69,13 +69,13 @@ def train(
     profiler = StepProfiler(config.run, world.rank, progress["step"], engine.device)
     timed = meter.time_arrivals(objective)
     vote, stopping = _Vote(engine.device), False
+    watchdog.feed()  # the first batch may not come
     batches = loader.read_steps(progress["step"], plan.total_steps, plan.steps_per_epoch, world.world)
     if config.run.probe == "synthetic":
         batches = itertools.repeat(next(batches))
     elif config.run.probe == "loader":
         return _read_only(plan, batches, meter, watchdog, config.run.log_every_steps)
     on_their_way = send_ahead(batches, engine.device)
-    watchdog.feed()  # the first batch may not come
     while progress["step"] < plan.total_steps and not stopping:
         epoch, first_step = divmod(progress["step"], plan.steps_per_epoch)
         last_step = min(plan.steps_per_epoch, plan.total_steps - epoch * plan.steps_per_epoch)

@@ -24,9 +24,9 @@ from place.training.phases import PHASES, Phases, count_seconds, take_stamp
 from place.training.plan import RunPlan
 from place.training.saver import Saver
 
+Item = TypeVar("Item")
 ARPHRD_INFINIBAND = 32
 """Type of a network card that is IP over InfiniBand. Source: quoted (Linux, if_arp.h)."""
-Item = TypeVar("Item")
 STRAGGLER_SHARE, STRAGGLER_S = 0.2, 0.05
 """A rank is called a straggler when it comes later than its peers by this share of a step, and by so many seconds."""
 

@@ -162,7 +162,6 @@ def _work(
     log = None
     if world.is_first:
         log = RunLog(run_dir, attempt, [*open_trackers(config, progress["step"]), *trackers])
-    if world.is_first:
         write_attempt(run_dir, {"attempt": attempt, "from_step": progress["step"], "notes": [attention, *notes]})
     watchdog = Watchdog(run_dir, attempt, world.rank, config.cluster.hang_timeout_s)
     build_loader = functools.partial(

@@ -96,7 +96,7 @@ def test_an_address_that_nobody_answers_at_is_named() -> None:
 
 
 def test_other_forms_of_an_address_are_left_to_ray() -> None:
-    assert [check_address(form, {}) for form in ("auto", "ray://far:10001", "local")] == [None] * 3
+    assert [check_address(form, {}) for form in ("auto", "ray://far:10001", "local")] == [False] * 3
 
 
 def test_the_token_is_looked_for_in_rays_order(tmp_path: Path) -> None:

@@ -354,6 +354,7 @@ def test_a_part_under_way_is_thrown_away(tmp_path):
     config = write_csv_source(tmp_path)
     stale = Path(config.output) / ".parts" / "00001.host-1.partial"
     stale.mkdir(parents=True)
+    (stale.parent / "request.json.partial").write_text("{")
     (stale.parent / ".request.json.1-00c0ffee.partial").write_text("{")
     (stale.parents[1] / "train").mkdir()
     (stale.parents[1] / "train" / ".index.json.1-00c0ffee.partial").write_text("{")

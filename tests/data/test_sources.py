@@ -83,7 +83,7 @@ def test_files_and_folders_that_are_not_there_are_named(tmp_path):
         (b"\xff,note\n", "cannot be read .*utf-8"),
         (b"file,note\n", "no rows"),
         (b"file,note\n\xff\xfe,b\n", "cannot be read .*UTF8"),
-        (b"file,note\na,b\nc,d,e,SECRET\n", r"Expected 2 columns, got 4\);"),
+        (b"file,note\na,b\nc,d,e,SECRET\n", r"Expected 2 columns, got 4\); write or download it again$"),
     ],
 )
 def test_a_broken_table_is_one_clear_line(tmp_path, content, line):
