@@ -146,16 +146,19 @@ def test_an_experiment_that_is_stopped_begins_no_other_run(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[str] = []
-    told = threading.Event()
+    second, told = threading.Event(), threading.Event()
 
     def run_job(job: ablation.Job, _: Experiment) -> dict[str, float]:
         begun.append(f"{job.row}{job.seed}")
         if len(begun) == 2:
+            second.set()
             assert told.wait(60)
             raise UsageError("the second fails once the first was told")
         return {"retrieval:r1": 0.25}
 
     def say(line: str) -> None:
+        # The worker takes up the second run by itself, before or after the first is told.
+        assert second.wait(60)
         threading.Timer(0.5, told.set).start()
         raise error
 
