@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +11,7 @@ from place import __version__
 from place.config import RunError, UsageError
 from place.export_card import build_card
 from place.export_onnx import require_onnx, write_onnx
+from place.kept import drafted
 from place.training.checkpoint import LoadedRun, load_run, read_definition
 
 if TYPE_CHECKING:
@@ -51,17 +51,13 @@ def run_export(run_dir: Path, output: Path, which: str = "best", with_onnx: bool
     if with_onnx:
         require_onnx()
     run = load_run(run_dir, which)
-    partial = output.with_name(f".{output.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        notes = write_parts(run_dir, run, partial, with_onnx)
-        size_mib = sum(path.stat().st_size for path in partial.rglob("*")) / 2**20
-        partial.replace(output)
+        with drafted(output) as draft:
+            draft.mkdir(parents=True)
+            notes = write_parts(run_dir, run, draft, with_onnx)
+            size_mib = sum(path.stat().st_size for path in draft.rglob("*")) / 2**20
     except OSError as error:
         raise RunError(f"{output}: {error.strerror or error}; give a folder that can be written") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Exported(output, size_mib, notes)
 
 

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +23,8 @@ PARTIAL = ".partial"
 def drafted(path: Path) -> Iterator[Path]:
     """A name of its own beside `path` to write under; it takes the place of `path` at the end, and goes after an error.
 
-    A reader sees the old file or the new one, however many write it at once.
+    A reader sees the old file or the new one, however many write it at once. A folder may be drafted too, for a `path`
+    that is not there or is an empty folder.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}{PARTIAL}")
     try:
@@ -30,7 +32,7 @@ def drafted(path: Path) -> Iterator[Path]:
         os.replace(draft, path)
     except BaseException:
         with suppress(OSError):
-            draft.unlink()
+            shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
         raise
 
 

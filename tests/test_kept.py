@@ -66,3 +66,21 @@ def test_what_breaks_off_leaves_the_old_file_and_no_draft(tmp_path: Path) -> Non
             act()
         assert path.read_text() == "old"
         assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folders_that_are_drafted_at_once_do_not_meet_and_one_that_breaks_off_goes(tmp_path: Path) -> None:
+    path = tmp_path / "export"
+
+    def break_off() -> None:
+        with drafted(path) as draft:
+            (draft / "parts").mkdir(parents=True)
+            (draft / "parts/weights").write_text("half of the n")
+            raise OSError("the disk is full")
+
+    with drafted(path) as draft:
+        (draft / "parts").mkdir(parents=True)
+        with pytest.raises(OSError, match="full"):
+            break_off()
+        (draft / "parts/weights").write_text("whole")
+    assert list(tmp_path.iterdir()) == [path]
+    assert (path / "parts/weights").read_text() == "whole"

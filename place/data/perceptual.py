@@ -64,15 +64,15 @@ def measure_error(a_YX: NDArray[np.float32], b_YX: NDArray[np.float32]) -> float
 def read_hashes(data_dir: str | Path, on_progress: Callable[[int, int], None] | None = None) -> ImageHashes:
     """Hashes of all images of a prepared data set; computed once, then read from `hashes.parquet` in it.
 
+    A file of other images, or one that is damaged, is written anew.
+
     Raises:
         UsageError: no data set there. RunError: a damaged shard.
     Source: ours.
     """
     card, store = read_card(data_dir), open_store(data_dir)
-    if HASHES_FILE in store.list_top():
-        table = pq.read_table(io.BytesIO(store.read(HASHES_FILE)))
-        if (table.schema.metadata or {}).get(b"fingerprint") == card["fingerprint"].encode():
-            return _unpack(table)
+    if HASHES_FILE in store.list_top() and (known := _read_known(store.read(HASHES_FILE), card["fingerprint"])):
+        return known
     table = _compute_hashes(data_dir, on_progress)
     buffer = io.BytesIO()
     pq.write_table(table.replace_schema_metadata({"fingerprint": card["fingerprint"]}), buffer, compression="zstd")
@@ -81,6 +81,14 @@ def read_hashes(data_dir: str | Path, on_progress: Callable[[int, int], None] | 
     except OSError:
         return _unpack(table)  # a data set that nobody may write to: its hashes are computed each time
     return _unpack(table)
+
+
+def _read_known(content: bytes, fingerprint: str) -> ImageHashes | None:
+    try:
+        table = pq.read_table(io.BytesIO(content))
+    except (OSError, pa.ArrowException):
+        return None
+    return _unpack(table) if (table.schema.metadata or {}).get(b"fingerprint") == fingerprint.encode() else None
 
 
 def _compute_hashes(data_dir: str | Path, on_progress: Callable[[int, int], None] | None) -> pa.Table:

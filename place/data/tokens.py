@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from place.config import RunError, UsageError
 from place.data.report import hash_text
+from place.kept import PARTIAL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,12 +62,11 @@ class ReportTokenizer:
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer as a Hugging Face folder, each file by rename."""
         folder = Path(folder)
-        partial = folder.with_name(f".{folder.name}.partial")
-        self.hf.save_pretrained(str(partial))
         folder.mkdir(parents=True, exist_ok=True)
-        for path in partial.iterdir():
-            path.replace(folder / path.name)
-        partial.rmdir()
+        with tempfile.TemporaryDirectory(prefix=".", suffix=PARTIAL, dir=folder) as draft:
+            self.hf.save_pretrained(draft)
+            for path in Path(draft).iterdir():
+                path.replace(folder / path.name)
 
     def encode(self, sentences: Iterable[str]) -> TokenizedReport:
         """Tokens of [CLS] sentence sentence ... [SEP], cut after the last sentence that fits.

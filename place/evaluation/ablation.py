@@ -374,7 +374,7 @@ def _show_gap(gaps: list[float], digits: int) -> str:
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
-    """Run an experiment and print its table. Exit code 1 if a run failed, 2 on wrong use."""
+    """Run an experiment and print its table. Exit code 1 if a run failed or it was interrupted, 2 on wrong use."""
     parser = argparse.ArgumentParser(prog="python -m place.evaluation.ablation", description=__doc__)
     parser.add_argument("experiment", type=Path, help="YAML file; see configs/ablation/")
     parser.add_argument("--parallel", type=int, default=os.cpu_count() or 1, help="runs at a time; default one a core")
@@ -386,6 +386,9 @@ def main(arguments: Iterable[str] | None = None) -> int:
     except UsageError as error:
         sys.stderr.write(f"ablation: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("ablation: interrupted; the same command goes on with the runs that are missing\n")
+        return 1
     _say((Path(experiment.folder) / "table.md").read_text())
     for line in failed:
         sys.stderr.write(f"failed: {line}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import threading
 from pathlib import Path
 
@@ -168,6 +169,20 @@ def test_an_experiment_that_is_stopped_begins_no_other_run(
     with pytest.raises(type(error)):
         ablation.run_experiment(experiment, tmp_path / "base.yaml", 1, say)
     assert begun == ["a0", "b0"]
+
+
+def test_whoever_interrupts_an_experiment_is_told_that_it_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_job(*_: object) -> dict[str, float]:
+        signal.raise_signal(signal.SIGINT)
+        return {"retrieval:r1": 0.25}
+
+    monkeypatch.setattr(ablation, "run_job", run_job)
+    (tmp_path / "base.yaml").write_text("")
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(TREE | {"folder": str(tmp_path / "out")}))
+    assert ablation.main([str(tmp_path / "experiment.yaml")]) == 1
+    assert capsys.readouterr().err == "ablation: interrupted; the same command goes on with the runs that are missing\n"
 
 
 def test_runs_of_several_commits_are_told_under_the_table(tmp_path: Path) -> None:

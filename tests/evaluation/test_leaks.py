@@ -365,6 +365,16 @@ def test_hashes_are_kept_beside_the_data_until_it_changes(trained, tmp_path):
     assert (copy / HASHES_FILE).stat().st_mtime_ns != written
 
 
+def test_hashes_that_are_damaged_are_written_anew(trained, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    before = read_hashes(copy)
+    whole = (copy / HASHES_FILE).read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], whole[:-4] + b"nope"):
+        (copy / HASHES_FILE).write_bytes(damaged)
+        assert np.array_equal(read_hashes(copy).bits_NH, before.bits_NH)
+        assert (copy / HASHES_FILE).read_bytes() == whole
+
+
 def test_phantoms_of_one_patient_and_of_others_are_told_apart():
     images = [generate_study(3, number, 80).image_YX for number in range(120)]
     bits = np.array([np.unpackbits(np.frombuffer(hash_image(x), np.uint8)) for x in images]).astype(bool)
