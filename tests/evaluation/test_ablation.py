@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 import yaml
 from tiny import TINY, merge
+from training.runs import wait_until
 
 from place.config import RunError, UsageError, build_config
 from place.evaluation import ablation
@@ -171,20 +175,6 @@ def test_an_experiment_that_is_stopped_begins_no_other_run(
     assert begun == ["a0", "b0"]
 
 
-def test_whoever_interrupts_an_experiment_is_told_that_it_can_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run_job(*_: object) -> dict[str, float]:
-        signal.raise_signal(signal.SIGINT)
-        return {"retrieval:r1": 0.25}
-
-    monkeypatch.setattr(ablation, "run_job", run_job)
-    (tmp_path / "base.yaml").write_text("")
-    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(TREE | {"folder": str(tmp_path / "out")}))
-    assert ablation.main([str(tmp_path / "experiment.yaml")]) == 1
-    assert capsys.readouterr().err == "ablation: interrupted; the same command goes on with the runs that are missing\n"
-
-
 def test_runs_of_several_commits_are_told_under_the_table(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("")
     jobs = plan_jobs(Experiment.model_validate(TREE | {"folder": str(tmp_path)}), tmp_path / "base.yaml")
@@ -224,6 +214,25 @@ def test_a_change_of_how_runs_are_judged_trains_nothing_anew(tmp_path: Path, mon
         assert [command for command, _ in calls] == ["pretrain", "evaluate"]
         assert build_config(None, [calls[1][1]]).evaluation.bootstrap == resamples
         calls.clear()
+
+
+@pytest.mark.multiprocess
+def test_whoever_interrupts_an_experiment_is_told_that_it_goes_on(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(merge(TINY, {"train": {"max_steps": 100000}})))
+    tree = TREE | {"folder": str(tmp_path / "out"), "data": str(prepared)}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(tree))
+    command = [sys.executable, "-m", "place.evaluation.ablation", str(tmp_path / "experiment.yaml"), "--parallel", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
+    log = tmp_path / "out/a/seed0/run/metrics.jsonl"
+    wait_until(lambda: log.is_file() and log.stat().st_size > 0, process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=120) == (
+        "",
+        "ablation: interrupted; the same command goes on with the runs that are missing\n",
+    )
+    assert process.returncode == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+    assert "checkpoint" in (tmp_path / "out/a/seed0/pretrain.log").read_text()
 
 
 @pytest.mark.multiprocess
