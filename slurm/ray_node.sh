@@ -41,6 +41,8 @@ common=(--node-ip-address="$address" --num-cpus="${SLURM_CPUS_ON_NODE:-1}" --num
   --node-manager-port=$((PLACE_PORT + 7)) --object-manager-port=$((PLACE_PORT + 8))
   --min-worker-port=0 --max-worker-port=0 --block)
 if [ "$role" = head ]; then
+  # With --disable-usage-stats Ray still sends one message, which says so: to nobody.
+  export RAY_USAGE_STATS_REPORT_URL=http://127.0.0.1:9
   ray start --head --port="$PLACE_PORT" --temp-dir="$PLACE_TMP/ray" --ray-client-server-port=$((PLACE_PORT + 2)) \
     --include-dashboard="${PLACE_DASHBOARD:-true}" --dashboard-host=127.0.0.1 --dashboard-port=$((PLACE_PORT + 1)) \
     "${common[@]}" >"$PLACE_TMP/ray.log" 2>&1 &

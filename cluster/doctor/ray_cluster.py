@@ -21,6 +21,7 @@ from place.config import UsageError
 
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 STOP_WAIT_S = 60  # what a checkpoint of a model of 200 M parameters may take on slow storage
+USAGE_STATS = "RAY_USAGE_STATS_ENABLED"
 
 
 @contextlib.contextmanager
@@ -59,17 +60,31 @@ def check_head(address: str, environ: Mapping[str, str]) -> list[Finding]:
     return [Finding("ray head", WARN, f"{address} answers without a token", advice)]
 
 
-def check_stop_wait(timeout_s: float) -> list[Finding]:
-    """How long `ray job stop` leaves a run before it is killed, read where the head's jobs are supervised."""
-    value = _ask_nodes([_find_head()], _read_environment, (STOP_WAIT,), timeout_s)[0]
-    if isinstance(value, Exception):
-        return [Finding("job stop", SKIP, f"the head's environment cannot be read: {value}")]
-    seconds = int(value) if value and str(value).isdigit() else 3
+def check_settings(timeout_s: float) -> list[Finding]:
+    """What the head was started with, read where its jobs are supervised."""
+    values = _ask_nodes([_find_head()], _read_environment, (STOP_WAIT, USAGE_STATS), timeout_s)[0]
+    if isinstance(values, Exception):
+        return [Finding("head settings", SKIP, f"the head's environment cannot be read: {values}")]
+    stop_wait, usage_stats = values
+    return [check_stop_wait(stop_wait), check_usage_stats(usage_stats)]
+
+
+def check_stop_wait(value: str | None) -> Finding:
+    """How long `ray job stop` leaves a run before it is killed."""
+    seconds = int(value) if value and value.isdigit() else 3
     text = f"`ray job stop` waits {seconds} s for a checkpoint before it kills"
     if seconds >= STOP_WAIT_S:
-        return [Finding("job stop", OK, text)]
+        return Finding("job stop", OK, text)
     advice = f"{STOP_WAIT}=120 ray start --head, or submit with --runtime-env cluster/runtime_env.yaml, which sets it"
-    return [Finding("job stop", WARN, text, advice)]
+    return Finding("job stop", WARN, text, advice)
+
+
+def check_usage_stats(value: str | None) -> Finding:
+    """Whether Ray tells its makers of the cluster, which `ray start` does unless it is told not to."""
+    if value == "0":
+        return Finding("usage stats", OK, "Ray reports nothing of this cluster to usage-stats.ray.io")
+    text = "Ray reports this cluster's size, versions and libraries to usage-stats.ray.io each hour"
+    return Finding("usage stats", WARN, text, "ray start --head --disable-usage-stats")
 
 
 def check_hosts(
@@ -159,8 +174,8 @@ def _find_head() -> str:
     return next(iter(list_nodes()))
 
 
-def _read_environment(name: str) -> str | None:
-    return os.environ.get(name)
+def _read_environment(*names: str) -> list[str | None]:
+    return [os.environ.get(name) for name in names]
 
 
 def _ask_nodes(ids: Any, function: Callable[..., Any], arguments: tuple, timeout_s: float) -> list[Any]:

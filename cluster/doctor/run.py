@@ -107,7 +107,7 @@ def _check_ray(options: Options) -> list[Finding]:
         with ray_cluster.connect(address) as topology:
             nodes = ray_cluster.list_nodes()
             findings.append(Finding("topology", OK, topology.describe()))
-            findings += ray_cluster.check_stop_wait(timeout_s)
+            findings += ray_cluster.check_settings(timeout_s)
             folders = _list_folders(options.config)
             findings += ray_cluster.check_hosts(nodes, _find_pins(), folders, mark, timeout_s)
             findings += _compare_software(findings)

@@ -14,7 +14,7 @@ from place.cluster.doctor import host, storage
 from place.cluster.doctor.findings import FAIL, OK, SKIP, WARN, Finding, exit_code, merge_hosts, run_check
 from place.cluster.doctor.first_batch import check_first_batch
 from place.cluster.doctor.network import check_local_collectives, describe_collectives
-from place.cluster.doctor.ray_cluster import STOP_WAIT, check_head
+from place.cluster.doctor.ray_cluster import STOP_WAIT, check_head, check_stop_wait, check_usage_stats
 from place.cluster.doctor.run import read_launcher
 from standing_head import start_head
 from training.runs import run_place, write_config
@@ -160,6 +160,17 @@ def test_a_head_that_was_not_asked_is_not_said_to_be_open(address: str) -> None:
     assert (finding.state, "not asked" in finding.text) == (SKIP, True)
 
 
+@pytest.mark.parametrize(
+    ("stop_wait", "usage_stats", "states"),
+    [(None, None, (WARN, WARN)), ("59", "1", (WARN, WARN)), ("60", "0", (OK, OK)), ("long", "", (WARN, WARN))],
+)
+def test_a_head_without_our_settings_is_told(
+    stop_wait: str | None, usage_stats: str | None, states: tuple[str, str]
+) -> None:
+    findings = check_stop_wait(stop_wait), check_usage_stats(usage_stats)
+    assert tuple(finding.state for finding in findings) == states
+
+
 def test_a_disk_that_fills_up_under_the_test_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -267,6 +278,7 @@ def test_a_standing_cluster_is_looked_over_from_its_head(
         assert findings["ray head"].text.endswith("asks for a token, which is right")
         assert findings["job stop"].state == WARN, "the head was started without it"
         assert f"{STOP_WAIT}=120" in findings["job stop"].advice
+        assert findings["usage stats"].state == OK, "the head was started with --disable-usage-stats"
         assert findings["collectives"].state == findings["shared folder"].state == findings["software"].state == OK
         assert findings["software"].hosts == [socket.gethostname()]
         assert findings["topology"].text.startswith("1 node by ray: 1 x (2 cores")
