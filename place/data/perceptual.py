@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy.fft import dctn
 
-from place.data.manifest import HASHES_FILE
+from place.config import RunError
+from place.data.manifest import HASHES_FILE, read_columns
 from place.data.prepared import count_samples, list_splits, read_card, read_samples
 from place.data.storage import open_store
 from place.data.transforms import Grey, read_image
@@ -70,23 +71,23 @@ def read_hashes(data_dir: str | Path, on_progress: Callable[[int, int], None] | 
         UsageError: no data set there. RunError: a damaged shard.
     Source: ours.
     """
-    card, store = read_card(data_dir), open_store(data_dir)
-    if HASHES_FILE in store.list_top() and (known := _read_known(store.read(HASHES_FILE), card["fingerprint"])):
+    card = read_card(data_dir)
+    if (known := _read_known(data_dir, card["fingerprint"])) is not None:
         return known
     table = _compute_hashes(data_dir, on_progress)
     buffer = io.BytesIO()
     pq.write_table(table.replace_schema_metadata({"fingerprint": card["fingerprint"]}), buffer, compression="zstd")
     try:
-        store.write(HASHES_FILE, buffer.getvalue())
+        open_store(data_dir).write(HASHES_FILE, buffer.getvalue())
     except OSError:
         return _unpack(table)  # a data set that nobody may write to: its hashes are computed each time
     return _unpack(table)
 
 
-def _read_known(content: bytes, fingerprint: str) -> ImageHashes | None:
+def _read_known(data_dir: str | Path, fingerprint: str) -> ImageHashes | None:
     try:
-        table = pq.read_table(io.BytesIO(content))
-    except (OSError, pa.ArrowException):
+        table = read_columns(data_dir, HASHES_FILE)
+    except RunError:
         return None
     return _unpack(table) if (table.schema.metadata or {}).get(b"fingerprint") == fingerprint.encode() else None
 
