@@ -42,7 +42,7 @@ def find_hosts(config: Config, wait_s: float, is_off: Callable[[], bool] = lambd
     deadline = time.monotonic() + wait_s
     while True:
         topology = _read_topology()
-        found = _lay_out(topology, config, config.cluster.num_workers)
+        found = _lay_out(topology, config, config.cluster.num_workers, config.cluster.num_nodes)
         if found is not None:
             return found
         if is_off():
@@ -56,9 +56,10 @@ def describe_lack(config: Config, waited_s: float) -> str:
     """What is there against what is needed."""
     cluster, topology = config.cluster, _read_topology()
     room = describe_room(topology, cluster.cpus_per_worker)
-    at_least = f" on at least cluster.min_nodes={cluster.min_nodes} nodes" if cluster.min_nodes else ""
+    where = f" on cluster.num_nodes={cluster.num_nodes} nodes" if cluster.num_nodes else ""
+    where += f", on at least cluster.min_nodes={cluster.min_nodes} nodes" if cluster.min_nodes else ""
     return (
-        f"cluster.num_workers={cluster.num_workers} of {cluster.cpus_per_worker} CPU cores each{at_least}: after "
+        f"cluster.num_workers={cluster.num_workers} of {cluster.cpus_per_worker} CPU cores each{where}: after "
         f"{waited_s:.0f} s there is {topology.describe()}, with {room}, equally many on each node; lower "
         "cluster.num_workers or cluster.cpus_per_worker, or add nodes"
     )
@@ -99,9 +100,9 @@ def _can_share(config: Config, plan: dict[str, Any], num_workers: int) -> bool:
     return False
 
 
-def _lay_out(topology: Topology, config: Config, num_workers: int) -> Hosts | None:
+def _lay_out(topology: Topology, config: Config, num_workers: int, num_nodes: int | None = None) -> Hosts | None:
     try:
-        counts = place_workers(topology, num_workers, config.cluster.cpus_per_worker)
+        counts = place_workers(topology, num_workers, config.cluster.cpus_per_worker, num_nodes)
     except UsageError:
         return None
     nodes = [node for node, count in zip(topology.nodes, counts) for _ in range(count)]

@@ -63,7 +63,7 @@ class RungConfig(Section):
     workers: int = Field(ge=1)
     """Training workers, one a GPU where there are any."""
     nodes: int | None = Field(None, ge=1)
-    """Nodes of the Slurm job; none takes one a worker. Not by Ray, which places the workers itself."""
+    """Nodes that the workers lie on; none takes one a worker by Slurm, and by Ray what `cluster.num_nodes` says."""
     name: str | None = None
     """Name of the row; none takes the workers and what differs."""
     config: tuple[str, ...] = ()
@@ -144,12 +144,9 @@ def load_scale(path: Path, overrides: Sequence[str] = ()) -> ScaleConfig:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise UsageError(f"{path}: two rungs are called '{twice}'; give them a name")
-    placed = next((rung for rung in scale.rungs if rung.nodes and scale.launcher == "ray"), None)
-    if placed:
-        raise UsageError(
-            f"{path}: nodes={placed.nodes} of '{name_rung(placed)}' is for launcher=slurm alone; leave it out: Ray "
-            "places the workers itself"
-        )
+    uneven = next((rung for rung in scale.rungs if rung.workers % (rung.nodes or 1)), None)
+    if uneven:
+        raise UsageError(f"{path}: '{name_rung(uneven)}' does not lie equally on nodes={uneven.nodes}; give a divisor")
     return scale
 
 
@@ -181,6 +178,7 @@ def _plan_job(scale: ScaleConfig, base: Path, rung: RungConfig, probe: str, repe
         if pairs % workers:
             raise UsageError(f"{name}: a global batch of {pairs} does not divide over {workers} workers")
         pairs, workers = pairs // workers, 1
+    nodes = 1 if probe == "alone" else rung.nodes or (workers if scale.launcher == "slurm" else None)
     own = [
         f"run.dir={run}",
         f"cluster.num_workers={workers}",
@@ -196,6 +194,7 @@ def _plan_job(scale: ScaleConfig, base: Path, rung: RungConfig, probe: str, repe
         "cluster.max_failures=0",
         "cluster.rejoin_timeout_s=0",
     ]
+    own += [f"cluster.num_nodes={nodes}"] if nodes else []
     own += [f"run.probe={probe}"] if probe in ("synthetic", "loader") else []
     own += ["run.resume=auto"] if is_restart else []
     return Job(rung, name, probe, repeat, folder, build_config(base, [*scale.overrides, *rung.config, *own]))
@@ -295,29 +294,21 @@ def _clear(job: Job, scale: ScaleConfig, is_good: bool) -> None:
 
 
 def compute_key(job: Job, scale: ScaleConfig) -> str:
-    """What a measurement hangs on, as a hash: configuration, launcher, nodes, and the data where they are seen here."""
+    """What a measurement hangs on, as a hash: configuration, launcher, and the data where they are seen here."""
     data = ""
     with contextlib.suppress(UsageError, RunError):
         data = read_fingerprint(job.config.data)
-    # Older measurements wrote no checkpoint before their end; their steps are of the same kind.
-    train = job.config.train.model_copy(update={"checkpoint_every_steps": scale.steps})
-    config = job.config.model_copy(update={"train": train})
-    parts = [dump_config(config), scale.steps, scale.warmup_steps, scale.launcher, job.rung.nodes, data]
+    parts = [dump_config(job.config), scale.steps, scale.warmup_steps, scale.launcher, data]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def build_batch(job: Job, scale: ScaleConfig, config: Path) -> list[str]:
     """What follows `sbatch` for a run: the job's own limits, those of the site, the script and its arguments."""
     # Slurm keeps the time: what a job waits in the queue does not count.
-    limits = [f"--nodes={count_nodes(job)}", "--no-requeue", f"--time={math.ceil(scale.timeout_s / 60)}"]
+    limits = [f"--nodes={job.config.cluster.num_nodes}", "--no-requeue", f"--time={math.ceil(scale.timeout_s / 60)}"]
     site = shlex.split(os.environ.get("PLACE_SBATCH", ""))
     # The script would take every GPU of its nodes.
     return [*limits, *site, str(SLURM_SCRIPT), str(config), f"cluster.num_workers={job.config.cluster.num_workers}"]
-
-
-def count_nodes(job: Job) -> int:
-    """Nodes of a run's Slurm job."""
-    return 1 if job.probe == "alone" else job.rung.nodes or job.rung.workers
 
 
 def read_steps(run: Path, scale: ScaleConfig, config: Config, began: float) -> dict[str, Any]:
@@ -404,7 +395,7 @@ def build_rows(
             "probe": job.probe,
             "config": list(job.rung.config),
             "workers": job.rung.workers,
-            "nodes": _read_nodes(good, count_nodes(job) if scale.launcher == "slurm" else None),
+            "nodes": _read_nodes(good, job.config.cluster.num_nodes),
             "engine": engine.kind if engine.kind == "torch" else f"ZeRO-{engine.zero_stage}",
             "precision": engine.precision,
             "global_batch": job.config.train.global_batch,

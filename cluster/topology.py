@@ -111,17 +111,20 @@ def describe_room(topology: Topology, cpus_per_worker: int) -> str:
     return f"room for {_count(room, 'worker')}" + (", one a GPU" if room < by_cores else "")
 
 
-def place_workers(topology: Topology, num_workers: int, cpus_per_worker: int) -> list[int]:
+def place_workers(
+    topology: Topology, num_workers: int, cpus_per_worker: int, num_nodes: int | None = None
+) -> list[int]:
     """Workers of each node, equally many on each that has any.
 
-    As few nodes as hold them where there are GPUs, whose links inside a node are fast; else as many as there are.
-
+    Args:
+        num_nodes: how many have any; none takes as few as hold them where there are GPUs, whose links inside a node
+            are fast, else as many as there are.
     Raises:
         UsageError: they do not fit, or not equally: DeepSpeed's groups inside a node want nodes of equal size.
     Source: ours.
     """
     rooms = count_rooms(topology, cpus_per_worker)
-    counts = list(range(1, len(rooms) + 1))
+    counts = list(range(1, len(rooms) + 1)) if num_nodes is None else [num_nodes]
     if not any(node.gpus for node in topology.nodes):
         counts.reverse()
     for count in counts:
@@ -131,7 +134,7 @@ def place_workers(topology: Topology, num_workers: int, cpus_per_worker: int) ->
             return [per_node if index in chosen else 0 for index in range(len(rooms))]
     raise UsageError(
         f"cluster.num_workers={num_workers} of {cpus_per_worker} CPU cores do not fit equally on "
-        f"{topology.describe()}; there is room for {rooms} workers a node"
+        f"{f'{num_nodes} of ' if num_nodes else ''}{topology.describe()}; there is room for {rooms} workers a node"
     )
 
 

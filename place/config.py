@@ -402,6 +402,9 @@ class ClusterConfig(Section):
     """Who starts the workers; `local` is one worker in this process, `torchrun` takes what torchrun set."""
     num_workers: int = Field(1, ge=1)
     """Training workers over the whole cluster, one a GPU where there are any."""
+    num_nodes: int | None = Field(None, ge=1)
+    """Ray: nodes that they lie on, equally many on each; none takes as few as hold them where there are GPUs, else as
+    many as there are. Where `min_nodes` lets a run go on with fewer workers, it is chosen so too."""
     cpus_per_worker: int = Field(1, ge=1)
     """CPU cores a worker reserves."""
     max_failures: int = Field(3, ge=0)

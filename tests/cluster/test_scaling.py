@@ -262,8 +262,9 @@ def test_what_was_measured_counts_for_the_same_nodes_launcher_and_data_alone(tmp
     unseen = compute(**slurm)
     (tmp_path / "card.json").write_text('{"fingerprint": "a"}')
     first = compute(**slurm)
-    keys = [unseen, first, compute(**slurm | {"rungs": [{"workers": 4, "nodes": 4}]})]
-    keys += [compute(**slurm | {"rungs": [{"workers": 4}]}), compute(rungs=[{"workers": 4}])]
+    one_a_node = compute(**slurm | {"rungs": [{"workers": 4, "nodes": 4}]})
+    assert compute(**slurm | {"rungs": [{"workers": 4}]}) == one_a_node
+    keys = [unseen, first, one_a_node, compute(rungs=[{"workers": 4, "nodes": 2}]), compute(rungs=[{"workers": 4}])]
     (tmp_path / "card.json").write_text('{"fingerprint": "b"}')
     keys.append(compute(**slurm))
     assert len(set(keys)) == 6
@@ -271,13 +272,9 @@ def test_what_was_measured_counts_for_the_same_nodes_launcher_and_data_alone(tmp
     assert compute(**slurm) == first
 
 
-def test_what_was_measured_without_a_checkpoint_before_the_end_counts_on(tmp_path: Path) -> None:
+def test_what_an_earlier_version_measured_has_no_checkpoints_and_no_origin(tmp_path: Path) -> None:
     scale = load_scale(write_ladder(tmp_path))
     (job,) = plan_jobs(scale, Path(TINY))
-    assert job.config.train.checkpoint_every_steps == 5
-    whole = job.config.train.model_copy(update={"checkpoint_every_steps": 6})
-    before = job._replace(config=job.config.model_copy(update={"train": whole}))
-    assert scaling.compute_key(before, scale) == scaling.compute_key(job, scale)
     record = build_record([{"forward": 1.0}])
     (row,) = scaling.build_rows(scale, [job], {(job.name, "full"): [record]})
     assert (row["checkpoint_s"], row["commit"], row["nodes"]) == (None, None, None)
@@ -502,6 +499,23 @@ def test_strong_and_weak_scaling_share_out_the_batch(tmp_path: Path) -> None:
         assert (jobs["alone"].train.global_batch, jobs["alone"].cluster.num_workers) == (alone, 1)
 
 
+@pytest.mark.parametrize(
+    ("launcher", "rung", "nodes"),
+    [
+        ("ray", {"workers": 4, "nodes": 2}, {"full": 2, "alone": 1}),
+        ("slurm", {"workers": 4, "nodes": 2}, {"full": 2, "alone": 1}),
+        ("slurm", {"workers": 4}, {"full": 4, "alone": 1}),
+        ("ray", {"workers": 4, "config": ["cluster.num_nodes=1"]}, {"full": 1, "alone": 1}),
+        ("ray", {"workers": 4}, {"full": None, "alone": 1}),
+    ],
+)
+def test_workers_of_a_rung_lie_on_its_nodes(
+    launcher: str, rung: dict[str, Any], nodes: dict[str, int | None], tmp_path: Path
+) -> None:
+    scale = load_scale(write_ladder(tmp_path, rungs=[rung], probes=["alone"], launcher=launcher))
+    assert {job.probe: job.config.cluster.num_nodes for job in plan_jobs(scale, Path(TINY))} == nodes
+
+
 def test_a_rung_by_slurm_is_a_job_of_its_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLACE_SBATCH", "--account=x --time=1:00:00")
     rung = {"workers": 6, "nodes": 2}
@@ -535,7 +549,7 @@ def test_a_rung_that_takes_too_long_is_a_row(tmp_path: Path) -> None:
         ({"rungs": [{"workers": 1}, {"workers": 1}]}, "two rungs are called '1 worker'"),
         ({"warmup_steps": 5}, "leaves too little"),
         ({"scalling": "weak"}, "scalling"),
-        ({"rungs": [{"workers": 2, "nodes": 2}]}, "nodes=2 of '2 workers' is for launcher=slurm alone"),
+        ({"rungs": [{"workers": 3, "nodes": 2}]}, "'3 workers' does not lie equally on nodes=2; give a divisor"),
     ],
 )
 def test_a_wrong_ladder_is_one_line(options: dict[str, Any], said: str, tmp_path: Path) -> None:

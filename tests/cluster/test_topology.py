@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from place.cluster import hosts
 from place.cluster.hosts import _lay_out_fewer
 from place.cluster.topology import (
     Node,
@@ -118,9 +119,35 @@ def test_workers_go_to_few_nodes_with_gpus_and_to_many_without(sizes: list, work
     assert place_workers(build_topology(*sizes), workers, 1) == layout
 
 
+@pytest.mark.parametrize(
+    ("sizes", "workers", "num_nodes", "layout"),
+    [
+        ([(8, 4), (8, 4), (8, 4)], 4, 2, [2, 2, 0]),
+        ([(8, 4), (2, 1), (8, 4)], 4, 2, [2, 0, 2]),
+        ([(8, 4), (8, 4), (8, 4)], 3, 3, [1, 1, 1]),
+        ([(4, 0), (4, 0), (4, 0)], 2, 1, [2, 0, 0]),
+    ],
+)
+def test_workers_lie_on_as_many_nodes_as_was_asked(
+    sizes: list, workers: int, num_nodes: int, layout: list[int]
+) -> None:
+    assert place_workers(build_topology(*sizes), workers, 1, num_nodes) == layout
+
+
 def test_workers_that_do_not_fit_equally_are_refused_in_one_line() -> None:
     with pytest.raises(UsageError, match=r"num_workers=7 .* room for \[4, 4\]"):
         place_workers(build_topology((8, 4), (8, 4)), 7, 2)
+    with pytest.raises(UsageError, match=r"num_workers=4 .* equally on 3 of 2 nodes by .* room for \[4, 4\]"):
+        place_workers(build_topology((8, 4), (8, 4)), 4, 1, 3)
+
+
+def test_hosts_are_laid_out_on_the_nodes_asked_for_and_their_lack_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = build_tiny_config(cluster={"num_workers": 4, "num_nodes": 2})
+    for sizes, names in (([(8, 4), (8, 4)], ["h0", "h0", "h1", "h1"]), ([(8, 4)], None)):
+        monkeypatch.setattr(hosts, "_read_topology", lambda sizes=sizes: build_topology(*sizes))
+        found = hosts.find_hosts(config, 0)
+        assert (found and found.names) == names
+    assert "num_workers=4 of 1 CPU cores each on cluster.num_nodes=2 nodes: after" in hosts.describe_lack(config, 0)
 
 
 @pytest.mark.parametrize(

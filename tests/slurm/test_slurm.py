@@ -96,7 +96,7 @@ def test_a_ladder_of_node_counts_is_submitted_and_every_rung_has_the_same_curve(
 def test_a_measured_ladder_runs_each_rung_as_a_job_and_one_that_is_cancelled_is_a_row(
     rig: Rig, pairs: Path, tmp_path: Path
 ) -> None:
-    rungs = [{"workers": 3}, {"workers": 2, "nodes": 1}, {"workers": 3, "nodes": 9, "name": "too large"}]
+    rungs = [{"workers": 3}, {"workers": 2, "nodes": 1}, {"workers": 12, "nodes": 12, "name": "too large"}]
     rungs += [{"workers": 2, "name": "wrong", "config": ["train.global_batch=47"]}]
     ladder = {"base": str(Job(rig, pairs, tmp_path).config), "folder": str(tmp_path / "scale"), "launcher": "slurm"}
     ladder |= {"rungs": rungs, "probes": [], "steps": 12, "warmup_steps": 4}
