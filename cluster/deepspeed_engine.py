@@ -144,7 +144,8 @@ def build_deepspeed_config(config: Config, world: World) -> dict[str, Any]:
     if engine.precision == "bf16":
         modules: dict[str, list[str]] = {} if engine.wire_precision == "bf16" else {"lower_precision_safe_modules": []}
         ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", **modules}
-    elif engine.wire_precision == "bf16":
+    # Stage 0 does not look at what autocast says of the wire.
+    if engine.wire_precision == "bf16" and (engine.precision != "bf16" or engine.zero_stage == 0):
         ours["communication_data_type"] = "bf16"
     return merge_trees(ours, engine.deepspeed)
 

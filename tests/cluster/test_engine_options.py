@@ -41,6 +41,7 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
     "bf16 wire, 1": ({"zero_stage": 1, "wire_precision": "bf16"}, ROUNDED),
     "bf16 wire, 3": ({"zero_stage": 3, "wire_precision": "bf16"}, ROUNDED),
     "bf16, 2": ({"zero_stage": 2, "precision": "bf16"}, ROUNDED),
+    "bf16 and wire, 0": ({"zero_stage": 0, "precision": "bf16", "wire_precision": "bf16"}, ROUNDED),
     "bf16 and wire, 2": ({"zero_stage": 2, "precision": "bf16", "wire_precision": "bf16"}, ROUNDED),
 }
 
@@ -133,6 +134,10 @@ HOST = {"device": "cpu", "pin_memory": False}
     [
         ({"precision": "bf16"}, {"torch_autocast": BF16 | {"lower_precision_safe_modules": []}}),
         ({"precision": "bf16", "wire_precision": "bf16"}, {"torch_autocast": BF16}),
+        (
+            {"precision": "bf16", "wire_precision": "bf16", "zero_stage": 0},
+            {"torch_autocast": BF16, "communication_data_type": "bf16"},
+        ),
         ({"wire_precision": "bf16"}, {"communication_data_type": "bf16"}),
         ({"gradient_reduction": "reduce"}, {"use_multi_rank_bucket_allreduce": False}),
         ({"gradient_reduction": "all_reduce"}, {"use_multi_rank_bucket_allreduce": True}),
