@@ -143,7 +143,11 @@ def _say_speed(question: Question, own: Setting) -> str:
     if question.scaling is None:
         again = ", in what is computed again too" if own.recompute or own.accumulation > 1 else ""
         return f"MFU {question.mfu:.0%} of {question.gpu}'s peak{again}"
-    return f"the workers and the network that {question.scaling} was measured on"
+    network = read_model(question.scaling)[1]
+    return (
+        f"the workers and the network ({network.name}, {network.bandwidth_gbit:g} Gbit/s) that {question.scaling} was "
+        "measured on"
+    )
 
 
 def _say_source(question: Question) -> list[str]:

@@ -24,6 +24,7 @@ from place.cluster.budget import compute_flops, compute_traffic
 from place.cluster.scaling_model import (
     Model,
     Network,
+    are_alike,
     build_point,
     compute_rounds,
     compute_typical,
@@ -54,8 +55,14 @@ HIDDEN = (
     "the phases hold their communication, as they do on GPUs: exposed is what a step takes beyond the compute of one "
     "worker with its share, in proportion to FLOPs, waits for slower workers included"
 )
+SAME_WORK = (
+    "a worker has nearly the same FLOPs in all rungs fitted, so how its compute grows with them is not known: "
+    "intervals reach from not at all to in proportion; a ladder with scaling=strong would tell"
+)
 ORIGIN = ("commit", "versions", "device")
 """What measurements of one ladder share, where only their size differs."""
+REPEATED = ("full", "alone")
+"""What the model is fitted to, whose runs differ by noise."""
 SLURM_SCRIPT = Path(__file__).parent.parent / "slurm" / "pretrain.sh"
 
 
@@ -88,7 +95,8 @@ class ScaleConfig(Section):
     warmup_steps: int = Field(10, ge=1)
     """Steps at its start that are not counted."""
     repeats: int = Field(1, ge=1)
-    """Runs of each rung; rates are of the steps of all, intervals of resampled runs and, within them, steps."""
+    """Runs of each rung, its `alone` too; rates are of the steps of all, intervals of resampled runs and, within them,
+    steps."""
     probes: tuple[Literal["synthetic", "loader", "alone", "restart"], ...] = (
         "synthetic",
         "loader",
@@ -140,6 +148,10 @@ def load_scale(path: Path, overrides: Sequence[str] = ()) -> ScaleConfig:
     scale = scale.model_copy(update={"overrides": (*scale.overrides, *overrides)})
     if scale.warmup_steps >= scale.steps - 2:
         raise UsageError(f"{path}: steps={scale.steps} leaves too little after warmup_steps={scale.warmup_steps}")
+    if scale.launcher == "slurm" and not SLURM_SCRIPT.is_file():
+        raise UsageError(
+            f"{path}: launcher=slurm submits slurm/pretrain.sh, which this installation lacks; start from a checkout"
+        )
     names = [name_rung(rung) for rung in scale.rungs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
@@ -161,14 +173,14 @@ def plan_jobs(scale: ScaleConfig, base: Path) -> list[Job]:
         _plan_job(scale, base, rung, probe, repeat)
         for rung in scale.rungs
         for probe in ("full", *scale.probes)
-        for repeat in range(scale.repeats if probe == "full" else 1)
+        for repeat in range(scale.repeats if probe in REPEATED else 1)
     ]
 
 
 def _plan_job(scale: ScaleConfig, base: Path, rung: RungConfig, probe: str, repeat: int) -> Job:
     name, is_restart = name_rung(rung), probe == "restart"
     slug = "".join(char if char.isalnum() else "_" for char in name)
-    folder = Path(scale.folder) / slug / (probe if probe != "full" else f"full{repeat}")
+    folder = Path(scale.folder) / slug / (f"{probe}{repeat}" if repeat or probe == "full" else probe)
     # The first full run is the one that is started again, in its own folder.
     run = folder.with_name("full0") / "run" if is_restart else folder / "run"
     ladder = build_config(base, [*scale.overrides, *rung.config])
@@ -225,6 +237,7 @@ def run_ladder(
             "flop_rule": "model FLOPs of a step: 3 x forward (torch.utils.flop_counter), losses with it, "
             "recomputation not",
             "commit": read_commit(),
+            "network": scale.network and scale.network.model_dump(),
             "rows": rows,
             "model": build_predictions(scale, base, rows, steps) if done == jobs else {"why_not": why_not},
         }
@@ -265,6 +278,9 @@ def run_job(job: Job, scale: ScaleConfig, say: Callable[[str], None]) -> dict[st
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
         run.rename(job.folder / f"run-{int(time.time())}")
     job.folder.mkdir(parents=True, exist_ok=True)
+    if job.is_full and job.repeat == 0:
+        # How long another run took to start again is not this one's.
+        (job.folder.with_name("restart") / "measured.json").unlink(missing_ok=True)
     config = job.folder / "config.yaml"
     config.write_text(dump_config(job.config))
     began, reason, log = time.time(), "", job.folder / "log"
@@ -376,7 +392,8 @@ def build_rows(
         other; `nodes` None where not known; `phase_s` means, `unexplained` the share of the step that they miss;
         `checkpoint_s` what a step waits for a checkpoint, which is in no other figure; `start_s` from the command to
         the first step of a new run, `restart_s` to that of one that goes on from its checkpoint; `exposed_s` what is
-        waited for in collectives; `mfu` of the model's FLOPs (`flop_rule`), under what `mfu_assumed` says of them;
+        waited for in collectives, `exposed_by` whether the phases tell, or `alone` (see `HIDDEN`); `mfu` of the model's
+        FLOPs (`flop_rule`), under what `mfu_assumed` says of them;
         `commit`, `versions`, `device` of the runs, None where an earlier version did not keep them.
     Source: ours.
     """
@@ -415,6 +432,7 @@ def build_rows(
                     footprints[shape] = measure_footprint(job.config)
                 row |= _describe_work(job, footprints[shape], row["step_s"], scale)
         rows.append(row)
+    _add_exposed(rows, found)
     _add_efficiency(rows)
     _add_curves(rows, found)
     return rows
@@ -456,6 +474,7 @@ def _summarize(records: list[dict[str, Any]], config: Config) -> dict[str, Any]:
         "unexplained": abs(1 - sum(means.values()) / step_s) if means else None,
         # On GPUs phases hold their communication.
         "exposed_s": float(np.median(exposed)) if any(exposed) or (exposed and workers == 1) else None,
+        "exposed_by": "phases" if any(exposed) or (exposed and workers == 1) else None,
         "lag_s": float(np.median(lags)) if lags else None,
         "sent_mib": float(np.mean(sent)) if sent else None,
         "checkpoint_s": float(np.median(saved_s)) if saved_s else None,
@@ -510,7 +529,8 @@ def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]]
     others = [row["rung"] for row in full if row["config"] != own]
     full = [row for row in full if row["config"] == own]
     alone = {row["rung"]: row for row in rows if row["probe"] == "alone" and row["status"] == "ok"}
-    lacking = [row["rung"] for row in full if row["exposed_s"] is None and row["rung"] not in alone]
+    hidden = [row["rung"] for row in full if row["exposed_by"] != "phases"]
+    lacking = [rung for rung in hidden if rung not in alone]
     full = [row for row in full if row["rung"] not in lacking]
     unseen = (
         f"the phases of {', '.join(lacking)} hold their communication, as they do on GPUs, "
@@ -518,8 +538,7 @@ def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]]
     )
     if lacking and not any(row["workers"] > 1 for row in full):
         return {"why_not": f"{unseen}; take `alone` into probes"}
-    hidden = [row["rung"] for row in full if row["exposed_s"] is None]
-    beside = {rung: (alone[rung], steps[rung, "alone"]) for rung in hidden}
+    beside = {rung: (alone[rung], steps[rung, "alone"]) for rung in hidden if rung not in lacking}
     points = [build_point(row, steps[row["rung"], "full"], beside.get(row["rung"])) for row in full]
     fitted = [point for row, point in zip(full, points, strict=True) if not row["hold_out"]]
     if not fitted:
@@ -527,7 +546,7 @@ def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]]
     several = [point for point in fitted if point.rounds]
     if several and not any(compute_typical(point)[1] for point in several):
         return {"why_not": "no rung of several workers shows any exposed communication to fit to"}
-    notes = [HIDDEN] if hidden else []
+    notes = [HIDDEN] if beside else []
     if lacking:
         notes.append(f"left out of the model: {unseen}")
     if others:
@@ -559,8 +578,23 @@ def build_predictions(scale: ScaleConfig, base: Path, rows: list[dict[str, Any]]
             network = describe_network(other, world)
             says = predict_interval(models, work["flop_worker"], work["bytes_worker"], *network)
             sizes.append({"network": other.name, "workers": world, "global_batch": pairs, "predicted": says})
+    if sizes and are_alike(fitted):
+        notes.append(SAME_WORK)
     resamples = [list(model) for model in models[1:]]
     return {"factors": models[0]._asdict(), "resamples": resamples, "rungs": rungs, "sizes": sizes, "notes": notes}
+
+
+def _add_exposed(rows: list[dict[str, Any]], found: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
+    """Exposed communication of full rungs whose phases hold it, from one worker with its share, where that was run."""
+    good = {(row["rung"], row["probe"]): row for row in rows if row["status"] == "ok"}
+    for (rung, probe), row in good.items():
+        alone = good.get((rung, "alone"))
+        if probe != "full" or row["exposed_by"] or alone is None:
+            continue
+        phases = [[r["phase_s"] for r in found[rung, name] if not r["reason"]] for name in ("full", "alone")]
+        if all(step for runs in phases for run in runs for step in run):
+            point = build_point(row, phases[0], (alone, phases[1]))
+            row |= {"exposed_s": float(compute_typical(point)[1]), "exposed_by": "alone"}
 
 
 def choose_config(configs: Sequence[list[str]]) -> list[str]:
@@ -611,11 +645,13 @@ def read_model(path: Path) -> tuple[list[Model], Network]:
     try:
         results = json.loads(path.read_text())
         factors, rows = results["model"]["factors"], results["rows"]
+        # Earlier versions kept that of each row alone: workers of one node may have another one.
+        most = max((row for row in rows if row.get("network")), key=lambda row: row["workers"])
         models = [Model(**factors), *(Model(*factors) for factors in results["model"].get("resamples", []))]
-        return models, Network(**next(row["network"] for row in rows if row.get("network")))
+        return models, Network(**(results.get("network") or most["network"]))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; give the scaling.json of a `place scale`") from None
-    except (ValueError, KeyError, TypeError, StopIteration):
+    except (ValueError, KeyError, TypeError):
         raise UsageError(f"{path} holds no fitted model; give the scaling.json of a ladder with a network") from None
 
 

@@ -27,6 +27,9 @@ from place.config import Section
 COMPUTE = ("forward", "loss", "backward", "optimiser")
 COMMUNICATION = ("gather", "communication")
 RESAMPLES = 200
+ALIKE = 1.5
+"""Where the FLOPs of a worker differ by less over the rungs fitted, c0 and c1 are not told apart: intervals then reach
+from compute that does not grow with them to compute that grows as they do."""
 RunPhases = Sequence[Sequence[dict[str, float]]]
 """For each run the phases of its steps, in seconds."""
 
@@ -101,14 +104,14 @@ def build_point(
     """A measured rung.
 
     Args:
-        row, runs: of the whole run, and the phases of the steps of each repeat.
+        row, runs: of the whole run, and the phases of the steps of each repeat; without a network there are no rounds.
         alone: the same of one worker with its share of the batch, where the phases of the whole run hold their
             communication: compute is then that of this worker, in proportion to FLOPs, and what goes beyond it exposed.
     """
     own = []
     if alone is not None:
         own = [_sum_phases(phases)[:, 0] * row["flop_worker"] / alone[0]["flop_worker"] for phases in alone[1]]
-    network = describe_network(Network(**row["network"]), row["workers"])
+    network = describe_network(Network(**row["network"]), row["workers"]) if row["network"] else (0.0, 1.0, 0.0)
     return Point([_sum_phases(phases) for phases in runs], row["flop_worker"], row["bytes_worker"], *network, own)
 
 
@@ -125,12 +128,19 @@ def _sum_phases(phases: Sequence[dict[str, float]]) -> np.ndarray:
     return np.array(parts)
 
 
-def fit(points: Sequence[Point], rng: np.random.Generator | None = None) -> Model:
-    """Fit to the typical step of each point; with `rng`, of runs and steps that are drawn with replacement."""
+def fit(
+    points: Sequence[Point], rng: np.random.Generator | None = None, growth: Literal["fitted", "none", "all"] = "fitted"
+) -> Model:
+    """Fit to the typical step of each point; with `rng`, of runs and steps that are drawn with replacement.
+
+    Args:
+        growth: how much of compute grows with FLOPs.
+    """
     seconds_P3 = np.stack([compute_typical(point, rng) for point in points])
     flops = np.array([point.flop_worker for point in points])
     # Solved in units of the largest, for the numbers differ by a dozen orders.
-    start, per_flop = _solve([np.ones_like(flops), flops / flops.max()], seconds_P3[:, 0])
+    columns = np.stack([np.full_like(flops, growth != "all"), flops / flops.max() * (growth != "none")])
+    start, per_flop = _solve(columns, seconds_P3[:, 0])
     rounds = np.array([point.rounds for point in points])
     wire = np.array([point.bytes_worker / point.bandwidth for point in points])
     latency_s = float(np.mean([point.latency_s for point in points if point.rounds and point.latency_s] or [0.0]))
@@ -141,9 +151,19 @@ def fit(points: Sequence[Point], rng: np.random.Generator | None = None) -> Mode
 
 
 def fit_resampled(points: Sequence[Point], count: int = RESAMPLES, seed: int = 0) -> list[Model]:
-    """The fit, and then fits to resampled runs and steps, for intervals: of their noise, not of the model's form."""
+    """The fit, and then fits to resampled runs and steps, for intervals: of their noise, not of the model's form.
+
+    With rungs that are alike in FLOPs, half of these have no compute that grows with them, half no other.
+    """
     rng = np.random.default_rng(seed)
-    return [fit(points), *(fit(points, rng) for _ in range(count))]
+    growths: tuple[Literal["none", "all", "fitted"], ...] = ("none", "all") if are_alike(points) else ("fitted",)
+    return [fit(points), *(fit(points, rng, growths[number % len(growths)]) for number in range(count))]
+
+
+def are_alike(points: Sequence[Point]) -> bool:
+    """Whether the rungs differ too little in FLOPs to tell what of compute grows with them."""
+    flops = [point.flop_worker for point in points]
+    return max(flops) < ALIKE * min(flops)
 
 
 def predict_interval(

@@ -24,8 +24,9 @@ COLUMNS = (
     "runs", "runs_failed", "steps", "pairs_per_s",
     "pairs_per_s_worker", "step_pairs_per_s_p5", "step_pairs_per_s_median", "step_pairs_per_s_p95", "efficiency",
     "efficiency_node",
-    "step_s", *(f"{name}_s" for name in PHASES), "unexplained", "exposed_s", "lag_s", "sent_mib", "memory_mib", "mfu",
-    "mfu_assumed", "worker_hours_per_million", "kwh_per_million", "start_s", "restart_s", "loss_apart", "hold_out",
+    "step_s", *(f"{name}_s" for name in PHASES), "unexplained", "exposed_s", "exposed_by", "lag_s", "sent_mib",
+    "memory_mib", "mfu", "mfu_assumed", "worker_hours_per_million", "kwh_per_million", "start_s", "restart_s",
+    "loss_apart", "hold_out",
     *ORIGIN, "reason",
 )  # fmt: skip
 DIFFERING = ("nodes", "engine", "precision", "micro_batch", *ORIGIN)
@@ -71,6 +72,7 @@ def write_results(folder: Path, title: str, results: dict[str, Any], with_png: b
         full=full,
         origin={name: list(dict.fromkeys(row[name] for row in good if row.get(name))) for name in ORIGIN},
         differing=[name for name in DIFFERING if len({row[name] for row in good if row.get(name) is not None}) > 1],
+        has_within=any(row["exposed_by"] == "alone" for row in full),
         has_node=any("efficiency_node" in row for row in full),
         has_mfu=any(row["mfu"] for row in full),
         mfu_assumed=sorted({row["mfu_assumed"] for row in full if row["mfu"]}),

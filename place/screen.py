@@ -336,7 +336,7 @@ def print_scaling(results: dict[str, Any], faults: list[str]) -> None:
             f"{rates['p5']:,.1f} to {rates['p95']:,.1f}",
             f"{row['efficiency']:.0%}" if "efficiency" in row else "-",
             f"{1000 * row['step_s']:,.1f}",
-            "-" if exposed is None else f"{1000 * exposed:,.1f}",
+            "-" if exposed is None else ("≈ " if row.get("exposed_by") == "alone" else "") + f"{1000 * exposed:,.1f}",
             f"{row['start_s']:.1f}" + (f", {row['restart_s']:.1f}" if row.get("restart_s") else ""),
         )
     console.print(table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,7 +142,7 @@ def test_a_plan_takes_its_time_from_the_model(
     assert main(["plan", "--config", TINY, *words[:-1]]) == 0
     low, high = told["time"]["step_s_interval"]
     assert f"s a step ({low:.3f} to {high:.3f} in 95 % of resampled runs)" in capsys.readouterr().out
-    del results["model"]["resamples"], results["model"]["factors"]["latency_s"]
+    del results["model"]["resamples"], results["model"]["factors"]["latency_s"], results["network"]
     old = prepared.parent / "old.json"
     old.write_text(json.dumps(results))
     assert main(["plan", "--config", TINY, *scaled[1][3:], "--scaling", str(old), "--json"]) == 0
@@ -151,6 +152,16 @@ def test_a_plan_takes_its_time_from_the_model(
     empty.write_text("{}")
     assert main(["plan", "--config", TINY, *scaled[1][3:], "--scaling", str(empty)]) == 2
     assert "holds no fitted model" in capsys.readouterr().err
+
+
+def test_a_plan_is_for_the_network_of_the_ladder_not_that_within_a_node(tmp_path: Path) -> None:
+    factors = fit(build_points(np.random.default_rng(0), 0.0))._asdict()
+    inside, between = {"name": "NVLink", "bandwidth_gbit": 3600.0}, {"name": "cluster", "bandwidth_gbit": 400.0}
+    rows = [{"workers": 1}, {"workers": 8, "network": inside}, {"workers": 16, "network": between}]
+    results, path = {"model": {"factors": factors}, "rows": rows}, tmp_path / "scaling.json"
+    for written, name in ((results, "cluster"), (results | {"network": inside}, "NVLink")):
+        path.write_text(json.dumps(written))
+        assert scaling.read_model(path)[1].name == name
 
 
 def test_a_ladder_goes_on_with_what_is_missing(
@@ -236,11 +247,11 @@ def test_a_run_is_started_again_from_its_checkpoint_and_checkpoints_go_when_nobo
     full, failed = (row for row in scaling.run_ladder(scale, Path(TINY), print)["rows"] if row["probe"] != "alone")
     assert (failed["probe"], failed["reason"]) == ("restart", "ended with 1: gone")
     assert "restart_s" not in full
-    assert calls == [("full0", False), ("full1", False), ("alone", False), ("restart", True)]
+    assert calls == [(name, False) for name in ("full0", "full1", "alone", "alone1")] + [("restart", True)]
     assert [path.parents[1].name for path in folder.rglob("checkpoints")] == ["full0"], "it is tried again"
     breaks = False
     full, alone = scaling.run_ladder(scale, Path(TINY), print)["rows"]
-    assert calls[4:] == [("restart", True)]
+    assert calls[5:] == [("restart", True)]
     assert full["restart_s"] == pytest.approx(2.0, abs=1.5)
     assert full["start_s"] == pytest.approx(2.0, abs=1.5)
     assert (full["steps"], alone["probe"]) == (2 * 4, "alone"), "the steps of the restart are in no rate"
@@ -248,9 +259,13 @@ def test_a_run_is_started_again_from_its_checkpoint_and_checkpoints_go_when_nobo
     (folder / "restart" / "measured.json").unlink()
     *_, lost = scaling.run_ladder(scale, Path(TINY), print)["rows"]
     assert lost["reason"].startswith("the whole run left no checkpoint of its last step to start from; remove ")
-    (folder / "full0" / "measured.json").unlink()
-    assert scaling.run_ladder(scale, Path(TINY), print)["rows"][0]["restart_s"]
-    assert calls[5:] == [("full0", False), ("restart", True)]
+    for _ in range(2):
+        # Its restart is measured anew with it.
+        (folder / "full0" / "measured.json").unlink()
+        for aside in (folder / "full0").glob("run-*"):
+            shutil.rmtree(aside)
+        assert scaling.run_ladder(scale, Path(TINY), print)["rows"][0]["restart_s"]
+    assert calls[6:] == 2 * [("full0", False), ("restart", True)]
 
 
 def test_what_was_measured_counts_for_the_same_nodes_launcher_and_data_alone(tmp_path: Path) -> None:
@@ -367,16 +382,37 @@ def build_gpu_ladder(
 
 def test_communication_within_the_phases_of_gpus_is_what_goes_beyond_one_worker_alone(tmp_path: Path) -> None:
     scale, rows, steps = build_gpu_ladder(tmp_path, 3e-3, predict_workers=[16])
-    exposed = {(row["workers"], row["probe"]): row["exposed_s"] for row in rows}
-    assert exposed[4, "full"] is None, "nobody has seen it"
-    assert exposed[1, "full"] == exposed[4, "alone"] == 0
+    exposed = {(row["workers"], row["probe"]): (row["exposed_s"], row["exposed_by"]) for row in rows}
+    assert exposed[1, "full"] == exposed[4, "alone"] == (0, "phases")
+    # Whole and alone have the same second here.
+    assert exposed[4, "full"] == (0, "alone")
     model = scaling.build_predictions(scale, Path(TINY), rows, steps)
     held_out = next(rung for rung in model["rungs"] if rung["hold_out"])
     for says in held_out["measured"]["exposed"], held_out["predicted"]["exposed"][0]:
         assert says == pytest.approx(3e-3 * 14, rel=0.02)
     assert held_out["measured"]["step"] == pytest.approx(sum(steps["8 workers", "full"][0][1].values()))
     assert model["sizes"][0]["predicted"]["exposed"][0] == pytest.approx(3e-3 * 30, rel=0.02)
-    assert model["notes"] == [scaling.HIDDEN]
+    assert model["notes"] == [scaling.HIDDEN, scaling.SAME_WORK]
+
+
+@pytest.mark.parametrize("network", [{"bandwidth_gbit": 100}, None])
+def test_a_row_of_gpus_has_the_communication_that_goes_beyond_one_worker_alone(
+    network: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    ladder = write_ladder(tmp_path, rungs=[{"workers": 4}], probes=["alone"], scaling="weak", network=network)
+    scale = load_scale(ladder, ["engine.kind=torch"])
+    jobs = plan_jobs(scale, Path(TINY))
+    seconds = {"full": 0.5, "alone": 0.1}
+    found = {(job.name, job.probe): [build_record([{"backward": seconds[job.probe], "wait": 0.5}])] for job in jobs}
+    full, alone = scaling.build_rows(scale, jobs, found)
+    expected = 0.5 - 0.1 * full["flop_worker"] / alone["flop_worker"]
+    assert (full["exposed_s"], full["exposed_by"]) == (pytest.approx(expected), "alone")
+    results = {"scaling": "weak", "commit": "", "flop_rule": "", "rows": [full, alone], "model": {"why_not": "no"}}
+    page = write_results(tmp_path, "gpus", results).read_text()
+    assert "<th>exposed, within</th>" in page
+    assert f"<td>{1000 * expected:,.1f}</td>" in page
+    del found[full["rung"], "alone"]
+    assert [row["exposed_s"] for row in scaling.build_rows(scale, jobs[:1], found)] == [None]
 
 
 @pytest.mark.browser
@@ -419,7 +455,8 @@ def test_the_model_is_that_of_rungs_with_one_config(tmp_path: Path) -> None:
     assert [rung["rung"] for rung in model["rungs"]] == ["1 worker", "2 workers", "4 workers"]
     assert model["notes"][1:] == [
         "left out of the model: 1 worker train.accumulation=2, 2 workers train.accumulation=2, "
-        "4 workers train.accumulation=2, fp32, for the rungs fitted have no config of their own"
+        "4 workers train.accumulation=2, fp32, for the rungs fitted have no config of their own",
+        scaling.SAME_WORK,
     ]
     page = write_results(
         tmp_path, "configs", {"scaling": "weak", "commit": "", "flop_rule": "", "rows": rows, "model": model}
@@ -549,10 +586,14 @@ def test_a_rung_that_takes_too_long_is_a_row(tmp_path: Path) -> None:
         ({"rungs": [{"workers": 1}, {"workers": 1}]}, "two rungs are called '1 worker'"),
         ({"warmup_steps": 5}, "leaves too little"),
         ({"scalling": "weak"}, "scalling"),
+        ({"launcher": "slurm"}, "launcher=slurm submits slurm/pretrain.sh, which this installation lacks"),
         ({"rungs": [{"workers": 3, "nodes": 2}]}, "'3 workers' does not lie equally on nodes=2; give a divisor"),
     ],
 )
-def test_a_wrong_ladder_is_one_line(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_a_wrong_ladder_is_one_line(
+    options: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling, "SLURM_SCRIPT", tmp_path / "slurm" / "pretrain.sh")
     with pytest.raises(UsageError, match=said) as caught:
         load_scale(write_ladder(tmp_path, **options))
     assert "\n" not in str(caught.value)
@@ -711,6 +752,18 @@ def test_intervals_hold_the_truth_and_narrow_with_less_noise() -> None:
         assert value == pytest.approx(3e-3 * 6 + 1.2 * 3e7 / 1.5e9, rel=0.02)
         widths.append(high - low)
     assert widths[1] < widths[0] / 3
+
+
+def test_rungs_of_equal_work_do_not_tell_how_compute_grows() -> None:
+    rng = np.random.default_rng(3)
+    for spread, alike in ((1.03, True), (2.0, False)):
+        flops = 1e9, spread * 1e9
+        for grows in (0.0, 1.0) if alike else (1.0,):
+            seconds = [0.1 * (flop / 1e9) ** grows * rng.normal(1, 0.01, (400, 1)) for flop in flops]
+            points = [Point([second * [1.0, 0.0, 0.0]], flop, 0, 0, 1e9) for second, flop in zip(seconds, flops)]
+            says = predict_interval(fit_resampled(points, count=100), 2e9, 0, 0, 1e9)["compute"]
+            assert says[1] * 0.99 <= 0.1 * 2**grows <= says[2] * 1.01
+            assert (says[2] - says[1] > 0.09) == alike
 
 
 def test_an_interval_holds_what_lies_between_runs_and_the_noise_of_one_worker_alone() -> None:
