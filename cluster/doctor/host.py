@@ -1,13 +1,15 @@
-"""Checks of one machine: software, GPUs, attention, shared memory, limits, disk, ports. Seconds, no network."""
+"""Checks of one machine: software, GPUs, attention, compiler, shared memory, limits, disk, ports. No network."""
 
 from __future__ import annotations
 
 import os
 import re
 import resource
+import shlex
 import shutil
 import socket
 import subprocess
+import sysconfig
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
@@ -85,6 +87,28 @@ def check_attention() -> list[Finding]:
     if device.type == "cuda" and backend != "xformers":
         return [Finding("attention", WARN, f"{backend}: {reason}", "pip install -c constraints.txt -e .[gpu]")]
     return [Finding("attention", OK, f"{backend}: {reason}")]
+
+
+def check_compiler(is_needed: bool) -> list[Finding]:
+    """The C compiler and Python's headers that Triton and torch.compile build with, before the first step on a GPU."""
+    if not is_needed:
+        return []
+    # As Triton looks for it.
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    advice = "install gcc and Python's headers (python3-dev, python3-devel), or set CC"
+    if compiler is None:
+        return [Finding("compiler", FAIL, "no C compiler: Triton cannot start a kernel", advice)]
+    headers = sysconfig.get_paths()["include"]
+    words = [*shlex.split(compiler), f"-I{headers}", "-fsyntax-only", "-x", "c", "-"]
+    source = "#include <stdlib.h>\n#include <Python.h>\n"
+    try:
+        done = subprocess.run(words, input=source, capture_output=True, text=True, timeout=60, check=False)
+    except OSError as error:
+        return [Finding("compiler", FAIL, f"{compiler}: {error.strerror}", advice)]
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), "it fails")
+        return [Finding("compiler", FAIL, f"{compiler} does not compile against {headers}: {said}", advice)]
+    return [Finding("compiler", OK, f"{compiler} with {headers}")]
 
 
 def check_shared_memory(root: Path = Path("/dev/shm"), need_gib: float = 2.0) -> list[Finding]:
@@ -169,6 +193,7 @@ def build_host_checks(pins: dict[str, str], folders: list[tuple[str, Path]], por
         "software": lambda: check_software(pins),
         "gpu": check_gpus,
         "attention": check_attention,
+        "compiler": lambda: check_compiler(_has_gpu()),
         "shared memory": check_shared_memory,
         "limits": check_limits,
         "disk": lambda: check_disk(folders),
@@ -188,6 +213,12 @@ def _read_version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _ask_nvidia(*arguments: str) -> str:

@@ -202,9 +202,10 @@ def _count_sent_bytes(devices: Path = Path("/sys/class")) -> int:
     """
     words = [_read_counter(path) for path in devices.glob("infiniband/*/ports/*/counters/port_xmit_data")]
     ip_over_ib = {path.parent.name for path in devices.glob("net/*/type") if _read_counter(path) == ARPHRD_INFINIBAND}
-    skipped = {"lo", *(ip_over_ib if words else ())}
-    cards = psutil.net_io_counters(pernic=True).items()
-    return 4 * sum(words) + sum(card.bytes_sent for name, card in cards if name not in skipped)
+    sent = {name: card.bytes_sent for name, card in psutil.net_io_counters(pernic=True).items()}
+    # Bonds, bridges and VLANs count once more what the cards beneath them send; a container may have no card.
+    cards = {path.parent.name for path in devices.glob("net/*/device")} or sent.keys() - {"lo"}
+    return 4 * sum(words) + sum(sent.get(name, 0) for name in cards - (ip_over_ib if words else set()))
 
 
 def _read_counter(path: Path) -> int:

@@ -47,6 +47,24 @@ def test_a_laptop_is_looked_over_and_every_line_that_is_not_fine_says_why(
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
+def test_triton_needs_a_compiler_and_pythons_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    assert host.check_compiler(False) == []
+    assert read_states(host.check_compiler(True)) == {"compiler": OK}
+    monkeypatch.setattr(host.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    (finding,) = host.check_compiler(True)
+    assert finding.state == FAIL
+    assert f"does not compile against {tmp_path}" in finding.text
+    assert "Python.h" in finding.text
+    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    assert "No such file or directory" in host.check_compiler(True)[0].text
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (finding,) = host.check_compiler(True)
+    assert (finding.state, finding.text) == (FAIL, "no C compiler: Triton cannot start a kernel")
+    assert "gcc" in finding.advice
+
+
 def test_the_screen_has_a_line_a_finding_and_a_sum(capsys: pytest.CaptureFixture[str]) -> None:
     from place.screen import print_findings
 

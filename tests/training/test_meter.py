@@ -52,6 +52,14 @@ def test_bytes_on_the_wire_hold_what_verbs_send_past_the_kernel_and_ip_over_infi
         counters.mkdir(parents=True)
         (counters / "port_xmit_data").write_text(words)
     assert _count_sent_bytes(tmp_path) == 1000 + 4 * 320
+    # Two cards under a bond with a VLAN on it.
+    cards |= {name: SimpleNamespace(bytes_sent=count) for name, count in {"eth1": 20, "bond0": 1020, "v7": 9}.items()}
+    for name in ("eth0", "eth1", "ib0"):
+        (tmp_path / "net" / name / "device").mkdir(parents=True)
+    assert _count_sent_bytes(tmp_path) == 1020 + 4 * 320
+    for counters in tmp_path.glob("infiniband/*/ports/*/counters/port_xmit_data"):
+        counters.unlink()
+    assert _count_sent_bytes(tmp_path) == 1020 + 500
 
 
 def test_phases_sum_to_the_step_and_what_passes_between_epochs_counts_in_none(
