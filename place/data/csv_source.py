@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from place.config import PrepareConfig, UsageError
-from place.data.frame_rows import MIXED, FrameRows, fill_field, mark_rejects
+from place.data.frame_rows import MIXED, FrameRows, fill_field, mark_rejects, share_patients
 from place.data.identity import IdHasher, read_salt
 from place.data.official_split import assign_splits
 from place.data.rows import Table
@@ -61,25 +61,12 @@ def _fill_identities(frame: pd.DataFrame) -> list[str]:
     frame["identity"] = paths.where(paths != "", "row " + frame["number"].astype(str))
     mark_rejects(frame, frame["identity"].duplicated(), "duplicate_id")
     notes = fill_field(frame, "study", "image " + frame["identity"], "each image is a study of its own")
-    notes += _share_patients(frame)
+    notes += share_patients(frame)
     alone = f"each study is a patient of its own, {MIXED}"
     notes += fill_field(frame, "patient", "study " + frame["study"], alone)
     # Studies are often numbered within a patient.
     frame["study"] = frame["patient"] + "/" + frame["study"]
     return notes
-
-
-def _share_patients(frame: pd.DataFrame) -> list[str]:
-    """Give rows without a patient the one that their study's other rows name. Returns notes for the card."""
-    if "patient" not in frame:
-        return []
-    named = frame["patient"].where(frame["patient"] != "").groupby(frame["study"])
-    missing, count = frame["patient"] == "", named.transform("nunique")
-    # Studies that are numbered within a patient: nobody can say which one's this is.
-    mark_rejects(frame, missing & (count > 1), "patient_mismatch")
-    found = missing & (count == 1)
-    frame["patient"] = frame["patient"].where(~found, named.transform("first"))
-    return [f"{int(found.sum())} rows without a patient: that of their study's other rows"] if found.any() else []
 
 
 def _check_views(frame: pd.DataFrame) -> None:

@@ -16,6 +16,7 @@ import pydicom
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
 from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
 
 from place.data.images import GreyImage, ImageInfo, Rejected, check_pixel_count, scale_to_uint8
@@ -50,6 +51,7 @@ def decode_dicom(data: bytes) -> tuple[GreyImage, ImageInfo]:
         _check_pixel_header(dataset)
         stored = _decode_pixels(dataset)
         try:
+            _drop_meaningless(dataset)
             return _render(dataset, stored), read_info(dataset)
         except Rejected:
             raise
@@ -75,7 +77,9 @@ def _check_pixel_header(dataset: Dataset) -> None:
         if frames > 1:
             raise Rejected("multi_frame", f"{frames} frames")
         check_pixel_count(int(dataset.Rows), int(dataset.Columns))
-        bits = int(dataset.BitsAllocated)
+        bits, stored_bits = int(dataset.BitsAllocated), int(dataset.BitsStored)
+        # Of compressed pixels nobody can say whether their decoder has moved them already.
+        high_bit, is_plain = _read_high_bit(dataset), not dataset["PixelData"].is_undefined_length
         photometric = str(dataset.PhotometricInterpretation)
     except Rejected:
         raise
@@ -83,8 +87,15 @@ def _check_pixel_header(dataset: Dataset) -> None:
         raise Rejected("unreadable_image", "pixel description is missing or malformed") from None
     if bits not in (8, 16):
         raise Rejected("unsupported_bit_depth", "expected 8 to 16 bits a pixel")
+    if high_bit != stored_bits - 1 and not (is_plain and stored_bits <= high_bit < bits):
+        raise Rejected("unsupported_bit_depth", f"high bit {high_bit}, {stored_bits} bits stored")
     if photometric not in ("MONOCHROME1", "MONOCHROME2", *_COLOUR):
         raise Rejected("unsupported_photometric", "expected MONOCHROME1, MONOCHROME2, RGB or YBR")
+
+
+def _read_high_bit(dataset: Dataset) -> int:
+    value = dataset.get("HighBit")
+    return int(dataset.BitsStored) - 1 if value is None else int(value)
 
 
 def _decode_pixels(dataset: Dataset) -> NDArray[Any]:
@@ -97,7 +108,9 @@ def _decode_pixels(dataset: Dataset) -> NDArray[Any]:
     syntax = str(dataset.file_meta.TransferSyntaxUID)
     try:
         _check_codestream(dataset.PixelData)
-        return pixel_array(dataset)
+        high_bit = _read_high_bit(dataset)
+        unused = high_bit + 1 - dataset.BitsStored  # bits below the pixel's, as old files have them
+        return pixel_array(dataset, bits_stored=high_bit + 1) >> unused if unused else pixel_array(dataset)
     except (KeyboardInterrupt, SystemExit, Rejected):
         raise
     except BaseException as error:  # noqa: BLE001 - decoders raise anything; the one in Rust panics past Exception
@@ -117,6 +130,18 @@ def _check_codestream(data: bytes) -> None:
     if start >= 0 and len(data) >= start + 16:
         width, height = struct.unpack_from(">II", data, start + 8)
         check_pixel_count(height, width)
+
+
+def _drop_meaningless(dataset: Dataset) -> None:
+    """Take out an empty rescale and a window without width: the picture is then shown as if it had none."""
+    for name in ("RescaleSlope", "RescaleIntercept", "VOILUTFunction"):
+        if name in dataset and dataset[name].is_empty:
+            del dataset[name]
+    widths = dataset.get("WindowWidth")
+    width = widths[0] if isinstance(widths, MultiValue) else widths
+    is_linear = dataset.get("VOILUTFunction", "LINEAR").upper() == "LINEAR"
+    if width is not None and (width < 1 if is_linear else width <= 0):
+        del dataset.WindowWidth
 
 
 def _render(dataset: Dataset, stored: NDArray[Any]) -> GreyImage:

@@ -13,7 +13,15 @@ import pandas as pd
 
 from place.config import PrepareConfig, RunError, UsageError
 from place.data.dicom import Identity, read_identity
-from place.data.frame_rows import MIXED, FrameRows, fill_field, mark_mixed_studies, mark_rejects
+from place.data.frame_rows import (
+    MIXED,
+    FrameRows,
+    fill_field,
+    mark_mixed_studies,
+    mark_rejects,
+    name_to_text,
+    share_patients,
+)
 from place.data.identity import IdHasher, read_salt
 from place.data.official_split import assign_splits
 from place.data.pool import count_cores, map_in_processes
@@ -42,7 +50,7 @@ def open_dicom_tree(config: PrepareConfig) -> Table:
     (accession or study, text or findings and impression, split), or found by their names (AccessionNumber,
     StudyInstanceUID, report, findings, impression, split). Rejected: `not_dicom`; `no_report`; `duplicate_id`, the
     second file of an image; `patient_mismatch`, the images of a study, or its report, are of another patient;
-    `report_mismatch`, a study has two different reports.
+    `report_mismatch`, a study has two different reports. An image without a patient has that of its study's others.
     Raises:
         UsageError: no folder, no table, no usable column.
         RunError: unreadable table, no file, a patient in two splits.
@@ -60,6 +68,7 @@ def open_dicom_tree(config: PrepareConfig) -> Table:
     labels = build_labels(frame, config.label_columns)
     mark_rejects(frame, frame["identity"].duplicated(), "duplicate_id")
     notes += fill_field(frame, "study", "image " + frame["identity"], "each image is a study of its own")
+    notes += share_patients(frame)
     mark_mixed_studies(frame)
     notes += fill_field(frame, "patient", "study " + frame["study"], _ALONE)
     frame["split"], rule = assign_splits(frame, config, _ADVICE)
@@ -134,11 +143,11 @@ def _scan_files(root: Path, job: tuple[int, list[str]]) -> tuple[int, pd.DataFra
 
 
 def _read_row(root: Path, name: str) -> tuple[str, ...]:
-    found = read_identity(root / name)
+    found, text = read_identity(root / name), name_to_text(name)
+    alone = f"file {text}"
     if found is None:
-        alone = f"file {name}"
-        return (name, "not_dicom", *Identity(alone, alone, alone, "", ""))
-    return (name, "", *(found if found.identity else found._replace(identity=f"file {name}")))
+        return (text, "not_dicom", *Identity(alone, alone, alone, "", ""))
+    return (text, "", *(found if found.identity else found._replace(identity=alone)))
 
 
 def _join(frame: pd.DataFrame, reports: pd.DataFrame, keys: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from place.config import PrepareConfig, UsageError
-from place.data.frame_rows import MIXED, FrameRows
+from place.data.frame_rows import MIXED, FrameRows, name_to_text
 from place.data.identity import IdHasher, compute_split, read_salt
 from place.data.official_split import SPLIT_NAMES, assign_splits
 from place.data.rows import Table
@@ -55,7 +55,7 @@ def open_folder(config: PrepareConfig) -> Table:
 def _list_images(root: Path) -> list[str]:
     """Paths below the root, in a fixed order; links are followed, as ImageFolder does."""
     found = (os.path.join(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
-    paths = sorted(os.path.relpath(path, root) for path in found if path.lower().endswith(_IMAGES))
+    paths = sorted(name_to_text(os.path.relpath(path, root)) for path in found if path.lower().endswith(_IMAGES))
     if not paths:
         raise UsageError(f"{root} holds no images; {_LAYOUT}")
     return paths

@@ -21,6 +21,21 @@ MIXED = "so one person may be in two splits"
 """How the notes of a source end that does not know all patients; `place evaluate` says then what it cannot check."""
 
 
+# What `os` makes of bytes in a file name that are no UTF-8, and letters of private use that a table can hold.
+_TO_PRIVATE = {0xDC00 + byte: 0x10DC00 + byte for byte in range(0x80, 0x100)}
+_FROM_PRIVATE = {private: surrogate for surrogate, private in _TO_PRIVATE.items()}
+
+
+def name_to_text(name: str) -> str:
+    """A file name as the text of a table, whatever its bytes are. Source: ours."""
+    return name.translate(_TO_PRIVATE)
+
+
+def text_to_name(text: str) -> str:
+    """The file name again, as `os` takes it. Source: ours."""
+    return text.translate(_FROM_PRIVATE)
+
+
 class FrameRows:
     """A table of images; ids are hashed when a slice is taken, so that no raw one reaches a task; a patient's rows
     are side by side.
@@ -70,8 +85,8 @@ class FrameRows:
             patient=self.ids.code("patient", cells["patient"]),
             study=self.ids.code("study", cells["study"]),
             split=cells["split"],
-            image=os.path.join(self.image_root, image) if image else "",
-            report_path=os.path.join(self.report_root, report) if report else "",
+            image=os.path.join(self.image_root, text_to_name(image)) if image else "",
+            report_path=os.path.join(self.report_root, text_to_name(report)) if report else "",
             sections=tuple((name, cells[name]) for name in SECTIONS if cells.get(name)),
             view=" ".join(cells.get("view", "").upper().split()),
             labels={label.name: label.read(cells[f"label:{label.column}"]) for label in self.labels},
@@ -95,6 +110,22 @@ def fill_field(frame: pd.DataFrame, field: str, fallback: pd.Series, meaning: st
     missing = frame[field] == ""
     frame[field] = frame[field].where(~missing, fallback)
     return [f"{int(missing.sum())} rows without a {field}: {meaning}"] if missing.any() else []
+
+
+def share_patients(frame: pd.DataFrame) -> list[str]:
+    """Give rows without a patient the one that their study's other rows name. Returns notes for the card.
+
+    Source: ours.
+    """
+    if "patient" not in frame:
+        return []
+    named = frame["patient"].where(frame["patient"] != "").groupby(frame["study"])
+    missing, count = frame["patient"] == "", named.transform("nunique")
+    # Studies that are numbered within a patient: nobody can say which one's this is.
+    mark_rejects(frame, missing & (count > 1), "patient_mismatch")
+    found = missing & (count == 1)
+    frame["patient"] = frame["patient"].where(~found, named.transform("first"))
+    return [f"{int(found.sum())} rows without a patient: that of their study's other rows"] if found.any() else []
 
 
 def order_by_patient(frame: pd.DataFrame) -> NDArray[np.int64]:

@@ -109,7 +109,7 @@ def _read_images(root: Path) -> pd.DataFrame:
     frame = read_table(table, {**columns, **{ours: name for ours, name in views.items() if name in present}}, ())
     if "meaning" in frame:
         meant = frame.pop("meaning").map(lambda text: _MEANINGS.get(text.lower(), ""))
-        frame["view"] = frame["view"].where(frame["view"] != "", meant)
+        frame["view"] = frame["view"].where(frame["view"] != "", meant) if "view" in frame else meant
     return frame
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from place.config import PrepareConfig, UsageError
-from place.data.frame_rows import FrameRows, mark_rejects
+from place.data.frame_rows import FrameRows, mark_rejects, name_to_text, text_to_name
 from place.data.identity import IdHasher, read_salt
 from place.data.images import Rejected, read_file
 from place.data.official_split import assign_splits
@@ -70,12 +70,12 @@ def _walk(root: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
         folders.sort()
         for name in sorted(files):
             if name.lower().endswith(suffixes):
-                yield os.path.relpath(os.path.join(folder, name), root)
+                yield name_to_text(os.path.relpath(os.path.join(folder, name), root))
 
 
 def _read_rows(root: Path, report: str, told: hashlib._Hash) -> list[tuple[str, ...]]:
     try:
-        data = read_file(str(root / report), MAX_REPORT_BYTES)
+        data = read_file(str(root / text_to_name(report)), MAX_REPORT_BYTES)
         told.update(data)
         tree = parse_xml(data)
     except Rejected:

@@ -78,7 +78,7 @@ def _read_frame(path: Path) -> pd.DataFrame:
 
 
 def _build_rows(split: str, entry: dict[str, Any]) -> list[tuple[str, ...]]:
-    name, report = str(entry["id"]), str(entry["report"])
+    name, report = str(entry["id"]), str(entry["report"] or "")
     study = str(entry.get("study_id", name))
     number = re.match(r"CXR\d+(?=_)", name)
     patient = str(entry.get("subject_id") or (number[0] if number else study))

@@ -37,6 +37,8 @@ _SIGNS = {
     "False": 0,
     "true": 1,
     "false": 0,
+    "TRUE": 1,
+    "FALSE": 0,
     "": None,
 }
 
@@ -186,9 +188,19 @@ def _read_csv(path: Path, columns: list[str], separator: str | None) -> Iterator
 
 def _read_parquet(path: Path, columns: list[str]) -> Iterator[list[pa.Array]]:
     with pq.ParquetFile(path) as file:
+        for name in columns:
+            _check_kind(path, name, file.schema_arrow.field(name).type)
         for batch in file.iter_batches(columns=columns):
             frame = batch.to_pandas(integer_object_nulls=True)
             yield [pa.array(frame[name].map(_to_text), pa.large_string()) for name in columns]
+
+
+def _check_kind(path: Path, column: str, kind: pa.DataType) -> None:
+    if pa.types.is_nested(kind):
+        raise UsageError(
+            f"table {path.name}: column '{column}' holds a {str(kind).split('<')[0]} in each cell; "
+            "expected text, make it a column of strings"
+        )
 
 
 def _parse_options(path: Path, separator: str | None) -> csv.ParseOptions:
@@ -201,6 +213,8 @@ def _to_text(cell: object) -> str:
         return ""
     if isinstance(cell, float) and cell.is_integer():
         return str(int(cell))  # a whole number that a gap in its column made a float
+    if isinstance(cell, bytes):
+        return cell.decode().strip()
     return str(cell).strip()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 from pathlib import Path
@@ -96,6 +97,13 @@ def test_an_empty_view_position_is_read_from_its_code_and_else_rejected(tmp_path
     kept = settings("mimic-cxr-jpg", tmp_path / "mimic", views=("FRONTAL", "UNKNOWN"), output=str(tmp_path / "all"))
     run_prepare(kept)
     assert next(row["view"] for row in read_manifest(kept) if row["row"] == 2) == ""
+
+
+def test_views_come_from_their_code_where_the_metadata_has_no_view_position(tmp_path):
+    frame = write_mimic(tmp_path / "mimic")
+    write_gz(tmp_path / "mimic" / "mimic-cxr-2.0.0-metadata.csv.gz", frame.drop(columns=["ViewPosition", "split"]))
+    rows = sorted(open_source(settings("mimic-cxr-jpg", tmp_path / "mimic")).rows)
+    assert [row.view for row in rows] == ["PA", "LATERAL"] * 6
 
 
 def test_without_metadata_the_record_list_names_the_images_and_their_headers_the_views(tmp_path):
@@ -376,6 +384,14 @@ def test_the_annotation_of_mimic_gives_its_patients_and_studies(tmp_path):
         open_source(settings("r2gen-json", tmp_path / "mimic"))
 
 
+def test_a_report_of_null_is_an_empty_one(tmp_path):
+    null, told = entry("CXR1_IM-1", "train", ["1.png"], report=None), entry("CXR2_IM-1", "train", ["2.png"])
+    write_r2gen(tmp_path / "iu", {"train": [null, told], "val": [], "test": []})
+    config = settings("r2gen-json", tmp_path / "iu")
+    run_prepare(config)
+    assert read_reasons(config) == {0: "empty_report"}
+
+
 @pytest.mark.parametrize("indent", [None, 2])
 def test_an_annotation_of_any_size_is_read_entry_by_entry(tmp_path, monkeypatch, indent):
     monkeypatch.setattr(r2gen_source, "_CHUNK", 64)
@@ -501,6 +517,61 @@ def test_files_of_a_tree_that_cannot_be_trusted_are_rejected_by_reason(tmp_path)
         "IM5": "report_mismatch",
     }
     assert card["notes"] == ["1 rows of the reports table belong to no image"]
+
+
+def test_an_image_without_a_patient_has_the_one_that_its_study_names(tmp_path):
+    tree = tmp_path / "pacs"
+    lay_out_tree(tree)
+    edit_dicom(tree / "DIR1" / "IM1", PatientID="")
+    for name in ("DIR0/IM4", "DIR1/IM5"):
+        edit_dicom(tree / name, PatientID="")
+    write_dicom(tree / "DIR1" / "IM3b", 9, SOPInstanceUID="1.3.9", StudyInstanceUID="1.2.1", PatientID="")
+    edit_dicom(tree / "DIR1" / "IM3b", AccessionNumber="A1")
+    edit_dicom(tree / "DIR1" / "IM3", PatientID="P9")
+    table = open_source(settings("dicom-tree", tree))
+    names = ["IM0", "IM2", "IM4", "IM1", "IM3", "IM3b", "IM5"]
+    rows = {names[row.number]: row for row in table.rows}
+    assert {name: row.reject for name, row in rows.items() if row.reject} == dict.fromkeys(
+        ("IM2", "IM3", "IM3b"), "patient_mismatch"
+    )
+    assert rows["IM1"].patient == rows["IM0"].patient
+    assert rows["IM4"].patient == rows["IM5"].patient != rows["IM0"].patient, "a study that names nobody is a patient"
+    assert table.notes == [
+        "1 rows without a patient: that of their study's other rows",
+        "3 rows without a patient: each study is a patient of its own, so one person may be in two splits",
+    ]
+
+
+def test_files_whose_names_are_not_utf8_are_prepared_as_any_other(tmp_path):
+    tree = tmp_path / "pacs"
+    lay_out_tree(tree)
+    odd = os.fsdecode(b"M\xfcller")
+    (tree / "DIR1").rename(tree / odd)
+    (tree / "DIR0" / "IM2").rename(tree / "DIR0" / odd)
+    (tree / "DIR0" / os.fsdecode(b"\xe4.txt")).write_text("no DICOM at all")
+    config = settings("dicom-tree", tree, num_workers=2, rows_per_task=2)
+    run_prepare(config)
+    assert read_reasons(config) == {3: "not_dicom"}
+    assert [item["row"] for item in read_manifest(config)] == [0, 4, 2, 5, 1, 6]
+
+
+def test_open_i_files_whose_names_are_not_utf8_are_read(tmp_path):
+    lay_out_openi(tmp_path / "openi")
+    reports = tmp_path / "openi" / os.fsdecode(b"r\xe9sultats")
+    (tmp_path / "openi" / "ecgen-radiology").rename(reports)
+    (reports / "1.xml").rename(reports / os.fsdecode(b"\xe9.xml"))
+    write_png(tmp_path / "openi" / os.fsdecode(b"\xe9") / "CXR1_1_IM-0001-3001.png", 1)
+    write_png(tmp_path / "openi" / os.fsdecode(b"\xe9") / os.fsdecode(b"\xfc.png"), 2)
+    config = settings("openi", tmp_path / "openi")
+    run_prepare(config)
+    assert len(read_manifest(config)) == 1
+    assert sorted(read_reasons(config).values()) == [
+        "empty_report",
+        "missing_image",
+        "missing_image",
+        "no_image",
+        "unreadable_report",
+    ]
 
 
 def test_the_table_of_reports_is_no_image_however_it_is_named(tmp_path, monkeypatch):

@@ -271,6 +271,62 @@ def test_every_depth_from_8_to_16_bits_fills_the_range(bits, signed):
     assert (np.diff(image.ravel().astype(int)) >= 0).all()
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_values_in_the_high_bits_of_a_word_are_read_and_what_lies_below_them_is_no_pixel(signed):
+    values = (np.arange(4096) - (2048 if signed else 0)).reshape(64, 64)
+    stored = values.astype("i2" if signed else "u2")
+    below = np.arange(4096).reshape(64, 64).astype(stored.dtype) % 16  # overlays were kept there once
+    window = {"WindowCenter": 1000, "WindowWidth": 1500, "BitsStored": 12}
+    aligned, _ = decode_dicom(build_dicom(stored * 16 | below, HighBit=15, **window))
+    plain, _ = decode_dicom(build_dicom(stored, HighBit=11, **window))
+    np.testing.assert_array_equal(aligned, plain)
+    assert len(np.unique(plain)) == 256
+
+
+@pytest.mark.parametrize(("bits", "high"), [(12, 16), (12, 10), (16, 11)])
+def test_a_high_bit_that_cannot_be_is_refused(bits, high):
+    with pytest.raises(Rejected, match=rf"high bit {high}, {bits} bits stored") as caught:
+        decode_dicom(build_dicom(RAMP, BitsStored=bits, HighBit=high))
+    assert caught.value.reason == "unsupported_bit_depth"
+
+
+def test_high_bits_of_a_compressed_picture_are_refused():
+    dataset = pydicom.dcmread(io.BytesIO(read_testdata("MR_small_jp2klossless.dcm")))
+    dataset.BitsStored, dataset.HighBit = 12, 15
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    assert reason_of(buffer.getvalue()) == "unsupported_bit_depth"
+
+
+@pytest.mark.parametrize(
+    "elements",
+    [
+        {"WindowCenter": 200, "WindowWidth": 0},
+        {"WindowCenter": 200, "WindowWidth": 0.5},
+        {"WindowCenter": [200, 100], "WindowWidth": [-1, 50]},
+        {"WindowCenter": 200, "WindowWidth": 0, "VOILUTFunction": "SIGMOID"},
+        {"WindowCenter": "", "WindowWidth": ""},
+        {"RescaleSlope": "", "RescaleIntercept": ""},
+        {"RescaleSlope": "", "RescaleIntercept": 5},
+        {"RescaleSlope": 2, "RescaleIntercept": ""},
+    ],
+)
+def test_a_window_without_width_and_an_empty_rescale_are_none(elements):
+    np.testing.assert_array_equal(decode_dicom(build_dicom(RAMP, **elements))[0], decode_dicom(build_dicom(RAMP))[0])
+
+
+def test_a_window_narrower_than_one_is_applied_where_its_function_allows_it():
+    narrow = {"WindowCenter": 200, "WindowWidth": 0.5, "VOILUTFunction": "LINEAR_EXACT"}
+    image, _ = decode_dicom(build_dicom(RAMP, **narrow))
+    assert (image[RAMP < 200].max(), image[RAMP > 200].min()) == (0, 255)
+
+
+def test_a_window_stays_where_only_its_function_is_empty():
+    window = {"WindowCenter": 200, "WindowWidth": 101}
+    image, _ = decode_dicom(build_dicom(RAMP, VOILUTFunction="", **window))
+    np.testing.assert_array_equal(image, decode_dicom(build_dicom(RAMP, **window))[0])
+
+
 def test_overlays_are_not_drawn():
     plain = build_dicom(RAMP)
     dataset = pydicom.dcmread(io.BytesIO(plain))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,18 @@ def test_classes_are_labels_and_the_hash_of_the_image_splits(tmp_path):
     write_classes(tmp_path / "other", 40)
     others = {row.patient for row in list_rows("--input", tmp_path / "other")[1:]}
     assert not others & {row.patient for row in rows}, "another data set's image of the same name"
+
+
+def test_names_that_are_not_utf8_are_images_and_classes_as_any_other(tmp_path):
+    folder = tmp_path / "xrays"
+    write_classes(folder, 3)
+    (folder / "normal" / "0.png").rename(folder / "normal" / os.fsdecode(b"M\xfcller.png"))
+    (folder / "covid").rename(folder / os.fsdecode(b"\xe9tat"))
+    table, *rows = list_rows("--input", folder)
+    assert table.labels[:2] == ["normal", "viral pneumonia"]
+    table.labels[2].encode()
+    assert len(rows) == len({row.sample_id for row in rows}) == 9
+    assert all(Path(row.image).is_file() for row in rows)
 
 
 def test_split_folders_split_and_train_gives_a_part_where_there_is_no_val(tmp_path):

@@ -172,6 +172,35 @@ def test_near_duplicates_of_the_real_reports_are_those_that_share_their_words(re
         "Electronically signed by: Jane Doe",
         "MRN: 4711",
         "call 555-123-4567",
+        "DICTATED BY: JOHN SMITH, M.D.",
+        "DICTATED BY: JOHN SMITH",
+        "READ BY: JOHN SMITH",
+        "DR. SMITH WAS NOTIFIED.",
+        "DR PATEL WAS NOTIFIED",
+        "Dr. SMITH was notified",
+        "MRS. SMITH TOLERATED THIS WELL",
+        "Electronically signed by JOHN SMITH",
+        "JOHN A. SMITH, MD",
+        "JOHN SMITH M.D.",
+        "Seán O'Brien, MD",
+        "Dr. McDonald",
+        "Dr O'Brien",
+        "Dr. Müller",
+        "Dr. Mu\u0308ller",
+        "Dr. Øster",
+        "Dr. Li",
+        "Dr Wu",
+        "Dr. van der Berg",
+        "DR. VAN DER BERG",
+        "Dr. al-Hassan",
+        "Dr. d'Angelo",
+        "Dr.Smith",
+        "Dr. J.Smith",
+        "MRN 1234567",
+        "Patient: John Smith",
+        "PATIENT: SMITH, JOHN",
+        "Call (617)555-1234",
+        "Call (617) 555-1234",
         "jane@example.org",
     ],
 )
@@ -181,7 +210,31 @@ def test_what_looks_like_a_name_or_number_is_warned_of(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["Dr. ___ was paged.", "Discussed with Dr. XXXX.", "MRN: ___", "Dr. who", "Signed by XXXX XXXX", "2.5 cm nodule"],
+    [
+        "Dr. ___ was paged.",
+        "Discussed with Dr. XXXX.",
+        "MRN: ___",
+        "Dr. who",
+        "Signed by XXXX XXXX",
+        "2.5 cm nodule",
+        "DR. XXXX WAS NOTIFIED.",
+        "Dr.XXXX",
+        "Dr. J. XXXX",
+        "SIGNED BY: XXXX XXXX, M.D.",
+        "DICTATED BY ___ ___",
+        "Patient: XXXX XXXX",
+        "MRN XXXX",
+        "MRN 12",
+        "DR CHEST PA AND LATERAL",
+        "MR IMAGING OF THE BRAIN",
+        "MS CHANGES, NURSE NOTIFIED",
+        "REPORTED BY PATIENT FAMILY",
+        "DICTATED BY THE RESIDENT",
+        "THE LUNG BASES DO NOT SHOW EDEMA",
+        "REFERRING MD NOTIFIED",
+        "PATIENT: MALE ADULT",
+        "Best seen with MR. No effusion.",
+    ],
 )
 def test_marks_of_deidentification_are_no_names(text):
     assert not has_name(text)
@@ -190,7 +243,7 @@ def test_marks_of_deidentification_are_no_names(text):
 def test_no_real_deidentified_report_is_taken_to_hold_a_name(real_data):
     texts = [text for path in (real_data / "openi-reports").glob("*.xml") for _, text in parse_openi(path.read_bytes())]
     assert len(texts) > 1800
-    assert [text for text in texts if has_name(text)] == []
+    assert [text for text in texts if has_name(text) or has_name(text.upper())] == []
 
 
 def test_a_report_file_is_text_in_utf8_or_windows_letters(tmp_path):

@@ -107,12 +107,51 @@ def test_every_kind_of_table_gives_the_same_rows(tmp_path, kind):
     assert open_source(config).rows[:] == open_source(config.model_copy(update={"input": str(other)})).rows[:]
 
 
+def write_notes(tmp_path, notes: list) -> PrepareConfig:
+    """The table of images as parquet, with these notes."""
+    config = write_csv_source(tmp_path, count=len(notes))
+    table = tmp_path / "table.parquet"
+    pd.read_csv(config.input).assign(note=notes).to_parquet(table)
+    return config.model_copy(update={"input": str(table)})
+
+
+def test_bytes_in_a_parquet_table_are_its_text(tmp_path):
+    rows = open_source(write_notes(tmp_path, [b"No effusion.", " Gr\u00f6\u00dfe normal. ".encode(), None])).rows
+    assert [row.sections for row in rows] == [(("text", "No effusion."),), (("text", "Größe normal."),), ()]
+    broken = write_notes(tmp_path / "broken", [b"Gr\xf6\xdfe SECRET"])
+    with pytest.raises(
+        RunError, match=r"table.parquet: cannot be read \('utf-8' codec .*\); write or download"
+    ) as caught:
+        open_source(broken)
+    assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("notes", "kind"), [([["No effusion.", "SECRET"]], "list"), ([{"findings": "SECRET"}], "struct")]
+)
+def test_a_parquet_column_of_lists_is_one_clear_line(tmp_path, notes, kind):
+    config = write_notes(tmp_path, notes)
+    with pytest.raises(UsageError) as caught:
+        open_source(config)
+    assert str(caught.value) == (
+        f"table table.parquet: column 'note' holds a {kind} in each cell; expected text, make it a column of strings"
+    )
+
+
 def test_signs_become_labels_and_an_empty_cell_is_unknown(tmp_path):
     config = write_csv_source(tmp_path, count=5)
     set_column(config, "edema", ["1", "0", "-1", "", "1.0"])
     table = open_source(config)
     assert table.labels == ["edema"]
     assert [row.labels["edema"] for row in table.rows] == [1, 0, -1, None, 1]
+
+
+def test_truth_values_in_any_case_are_signs(tmp_path):
+    config = write_csv_source(tmp_path, count=7)
+    set_column(config, "edema", ["TRUE", "FALSE", "True", "False", "true", "false", ""])
+    table = open_source(config)
+    assert table.labels == ["edema"]
+    assert [row.labels["edema"] for row in table.rows] == [1, 0, 1, 0, 1, 0, None]
 
 
 def test_text_classes_become_one_label_each(tmp_path):
