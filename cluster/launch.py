@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from place.cluster.hosts import NODE_LABEL, Hosts, clean_hosts, describe_lack, find_hosts
 
 from place.config import Config, RunError, UsageError, check_config
-from place.runlog import count_attempts, read_newest_step, write_attempt
+from place.runlog import count_attempts, write_attempt
 from place.training.pretrain import check_disk
 from place.training.stop import RESIZE, ask_to_stop, read_stop, withdraw_resize
 from place.training.watchdog import describe_stacks
@@ -63,7 +63,7 @@ def _run_to_the_end(config: Config, launch_name: str, start_wait_s: float) -> st
         raise UsageError(describe_lack(config, start_wait_s))
     if hosts is None:
         return "stopped"
-    failures, saved = 0, read_newest_step(run_dir)
+    failures, saved = 0, _find_newest_step(run_dir)
     for group in range(10**6):
         (run_dir / "outcome.json").unlink(missing_ok=True)
         fault = _run_group(config, launch_name, f"{launch_name}-{group}", hosts)
@@ -73,7 +73,7 @@ def _run_to_the_end(config: Config, launch_name: str, start_wait_s: float) -> st
         withdraw_resize(run_dir)
         if fault is not None:
             check_disk(run_dir, need_mib=1)
-            before, saved = saved, read_newest_step(run_dir)
+            before, saved = saved, _find_newest_step(run_dir)
             failures = failures + 1 if saved == before else 1
             stacks = describe_stacks(run_dir, count_attempts(run_dir) - 1, len(hosts.ray_ids))
             write_attempt(run_dir, {"notes": [note for note in (fault.line, stacks) if note]})
@@ -94,6 +94,12 @@ def _run_to_the_end(config: Config, launch_name: str, start_wait_s: float) -> st
             write_attempt(run_dir, {"notes": [note]})
         hosts = found
     raise AssertionError("a run does not restart a million times")
+
+
+def _find_newest_step(run_dir: Path) -> int | None:
+    """By the folders themselves: a power failure may leave `latest` empty, which the workers mend as they start."""
+    folders = (run_dir / "checkpoints").glob("step_????????")
+    return max((int(folder.name.removeprefix("step_")) for folder in folders), default=None)
 
 
 def _run_group(config: Config, launch_name: str, name: str, hosts: Hosts) -> Fault | None:

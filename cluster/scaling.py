@@ -32,7 +32,7 @@ from place.cluster.scaling_model import (
     fit_resampled,
     predict_interval,
 )
-from place.cluster.slurm_job import run_slurm_job
+from place.cluster.slurm_job import end_left_job, run_slurm_job
 from pydantic import Field
 
 from place.config import Config, RunError, Section, UsageError, build_config, dump_config, read_section
@@ -273,6 +273,8 @@ def run_job(job: Job, scale: ScaleConfig, say: Callable[[str], None]) -> dict[st
     if is_restart and read_newest_step(run) != scale.steps:
         again = f"remove {job.folder.with_name('full0') / 'measured.json'} to measure it anew"
         return {"reason": f"the whole run left no checkpoint of its last step to start from; {again}"}
+    if scale.launcher == "slurm":
+        end_left_job(job.folder, say)
     if run.exists() and not is_restart:
         # What a run left that was cut off would be taken for a part of this one.
         shutil.rmtree(run / "checkpoints", ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -25,6 +26,8 @@ NEVER = {
 """Reasons that a job waits for in vain, as long as the cluster is what it is. Source: Slurm's job reason codes."""
 TOLD_TO_END = (85, 128 + signal.SIGUSR1)
 """What slurm/pretrain.sh ends with where Slurm warned it of its time limit: with a checkpoint, or too early for one."""
+NOTE = "job"
+"""File beside the log that holds the number of a job under way."""
 POLL_S = (1.0, 15.0)
 """First and longest pause between two looks at the queue."""
 NOISE = re.compile(r"slurmstepd|srun:|.*ray_node\.sh: line \d+: ")
@@ -55,9 +58,12 @@ def run_slurm_job(words: Sequence[str], log: Path, say: Callable[[str], None]) -
     if done.returncode:
         raise RunError(f"refused, {(done.stderr.strip() or 'sbatch: no reason given').splitlines()[-1]}")
     number = done.stdout.strip().split(";")[0]
+    note = log.with_name(NOTE)
+    note.write_text(number)
     say(f"job {number} is queued; its log is {log}")
     try:
         job = _wait_for_end(number, say)
+        note.unlink(missing_ok=True)
     except BaseException:
         subprocess.run(["scancel", number], check=False)
         raise
@@ -68,6 +74,29 @@ def run_slurm_job(words: Sequence[str], log: Path, say: Callable[[str], None]) -
             said = f"it was stopped before its end, by the warning of its time limit or by hand ({log})"
         raise RunError(f"job {number} ended {job['JobState']}, {code}: {said}")
     return datetime.fromisoformat(job["StartTime"]).timestamp()
+
+
+def end_left_job(folder: Path, say: Callable[[str], None]) -> None:
+    """Cancel the job that an earlier call left in this folder, as one that was killed does, and wait until it is gone.
+
+    Two jobs would write one run. Raises RunError where Slurm does not end it.
+    """
+    note = folder / NOTE
+    number = note.read_text().strip() if note.is_file() else ""
+    if not number or shutil.which("scancel") is None:
+        return
+    say(f"job {number} of an earlier call, which did not see its end, is cancelled")
+    subprocess.run(["scancel", number], check=False)
+    began = time.monotonic()
+    while True:
+        # One that ended long ago is no longer known.
+        done = subprocess.run(["squeue", "-h", "-j", number], capture_output=True, text=True, check=False)
+        if not done.stdout.strip() and (done.returncode == 0 or "Invalid job id" in done.stderr):
+            break
+        if time.monotonic() - began > SILENT_S:
+            raise RunError(f"job {number}, left by an earlier call, does not end; scancel it, then remove {note}")
+        time.sleep(POLL_S[0])
+    note.unlink(missing_ok=True)
 
 
 def _wait_for_end(number: str, say: Callable[[str], None]) -> dict[str, str]:

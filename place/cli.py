@@ -35,6 +35,14 @@ def main(argv: list[str] | None = None) -> int:
     except RunError as error:
         print(f"place {arguments.verb}: {error}", file=sys.stderr)
         return FAILED
+    except OSError as error:
+        from place.data.spill import FULL
+
+        if error.errno not in FULL:
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        print(f"place {arguments.verb}: {error.strerror}{where}; make room, the same command goes on", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print(f"place {arguments.verb}: interrupted", file=sys.stderr)
         return FAILED
@@ -582,8 +590,10 @@ def scale(arguments: argparse.Namespace) -> int:
 
     path = Path(arguments.config)
     asked = load_scale(path, arguments.overrides)
-    # Told to end, it takes the job of the rung with it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED))
+    # Told to end, or left by its terminal, it takes the job of the rung with it; under nohup it stays.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: sys.exit(FAILED))
     keep = partial(write_results, Path(asked.folder), f"Scaling of {path.stem}")
     # A ladder that is stopped leaves a page of the rungs before.
     results = run_ladder(asked, path.parent / asked.base, partial(print, flush=True), partial(keep, with_png=False))

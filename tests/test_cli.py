@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -28,6 +29,35 @@ def test_the_command_line_imports_neither_torch_nor_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_that_finds_no_room_in_the_cache_is_one_line(num_workers: int, prepared: Path, tmp_path: Path) -> None:
+    """A limit of the size of a file fails a write as a quota does."""
+    config = write_config(tmp_path, prepared)
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000));"
+    code += "from place.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["pretrain", "--config", str(config), f"data.cache_dir={tmp_path}", f"data.num_workers={num_workers}"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(
+        f"place pretrain: no room for the next shard of 'train' at {tmp_path} on "
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_is_one_line_and_other_faults_of_the_system_are_not_hidden(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(number: int) -> None:
+        raise OSError(number, os.strerror(number), "runs/x/metrics.jsonl")
+
+    monkeypatch.setitem(cli.VERBS, "runs", lambda _: fail(errno.ENOSPC))
+    said = "place runs: No space left on device at runs/x/metrics.jsonl; make room, the same command goes on"
+    assert run_main(capsys, "runs") == (1, "", [said])
+    monkeypatch.setitem(cli.VERBS, "runs", lambda _: fail(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        cli.main(["runs"])
 
 
 def test_a_process_ends_with_the_code_and_one_line_without_traceback() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from browser.look import look_at
 from documents import read_blocks, read_commands
 from PIL import Image
 from place.cluster.scaling import RungConfig, ScaleConfig
@@ -48,6 +49,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
+
+
+@pytest.mark.browser
+def test_every_page_is_whole_in_a_browser(site: Path) -> None:
+    # 404.html is for a server: its addresses begin at the root.
+    pages = sorted(path for path in site.rglob("*.html") if path.name != "404.html")
+    assert {page.name for page in pages} >= {path.with_suffix(".html").name for path in (ROOT / "docs").glob("*.md")}
+    assert look_at(pages) == []
 
 
 def test_the_reference_has_every_key_with_its_docstring_and_default(site: Path) -> None:

@@ -7,6 +7,7 @@ import fcntl
 import os
 import random
 import signal
+import socket
 import tempfile
 import time
 from collections import deque
@@ -51,7 +52,7 @@ class PairLoader:
         cache: Path,
     ):
         """Raises UsageError where the cache limit does not hold a few shards."""
-        self.data, self.split = data, split
+        self.data, self.split, self.cache = data, split, cache
         # Here and not in the loader's workers: OpenCV's threads do not survive a fork, asking for one less would hang.
         cv2.setNumThreads(1)
         world, node = read_world(), read_node()
@@ -97,7 +98,8 @@ class PairLoader:
         """Batches [first_step, last_step) of an epoch.
 
         Raises:
-            RunError: a shard is damaged or missing; the line names it. PassingError: one cannot be read now.
+            RunError: a shard is damaged or missing, or its disk is full; the line names it. PassingError: one cannot be
+                read now.
         """
         global_batch = world * (self.loader.batch_size or 1)
         self.dataset.start_at(epoch, first_step * global_batch)
@@ -117,10 +119,15 @@ class PairLoader:
             raise PassingError(f"split '{self.split}' ended {where}; start the run again")
 
     def _raise_fault(self, error: Exception) -> None:
-        """Name the shard at fault, if one is."""
+        """Name the shard at fault, or the disk, if one is."""
         for path, number in self.dataset.list_failed():
             if fault := find_fault(path, self.split, number):
                 raise RunError(f"{fault}; prepare the data set again or copy the shard anew") from error
+        if self.dataset.is_out_of_room:
+            raise RunError(
+                f"no room for the next shard of '{self.split}' at {self.cache.parent} on {socket.gethostname()}; make "
+                "room, choose another data.cache_dir, or set data.cache_limit"
+            ) from error
         if "thrashing" in str(error):
             raise RunError(
                 f"data.cache_limit={self.data.cache_limit} is too small: shards are thrown out before they are read; "

@@ -18,6 +18,7 @@ from place.data.order import compute_steps, share_steps
 from place.data.prepared import HASH
 from place.data.report import hash_text
 from place.data.shard_file import MappedShard
+from place.data.spill import FULL
 from place.data.tokens import ReportTokenizer, TokenizedReport
 from place.data.transforms import eval_transform, read_image, train_transform
 from place.distributed import Node, World
@@ -34,6 +35,8 @@ COLUMNS = ("image", "sentences", "report_group", "sample_id")
 """Of a stored sample, what training reads."""
 MOST_MAPPED = 256
 """Shards a loader process holds open."""
+FAILED, NO_ROOM = 1, 2
+"""Why a shard could not be fetched or read."""
 THREAD_FAILED = "a thread that fetches shards failed"
 
 
@@ -88,7 +91,7 @@ class ReportPairs(StreamingDataset):
             validate_hash=HASH,
         )
         # Shared with the loader's workers, as who reads them tells why an epoch ended.
-        self._failed = torch.zeros(self.num_shards, dtype=torch.bool).share_memory_()
+        self._failed = torch.zeros(self.num_shards, dtype=torch.int8).share_memory_()
         if self.cache_limit:
             # Loader workers that fetch further ahead than the cache holds throw out each other's shards.
             fetching = node.size * max(1, data.num_workers)
@@ -125,8 +128,8 @@ class ReportPairs(StreamingDataset):
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         try:
             super().prepare_shard(shard_id, blocking)
-        except Exception:
-            self._failed[shard_id] = True
+        except Exception as error:
+            self._failed[shard_id] = NO_ROOM if isinstance(error, OSError) and error.errno in FULL else FAILED
             # streaming leaves a shard that fails as 'preparing', and the other loader workers would wait for it for
             # ever. Called 'local', it makes them try, and meet the same failure.
             self._shard_states[shard_id] = _ShardState.LOCAL
@@ -137,6 +140,11 @@ class ReportPairs(StreamingDataset):
         # streaming ends without a word when one of its threads fails: a loader goes on with its other workers' batches.
         if self._event.is_set():
             raise RuntimeError(THREAD_FAILED)
+
+    @property
+    def is_out_of_room(self) -> bool:
+        """Whether a shard did not fit onto the disk of the cache."""
+        return bool((self._failed == NO_ROOM).any())
 
     def list_failed(self) -> list[tuple[str, int]]:
         """The shards that could not be fetched or read: path of the data set, and number in its split."""
@@ -199,8 +207,8 @@ class ReportPairs(StreamingDataset):
         it.on_exit()
 
     def on_exception(self, future: Future) -> None:
-        # streaming raises in here, which prints a traceback; the loader names a damaged shard in one line.
-        if isinstance(future.exception(), ValueError | FileNotFoundError):
+        # streaming raises in here, which prints a traceback; the loader names a damaged shard or a full disk in a line.
+        if isinstance(future.exception(), ValueError | FileNotFoundError) or self.is_out_of_room:
             self._event.set()
         else:
             super().on_exception(future)

@@ -64,6 +64,8 @@ MEASURE = """(async () => {
   };
   for (const e of document.querySelectorAll('img, svg image, svg, canvas')) {
     const kind = e.tagName.toLowerCase(), box = e.getBoundingClientRect();
+    // The icon of a control that this width, or the page, does not show.
+    if (kind === 'svg' && e.closest('label, button, a') && !e.getClientRects().length) continue;
     const found = kind === 'canvas' ? colours(e) : kind === 'svg' ? (e.getBBox().width && e.getBBox().height ? 2 : 0)
       : await count(e.href ? e.href.baseVal : e.currentSrc || e.src);
     if (found < 0) faults.push(`a picture did not load: ${name(e)}`);

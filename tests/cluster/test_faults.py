@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from place.cluster import launch
 from place.cluster.launch import describe_fault
 from place.cluster.worker import run_guarded
 from training.runs import write_config
@@ -70,3 +71,11 @@ def test_a_worker_gives_up_on_a_damaged_shard_and_not_on_storage_that_does_not_a
         assert not outcome.exists()
     else:
         assert "is damaged" in json.loads(outcome.read_text())["message"]
+
+
+def test_the_driver_counts_checkpoints_by_their_folders_for_a_power_failure_may_empty_latest(tmp_path: Path) -> None:
+    assert launch._find_newest_step(tmp_path) is None
+    for name in ("step_00000004", "step_00000012", ".step_00000016.partial"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "latest").write_text("")
+    assert launch._find_newest_step(tmp_path) == 12

@@ -138,7 +138,17 @@ def test_a_measured_ladder_runs_each_rung_as_a_job_and_one_that_is_cancelled_is_
     endless = [{"workers": 1, "config": ["train.epochs=5000"]}]
     path.write_text(yaml.safe_dump(ladder | {"rungs": endless, "steps": 60_000, "timeout_s": 60}))
     environ["PLACE_SBATCH"] = " ".join(word for word in SITE if not word.startswith("--time"))
-    assert "it was stopped before its end, by the warning of its time limit" in rig.ctl(*words, check=False, **environ)
+    for signal_name, is_left in (("HUP", False), ("KILL", True)):
+        # Its terminal went, then it was killed without a word.
+        log = tmp_path / f"{signal_name}.log"
+        started = rig.start_on("ctl", *words, log=log, **environ)
+        wait_until(lambda log=log: "is queued" in log.read_text(), 300, "a job", log)
+        rig.on("ctl", "pkill", f"-{signal_name}", "-f", f"place scale --config {path}")
+        assert started.wait(60) != 0
+        wait_until(lambda is_left=is_left: bool(rig.ctl("squeue", "-h")) == is_left, 60, "the job's end", log)
+    last = rig.ctl(*words, check=False, **environ)
+    assert "of an earlier call, which did not see its end, is cancelled" in last
+    assert "it was stopped before its end, by the warning of its time limit" in last
     hosts = [worker["host"] for worker in read_workers(tmp_path / "scale/2_workers/full0/run")]
     assert (len(hosts), len(set(hosts))) == (2, 1), "pretrain.sh counted the nodes"
     assert rig.list_leftovers() == []
