@@ -38,10 +38,9 @@ from pydantic import Field
 from place.config import Config, RunError, Section, UsageError, build_config, dump_config, read_section
 from place.data.mixture import read_fingerprint
 from place.kept import read_kept, run_logged, write_kept
-from place.runlog import read_jsonl, read_newest_step
+from place.runlog import read_commit, read_jsonl, read_newest_step
 from place.training.footprint import Footprint, measure_footprint
 from place.training.plan import build_plan, compute_accumulation
-from place.training.pretrain import read_commit
 
 PROBES = {
     "synthetic": "one batch again and again: the ceiling of compute and network",

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -381,7 +381,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
     source = run / "config.yaml"
     if not source.is_file():
         raise UsageError(f"{run} is no run folder (no config.yaml); give the run.dir of a `place pretrain`")
-    evaluation = build_config(source, [*_read_findings(arguments.data), *arguments.overrides]).evaluation
+    own = build_config(source)
+    is_own = data_dir.resolve() in [Path(stream.path).resolve() for stream in own.data.list_streams()]
+    chosen = _choose_findings(arguments, () if is_own else own.evaluation.findings)
+    evaluation = build_config(source, [*chosen, *arguments.overrides]).evaluation
     results = run_evaluation(
         run, data_dir, arguments.tasks.split(","), arguments.split, arguments.checkpoint, evaluation, output
     )
@@ -390,12 +393,26 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _read_findings(data: str) -> list[str]:
-    """The findings that the protocol of a data set judges, as words that come before those of the command line."""
+def _choose_findings(arguments: argparse.Namespace, named: Sequence[str]) -> list[str]:
+    """The findings to judge, as words that come before those of the command line: those of the data set's protocol.
+
+    Args:
+        named: what the encoder's configuration judged on another data set; where this one lacks some of them, all of
+            its own are judged.
+    """
     from place.data.prepared import read_card
 
-    findings = read_card(data).get("protocol", {}).get("findings")
-    return [f"evaluation.findings={json.dumps(findings)}"] if findings else []
+    if any(word.startswith("evaluation.findings=") for word in arguments.overrides):
+        return []
+    card = read_card(arguments.data)
+    findings = card.get("protocol", {}).get("findings")
+    if findings:
+        return [f"evaluation.findings={json.dumps(findings)}"]
+    absent = next((name for name in named if name not in card["labels"]), None)
+    if absent is None:
+        return []
+    print(f"{arguments.data} has no label {absent!r}, which the encoder's own evaluation.findings name: all are judged")
+    return ["evaluation.findings=[]"]
 
 
 def _evaluate_encoder(arguments: argparse.Namespace) -> int:
@@ -412,7 +429,8 @@ def _evaluate_encoder(arguments: argparse.Namespace) -> int:
     if arguments.random_weights:
         console.print(f"{arguments.encoder}: random weights, seed 0; nothing has been learned", style="yellow")
     own = read_evaluation(arguments.encoder) if is_export(arguments.encoder) else {}
-    laid_over = [f"evaluation={json.dumps(own)}", *_read_findings(arguments.data), *arguments.overrides]
+    chosen = _choose_findings(arguments, own.get("findings", ()))
+    laid_over = [f"evaluation={json.dumps(own)}", *chosen, *arguments.overrides]
     evaluation = build_config(None, laid_over).evaluation
     results = run_encoder_evaluation(
         arguments.encoder,

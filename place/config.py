@@ -79,6 +79,9 @@ _SIZE = re.compile(r"\d+b?|(\d+|\d*\.\d+)\s*[kmgtpezy]b", re.IGNORECASE)
 """What streaming reads as a number of bytes."""
 
 
+Sections = Literal["all", "findings", "impression", "one"]
+
+
 class DataConfig(Section):
     path: str = "datasets/demo"
     """Folder or s3://BUCKET/PREFIX written by `place prepare`."""
@@ -97,7 +100,7 @@ class DataConfig(Section):
     """Report sentences kept."""
     views_per_study: Literal["all", "one"] = "all"
     """`all`: each image of a study is a pair of the epoch; `one`: each study is, with an image drawn for the epoch."""
-    sections: Literal["all", "findings", "impression", "one"] = "all"
+    sections: Sections = "all"
     """Report sections the text encoder reads; `one`: a report's findings or impression, drawn for the epoch, and its
     findings where nothing is trained."""
     shuffle_sentences: bool = False
@@ -427,6 +430,9 @@ class ClusterConfig(Section):
 
 
 class GenerationConfig(Section):
+    sections: Sections | None = None
+    """What of a report is learned and judged (`one`: the findings, else the impression); none takes what the run read,
+    for other encoders all. Give one where encoders are compared."""
     decoder: str | None = None
     """Folder of a causal language model (GPT-2 or BERT) with tokenizer that writes; none trains a small GPT-2."""
     width: int = Field(128, ge=8)

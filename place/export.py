@@ -72,6 +72,8 @@ def write_parts(run_dir: Path, run: LoadedRun, folder: Path, with_onnx: bool = F
     notes = [write_timm(run_dir, run, folder / TIMM)]
     if with_onnx:
         notes.append(write_onnx(run.model.vision, run.config.data.image_size_px, folder / ONNX))
+    else:
+        notes.append("no ONNX of the vision encoder: --onnx writes it")
     results = {name: hide_folders(result) for name, result in read_results(run_dir, run.step).items()}
     for name, result in results.items():
         path = folder / RESULTS / f"{name}.json"

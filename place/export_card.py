@@ -85,12 +85,13 @@ def build_card(config: PlaceConfig, results: dict[str, dict[str, Any]], has_timm
 
 
 def _show_result(result: dict[str, Any]) -> str:
-    split, unit = result["protocol"].get("split", ""), "phrases" if result["task"] == "grounding" else "images"
+    protocol, unit = result["protocol"], "phrases" if result["task"] == "grounding" else "images"
+    judged = protocol.get("judged") or f"split '{protocol.get('split', '')}'"
     lines = [
-        f"### {result['task']}: {result['num_samples']} {unit}, split '{split}'",
+        f"### {result['task']}: {result['num_samples']} {unit}, {judged}",
         "",
         f"Data `{result['data_fingerprint']}`, commit `{result['commit']}`; all: evaluation/{result['task']}.json.",
-        *_list_leaks(result["protocol"].get("leaks")),
+        *_list_leaks(protocol.get("leaks")),
         "",
         "| measure | value | 95 % |",
         "| --- | ---: | ---: |",

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -175,6 +176,16 @@ def note_end(run_dir: Path, outcome: str, why: str) -> None:
     # Where the disk is full nothing can be noted, and that it is full is what the user must hear.
     with contextlib.suppress(OSError):
         write_attempt(run_dir, {"outcome": outcome, **({"why": " ".join(why.split())} if outcome != "done" else {})})
+
+
+def read_commit() -> str:
+    """The commit of the checkout that runs, else PLACE_COMMIT; `-dirty` marks uncommitted changes."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(git, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return os.environ.get("PLACE_COMMIT", "unknown")
+    return done.stdout.strip() or os.environ.get("PLACE_COMMIT", "unknown")
 
 
 def count_attempts(run_dir: Path) -> int:

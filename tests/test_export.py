@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_package import BLOCKED, run_code
 
 from place.cli import main
-from place.config import Config, RunError, UsageError, check_config
+from place.config import Config, DetectionConfig, EvaluationConfig, RunError, UsageError, check_config
 from place.data.images import scale_to_uint8
 from place.data.transforms import eval_transform
 from place.evaluation.suite import run_evaluation
@@ -150,7 +151,10 @@ def test_timm_gives_the_summary_and_the_tokens_of_the_run(
 def test_a_stem_that_timm_does_not_have_is_told(data_dir: Path, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", change(build_config(data_dir), stem="conv"))
     exported = run_export(folder, tmp_path / "export")
-    assert exported.notes == ["timm: left out, as timm has no such stem (model.vision.stem=conv)"]
+    assert exported.notes == [
+        "timm: left out, as timm has no such stem (model.vision.stem=conv)",
+        "no ONNX of the vision encoder: --onnx writes it",
+    ]
     assert not (exported.folder / "timm").exists()
     image_BCYX = torch.randn(2, 1, 32, 32)
     with torch.inference_mode():
@@ -245,6 +249,19 @@ def test_a_result_with_a_leak_says_so_in_the_card(run_dir: Path, tmp_path: Path)
     assert protocol["peers"] == tree["protocol"]["peers"]
 
 
+def test_a_result_of_folds_is_not_called_one_of_the_test_split(run_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    leaks = ("pretraining.patient", "pretraining.image", "selection.image")
+    folded = EvaluationConfig(
+        bootstrap=0, folds=3, allow_leaks=leaks, detection=DetectionConfig(max_steps=2, look_every_steps=2)
+    )
+    run_evaluation(copy, data_dir, ["detection"], evaluation=folded)
+    card = (run_export(copy, tmp_path / "export").folder / "README.md").read_text()
+    assert re.search(r"### detection: \d+ images, images of all splits, in 3 folds of patients", card)
+    assert "### retrieval: " in card
+    assert "split 'test'" in card.split("### retrieval: ")[1].split("\n")[0]
+
+
 def test_sources_are_named_without_the_machine_s_folders(tmp_path: Path) -> None:
     assert name_source(str(tmp_path / "bert")) == "folder bert"
     assert name_source("timm:vit_base_patch16_224") == "timm:vit_base_patch16_224"
@@ -255,7 +272,9 @@ def test_the_verb_exports_and_refuses_a_folder_that_is_taken(
 ) -> None:
     command = ["export", "--run", str(run_dir), "--output", str(tmp_path / "out")]
     assert main(command) == 0
-    assert "transformers.AutoModel loads it" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "transformers.AutoModel loads it" in said
+    assert "no ONNX of the vision encoder: --onnx writes it" in said
     assert main(command) == 2
     assert "is there already" in capsys.readouterr().err
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ from place.evaluation.paired import Difference, Rows, compare_rows
 
 KEYS = ("sample_id", "finding", "phrase", "label", "truths", "reference_findings")
 """Columns of TASK.parquet that must be the same in both: what was judged, and the truth."""
+SETTINGS = ("settings", "chosen_on", "gallery", "sections")
+"""Of a protocol, how heads were trained and what was judged, beside the score and the images trained on."""
 METHOD = "bootstrap over patients, the same resamples for both; B - A with its 95 % percentile interval"
 
 
@@ -158,11 +160,35 @@ def list_notes(name: str, first: dict[str, Any], second: dict[str, Any], found: 
     """What a reader of a task's differences has to know."""
     if not found:
         return [f"{name}: no figures of single images are there, in TASK.parquet; evaluate again, or see TASK.json"]
-    scores = [result["protocol"].get("score") for result in (first, second)]
-    notes = [f"{name}: A is {scores[0]}; B is {scores[1]}"] if scores[0] != scores[1] else []
+    ours, theirs = first["protocol"], second["protocol"]
+    notes = [f"{name}: A is {ours.get('score')}; B is {theirs.get('score')}"] * (
+        ours.get("score") != theirs.get("score")
+    )
+    changes = list_changes(read_settings(ours), read_settings(theirs))
+    notes += [f"{name}: {path} is {a} in A, {b} in B" for path, a, b in changes]
+    notes += [f"{name}: {ours['judged']}"] if "judged" in ours else []
     if name == "generation":
         notes.append("generation: F1 of findings alone is compared report by report; see TASK.json of both for words")
     return notes
+
+
+def read_settings(protocol: dict[str, Any]) -> dict[str, Any]:
+    """Of a protocol what the two must share for their difference to be of the encoders alone, flat."""
+    settings: dict[str, Any] = {}
+    for key in (key for key in SETTINGS if key in protocol):
+        entry = protocol[key]
+        settings |= (
+            {f"{key}.{name}": value for name, value in entry.items()} if isinstance(entry, dict) else {key: entry}
+        )
+    if "trained_on" in protocol:
+        # Behind the images stands where training stopped, which is a result.
+        settings["trained_on"] = protocol["trained_on"].split(";")[0]
+    return settings
+
+
+def list_changes(first: dict[str, Any], second: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Where two flat trees that have a key in common differ in it."""
+    return ((key, first[key], second[key]) for key in first if key in second and first[key] != second[key])
 
 
 def is_mean(name: str) -> bool:

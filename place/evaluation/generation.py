@@ -84,7 +84,7 @@ def run_generation(task: Task) -> TaskResult:
         f"stopped on '{task.val_split}' at step {step} of {config.steps}"
     )
     protocol = {"decoder": origin, "trained_on": trained_on, "settings": config.model_dump()} | _describe(task, scores)
-    protocol["without_report"] = len(patients) - len(test.sample_ids)
+    protocol |= {"sections": task.reported_sections, "without_report": len(patients) - len(test.sample_ids)}
     protocol |= {name: text for name, text in JUDGED_BY.items() if getattr(judges, name) is not None}
     rows: dict[str, Any] = {"sample_id": test.sample_ids, "reference": reference, **written}
     for name, texts in (("generated", written["generated"]), ("reference", reference)):
@@ -131,7 +131,7 @@ def _read_split(task: Task, split: str, limit: int | None) -> Read:
     chosen = (sample for sample in read_samples(task.data_dir, split) if sample["sample_id"] in wanted)
     for samples in take(chosen, task.evaluation.batch_size):
         parts.append(_encode(task, [sample["image"] for sample in samples]))
-        studies += [build_study(sample, task.sections) for sample in samples]
+        studies += [build_study(sample, task.reported_sections) for sample in samples]
         task.report(f"read {split} images and reports", len(studies), len(wanted))
     order = sorted(range(len(studies)), key=lambda row: studies[row].sample_id)
     patches, observations, image = (torch.cat(part)[order] for part in zip(*parts, strict=True))

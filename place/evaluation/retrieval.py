@@ -72,7 +72,7 @@ def run_retrieval(task: Task) -> TaskResult:
     metrics |= {f"{mode}.{name}": metric for mode, other in judged.items() for name, metric in other.items()}
     rows = list_found(split, gallery, scores[headline].numpy())
     protocol = _describe(headline, gallery, label_BF)
-    protocol |= {"without_report": groups.count(NO_REPORT), "left_out": left_out}
+    protocol |= {"sections": task.sections, "without_report": groups.count(NO_REPORT), "left_out": left_out}
     return TaskResult("retrieval", metrics, protocol, len(gallery.query_Q), rows)
 
 

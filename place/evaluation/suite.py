@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from place import __version__
 from place.config import DataConfig, EvaluationConfig, RunError, UsageError
 from place.data.identity import SPLITS
 from place.data.manifest import MANIFEST_FILE, read_manifest
@@ -37,6 +38,7 @@ from place.evaluation.task import StepProgress, Task, TaskInput
 from place.evaluation.zero_shot import run_zero_shot
 from place.kept import drafted, write_text
 from place.pretrained.load import load_export, read_trained
+from place.runlog import read_commit
 from place.training.checkpoint import load_run
 
 TASKS: dict[str, Callable[[Task], TaskResult]] = {
@@ -257,12 +259,15 @@ def choose_tasks(tasks: Sequence[str], offers: Collection[str]) -> list[str]:
 
 def write_result(folder: Path, result: TaskResult, task: Task, which: str) -> None:
     """Write a result as `folder/TASK.json`, and what it was computed from as TASK.parquet, each whole or not at all."""
+    folds = task.evaluation.folds if result.task in IN_FOLDS else 0
+    folded = {"judged": f"images of all splits, in {folds} folds of patients"} if folds else {}
     tree = {
         "task": result.task,
         "metrics": {name: metric._asdict() for name, metric in result.metrics.items()},
-        "protocol": {"split": task.split, "bootstrap": task.evaluation.bootstrap} | result.protocol,
+        "protocol": {"split": task.split, "bootstrap": task.evaluation.bootstrap} | folded | result.protocol,
         "data_fingerprint": task.card["fingerprint"],
         "commit": task.encoder.commit,
+        "judged_by": {"commit": read_commit(), "version": __version__},
         "num_samples": result.num_samples,
         "checkpoint": {"which": which, "step": task.encoder.step},
         "encoder": {"name": task.encoder.name, "weights": task.encoder.weights},

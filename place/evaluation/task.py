@@ -39,7 +39,8 @@ class Task:
         self._run, self.data_dir, self.card, self.split, self.evaluation, self.on_progress, self.folder, _ = given
         data = given.run.config.data if given.run else DataConfig()
         # Of the judged data set, whatever the run was trained on.
-        self.train_split, self.val_split, self.sections = "train", "val", data.sections
+        self.train_split, self.val_split = "train", "val"
+        self.sections, self.reported_sections = data.sections, self.evaluation.generation.sections or data.sections
         self.encoder = given.encoder or wrap_run(self.run, "run")
         self.labels: list[str] = list(self.card["labels"])
 

@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ from place.kept import write_text
 from place.losses.objective import compute_losses
 from place.model.place import PlaceModel, build_model
 from place.node import clean_node, note_cache, note_shared_memory
-from place.runlog import RunLog, count_attempts, hold_run, write_attempt
+from place.runlog import RunLog, count_attempts, hold_run, read_commit, write_attempt
 from place.trackers import Tracker, check_trackers, open_trackers
 from place.training.checkpoint import agree_on_checkpoint, read_state, write_definition
 from place.training.engine import Engine, TorchEngine
@@ -184,16 +183,6 @@ def _work(
             log.close()
         if node.is_first:
             shutil.rmtree(cache, ignore_errors=True)
-
-
-def read_commit() -> str:
-    """The commit of the checkout that runs, else PLACE_COMMIT; `-dirty` marks uncommitted changes."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(git, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return os.environ.get("PLACE_COMMIT", "unknown")
-    return done.stdout.strip() or os.environ.get("PLACE_COMMIT", "unknown")
 
 
 def _objective(config: Config, grey_level: float, outputs: Outputs, batch: Batch) -> Losses:

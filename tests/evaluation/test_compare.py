@@ -200,6 +200,25 @@ def test_what_cannot_be_compared_is_said(evaluated: Path, data_dir: Path, tmp_pa
         run_compare(evaluated, other, data_dir, tasks=["detection"])
 
 
+def test_other_settings_of_a_head_and_other_training_images_are_said(
+    evaluated: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(evaluated, tmp_path / "other")
+    path = other / "segmentation.json"
+    tree = json.loads(path.read_text())
+    tree["protocol"]["settings"] |= {"max_steps": 900}
+    images, _, stopped = tree["protocol"]["trained_on"].partition(";")
+    assert stopped, "the step that was kept is no setting"
+    tree["protocol"]["trained_on"] = "7 images of 'train'; stopped at another step"
+    tree["protocol"]["judged"] = "images of all splits, in 3 folds of patients"
+    path.write_text(json.dumps(tree))
+    assert run_compare(other, evaluated, data_dir, 100, ["segmentation"]).notes == [
+        "segmentation: settings.max_steps is 900 in A, 40 in B",
+        f"segmentation: trained_on is 7 images of 'train' in A, {images} in B",
+        "segmentation: images of all splits, in 3 folds of patients",
+    ]
+
+
 def test_differences_that_few_resamples_tell_are_noted(evaluated: Path, data_dir: Path, tmp_path: Path) -> None:
     rows = pq.read_table(evaluated / "zero_shot.parquet").to_pydict()
     label = np.zeros(len(rows["label"]), np.int8)

@@ -180,6 +180,19 @@ def test_an_image_encoder_alone_writes_from_its_patches(run_dir, data_dir, resul
     assert alone.rows["nearest"][0] == " ".join(item["text"] for item in nearest["sentences"])
 
 
+def test_the_sections_judged_may_be_said_for_every_encoder_alike(run_dir, data_dir, result):
+    assert result.protocol["sections"] == "all"
+    run, few = load_run(run_dir), {"sections": "impression", "steps": 2}
+    of_run = build_task(run_dir, data_dir, **few)
+    given = TaskInput(None, data_dir, {"labels": []}, "test", of_run.evaluation, encoder=wrap_run(run, "alone"))
+    first, second = (run_generation(task) for task in (of_run, Task(given)))
+    assert first.protocol["sections"] == second.protocol["sections"] == "impression"
+    assert first.rows["reference"] == second.rows["reference"] != result.rows["reference"]
+    samples = {sample["sample_id"]: sample["sentences"] for sample in read_samples(data_dir, "test")}
+    own = samples[first.rows["sample_id"][0]]
+    assert first.rows["reference"][0] == " ".join(item["text"] for item in own if item["section"] == "impression")
+
+
 def test_the_protocol_says_which_baselines_were_beaten(result):
     names = [name for name in result.metrics if "." not in name]
     above = [n for n in names if all(result.metrics[n].value > result.metrics[f"{b}.{n}"].value for b in BASELINES)]

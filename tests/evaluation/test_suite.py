@@ -12,9 +12,10 @@ import cv2
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from rich.console import Console
 
-from place import cli
+from place import __version__, cli
 from place.config import EvaluationConfig, FinetuneConfig, GenerationConfig, RunError, UsageError
 from place.data.masks import MASKS_FILE
 from place.data.prepared import read_card
@@ -27,6 +28,7 @@ from place.evaluation.leaks import read_rows
 from place.evaluation.metrics import draw_weights
 from place.evaluation.suite import IN_FOLDS, TASKS, choose_tasks, find_offers, judge, print_results, run_evaluation
 from place.evaluation.task import Task, TaskInput
+from place.runlog import read_commit
 from place.training.checkpoint import load_run
 
 PROTOCOLS = Path(__file__).parents[2] / "configs" / "eval"
@@ -186,6 +188,31 @@ def test_the_protocol_says_which_findings_count_and_the_command_line_comes_first
     for given, counted in (([], ["edema"]), (["evaluation.findings=[effusion]"], ["effusion"])):
         assert cli.main([*words, "evaluation.bootstrap=0", *given]) == 0
         assert list(json.loads((tmp_path / "zero_shot.json").read_text())["protocol"]["findings"]) == counted
+
+
+def test_findings_of_the_runs_own_data_do_not_stand_in_the_way_on_other_data(run_dir, data_dir, tmp_path, capsys):
+    """As a run of the demo, which names the phantoms' findings, on a data set that spells them otherwise."""
+    run, other = shutil.copytree(run_dir, tmp_path / "run"), shutil.copytree(data_dir, tmp_path / "data")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["evaluation"]["findings"] = ["Effusion", "edema"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    words = ["evaluate", "--run", str(run), "--tasks", "zero_shot", "--output", str(tmp_path)]
+    assert cli.main([*words, "--data", str(other), "evaluation.bootstrap=0"]) == 0
+    assert f"{other} has no label 'Effusion', which the encoder's own evaluation.findings name: all are judged" in (
+        capsys.readouterr().out
+    )
+    judged = json.loads((tmp_path / "zero_shot.json").read_text())["protocol"]
+    assert {*judged["findings"], *judged["left_out"]} == set(read_card(other)["labels"])
+    assert cli.main([*words, "--data", str(other), "evaluation.findings=[Effusion]"]) == 2
+    assert "has no label 'Effusion'; did you mean 'effusion'?" in capsys.readouterr().err
+    assert cli.main([*words, "--data", config["data"]["path"]]) == 2, "a wrong name for one's own data is refused"
+
+
+def test_a_result_says_what_code_judged_it_and_what_of_reports_was_read(run_dir, data_dir, tmp_path):
+    run_evaluation(run_dir, data_dir, ["retrieval"], evaluation=EvaluationConfig(bootstrap=0), output=tmp_path)
+    result = json.loads((tmp_path / "retrieval.json").read_text())
+    assert result["judged_by"] == {"commit": read_commit(), "version": __version__}
+    assert result["protocol"]["sections"] == "all"
 
 
 def test_a_data_set_without_labels_permits_what_reports_alone_can_tell(run_dir, unlabelled_dir, tmp_path):
