@@ -18,7 +18,7 @@ from place.evaluation.detection_picture import draw_boxes
 from place.evaluation.detector import BoxedSplit, Boxes, train_detector
 from place.evaluation.encoder import get_units, read_units
 from place.evaluation.folds import describe_folds, describe_splits, list_folds
-from place.evaluation.heads import build_schedule
+from place.evaluation.heads import Training, build_schedule, describe_passes
 from place.evaluation.localisation import move_box
 from place.evaluation.metrics import Array, TaskResult
 from place.evaluation.task import Task
@@ -35,7 +35,7 @@ class Read(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """Images with boxes, guesses of each, findings, reasons of those left out, patients, and how."""
+    """Images with boxes, guesses of each, findings, reasons of those left out, patients, and how it was trained."""
 
     test: Read
     guesses: list[Boxes]
@@ -43,6 +43,7 @@ class Judged(NamedTuple):
     left_out: dict[str, str]
     unit_B: Array
     trained_on: str
+    trainings: list[Training]
 
 
 def run_detection(task: Task) -> TaskResult:
@@ -55,7 +56,7 @@ def run_detection(task: Task) -> TaskResult:
     Source: inferred (MGCA: frozen encoder, detector trained on top); pyramid, detector and intervals as their modules.
     """
     judged = _cross_validate(task) if task.evaluation.folds else _train_and_judge(task)
-    test, guesses, names, left_out, unit_B, trained_on = judged
+    test, guesses, names, left_out, unit_B, trained_on, trainings = judged
     config = task.evaluation.detection
     task.report("judge boxes", 0, 1)
     matches = match_boxes(test.split.boxes, guesses, len(names))
@@ -74,7 +75,7 @@ def run_detection(task: Task) -> TaskResult:
         "interval": "95 % percentile bootstrap over patients",
         "findings": _count(test.split.boxes, names),
         "left_out": left_out,
-    }
+    } | describe_passes(trainings, "detection")
     return TaskResult("detection", metrics, protocol, len(test.jpegs), list_matches(matches, names, test.sample_ids))
 
 
@@ -87,10 +88,10 @@ def _train_and_judge(task: Task) -> Judged:
         _read_split(task, split, names, limit)
         for split, limit in ((task.train_split, most), (task.val_split, MAX_VAL), (task.split, None))
     )
-    guesses, step = _fit(task, train, val, test, len(names))
-    trained_on = describe_splits(task, len(train.sample_ids), step)
+    guesses, training = _fit(task, train, val, test, len(names))
+    trained_on = describe_splits(task, training.num_images, training.kept)
     units = get_units(read_units(task.data_dir, task.split), test.sample_ids)
-    return Judged(test, guesses, names, left_out, units, trained_on)
+    return Judged(test, guesses, names, left_out, units, trained_on, [training])
 
 
 def _cross_validate(task: Task) -> Judged:
@@ -105,19 +106,20 @@ def _cross_validate(task: Task) -> Judged:
     units = {key: unit for name in there for key, unit in read_units(task.data_dir, name).items()}
     unit_B = get_units(units, whole.sample_ids)
     found: dict[int, Boxes] = {}
-    steps = []
+    trainings: list[Training] = []
     for fold in list_folds(whole.sample_ids, unit_B, task.evaluation, MAX_VAL):
         train, val, test = (_take_rows(whole, rows) for rows in fold)
-        guesses, step = _fit(task, train, val, test, len(names))
+        guesses, training = _fit(task, train, val, test, len(names))
         found |= dict(zip(fold.test, guesses, strict=True))
-        steps.append(step)
-        task.report("detection folds", len(steps), task.evaluation.folds)
-    trained_on = f"{describe_folds(task.evaluation, [*there], steps)}; boxes of all folds are ranked together"
-    return Judged(whole, [found[row] for row in range(len(unit_B))], names, left_out, unit_B, trained_on)
+        trainings.append(training)
+        task.report("detection folds", len(trainings), task.evaluation.folds)
+    trained_on = describe_folds(task.evaluation, [*there], [training.kept for training in trainings])
+    trained_on += "; boxes of all folds are ranked together"
+    return Judged(whole, [found[row] for row in range(len(unit_B))], names, left_out, unit_B, trained_on, trainings)
 
 
-def _fit(task: Task, train: Read, val: Read, test: Read, num_findings: int) -> tuple[list[Boxes], int]:
-    """Guesses of a detector for the images that are judged, and the step that its weights are of."""
+def _fit(task: Task, train: Read, val: Read, test: Read, num_findings: int) -> tuple[list[Boxes], Training]:
+    """Guesses of a detector for the images that are judged, and how it was trained."""
     config = task.evaluation.detection
     detector, step = train_detector(
         train.split,
@@ -128,7 +130,7 @@ def _fit(task: Task, train: Read, val: Read, test: Read, num_findings: int) -> t
         on_progress=lambda at: task.report("detector", at, config.max_steps),
         device=task.encoder.device,
     )
-    return detector.predict(test.split.tokens_BND), step
+    return detector.predict(test.split.tokens_BND), Training(build_schedule(config), len(train.sample_ids), step)
 
 
 def _take_rows(read: Read, rows: list[int]) -> Read:

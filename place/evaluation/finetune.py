@@ -19,7 +19,7 @@ from place.evaluation.classification import Labelled, describe_probe, judge_shar
 from place.evaluation.encoder import get_units
 from place.evaluation.findings import build_targets, is_one_of_many
 from place.evaluation.frozen import FrozenEncoder
-from place.evaluation.heads import Schedule, build_seeded, train_on_tokens
+from place.evaluation.heads import Schedule, Training, build_seeded, describe_passes, train_on_tokens
 from place.evaluation.metrics import Array, TaskResult
 from place.evaluation.probe import Probed, choose_threshold, list_untrained
 from place.evaluation.task import Task
@@ -86,14 +86,25 @@ def run_finetune(task: Task) -> TaskResult:
         return finetune(task, chosen, val, test.jpegs, names, as_classes)
 
     judged = judge_shares(task, train.about.unit_B, test.about, fit)
+    notes = [note for share, told in judged.shares.items() for note in _add_passes(task, share, told)]
     protocol = describe_probe(task, judged) | {
         "score": f"linear layer on the image encoder, all of it trained, at {task.encoder.size_px} px",
         "trained_on": f"{len(train.jpegs)} images of '{task.train_split}'",
         "chosen_on": f"step by loss, and threshold by F1 of each finding, on '{task.val_split}'",
         "classes": "softmax, the highest wins" if "accuracy" in judged.metrics else None,
         "settings": task.evaluation.finetune.model_dump(),
+        **({"notes": notes} if notes else {}),
     }
     return TaskResult("finetune", judged.metrics, protocol, judged.num_images, judged.rows)
+
+
+def _add_passes(task: Task, share: str, told: dict[str, Any]) -> list[str]:
+    """Put the passes of each subset of a share beside its steps. Returns notes on the share."""
+    config = task.evaluation.finetune
+    runs = zip(told["images"], told["step"], strict=True)
+    passes = describe_passes([Training(plan_schedule(config, count), count, step) for count, step in runs], "finetune")
+    told["passes"] = passes["passes"]
+    return [f"{share} of the labels: {note}" for note in passes.get("notes", [])]
 
 
 def finetune(
@@ -154,10 +165,14 @@ def train_tuned(
 
 
 def compute_loss(logit_BF: Tensor, target_BF: Tensor, as_classes: bool) -> Tensor:
-    """Binary cross-entropy, mean over known labels (NaN counts nowhere), or cross-entropy over classes."""
-    if as_classes:
-        return nn.functional.cross_entropy(logit_BF, target_BF)
+    """Binary cross-entropy, mean over known labels (NaN counts nowhere), or cross-entropy over classes, mean over the
+    images of which all labels are known."""
     known_BF = ~target_BF.isnan()
+    if as_classes:
+        known_B = known_BF.all(1)
+        if not known_B.any():
+            return logit_BF.new_zeros(())
+        return nn.functional.cross_entropy(logit_BF[known_B], target_BF[known_B])
     entropy_BF = nn.functional.binary_cross_entropy_with_logits(logit_BF, target_BF.nan_to_num(), reduction="none")
     return (entropy_BF * known_BF).sum() / known_BF.sum().clamp(min=1)
 

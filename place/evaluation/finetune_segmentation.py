@@ -10,9 +10,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from place.config import UsageError
-from place.evaluation.finetune import Tuned, predict, train_tuned
+from place.evaluation.finetune import Tuned, plan_schedule, predict, train_tuned
 from place.evaluation.frozen import FrozenEncoder
-from place.evaluation.heads import build_seeded
+from place.evaluation.heads import Training, build_seeded
 from place.evaluation.metrics import TaskResult
 from place.evaluation.segmentation import Read, Way, judge_way
 from place.evaluation.setr import HEADS, compute_loss
@@ -46,10 +46,11 @@ def run_finetune_segmentation(task: Task) -> TaskResult:
     config = task.evaluation.finetune
     stopped = f"at the least validation loss of at most {config.max_steps} steps, patience of {config.patience} looks"
     what = "the encoder's patch tokens, all of it trained"
-    return judge_way(task, Way("finetune_segmentation", what, stopped, config.model_dump(), False, _fit_all))
+    way = Way("finetune_segmentation", what, stopped, config.model_dump(), "finetune", False, _fit_all)
+    return judge_way(task, way)
 
 
-def _fit_all(task: Task, train: Read, val: Read, test: Read) -> tuple[Tensor, int]:
+def _fit_all(task: Task, train: Read, val: Read, test: Read) -> tuple[Tensor, Training]:
     encoder, config = task.encoder, task.evaluation.finetune
     kind, num_findings = task.evaluation.segmentation_head, train.split.mask_BFYX.shape[1]
     model = build_seeded(lambda: Segmenter(encoder, num_findings, kind), config.seed)
@@ -64,4 +65,5 @@ def _fit_all(task: Task, train: Read, val: Read, test: Read) -> tuple[Tensor, in
         return float(compute_loss(predict(model, encoder, val.jpegs), val.split.mask_BFYX, val.split.known_BF))
 
     model, step = train_tuned(task, model, compute_train_loss, compute_val_loss, len(train.jpegs))
-    return predict(model, encoder, test.jpegs) > 0, step
+    training = Training(plan_schedule(config, len(train.jpegs)), len(train.jpegs), step)
+    return predict(model, encoder, test.jpegs) > 0, training

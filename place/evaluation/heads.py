@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -34,6 +34,26 @@ class Schedule(NamedTuple):
             f"patience of {self.patience} looks"
         )
 
+    def count_steps(self, kept: int) -> int:
+        """Steps that were taken where the weights of step `kept` are the best."""
+        return min(self.max_steps, kept + self.patience * self.every)
+
+
+class Training(NamedTuple):
+    """What a training was given and where it stopped: its schedule, its images, and the step that was kept."""
+
+    schedule: Schedule
+    num_images: int
+    kept: int
+
+    def count_draws(self) -> int:
+        """Images that its steps saw, each as often as it was drawn."""
+        return self.schedule.count_steps(self.kept) * min(self.schedule.batch_size, self.num_images)
+
+    def count_passes(self) -> float:
+        """How often it went through its images."""
+        return self.count_draws() / self.num_images
+
 
 def build_schedule(config: HeadConfig) -> Schedule:
     """What a section says, with a look at validation once at least."""
@@ -44,6 +64,24 @@ def build_schedule(config: HeadConfig) -> Schedule:
 def describe_limit(most: int | None) -> str:
     """How `evaluation.max_train_images` chose, in words."""
     return "all of them" if most is None else f"at most {most}, first by hash"
+
+
+def describe_passes(trainings: Sequence[Training], section: str) -> dict[str, Any]:
+    """For a protocol: passes of each training through its images, and a note on the one with the fewest if that is less
+    than one.
+
+    Args:
+        section: of `evaluation`, which has their settings.
+    """
+    least = min(trainings, key=Training.count_passes)
+    told: dict[str, Any] = {"passes": [round(training.count_passes(), 2) for training in trainings]}
+    if least.count_passes() < 1:
+        ran_out = least.schedule.count_steps(least.kept) == least.schedule.max_steps
+        told["notes"] = [
+            f"trained on {least.count_draws():,} draws of {least.num_images:,} images, less than once through them; "
+            f"raise evaluation.{section}.{'max_steps' if ran_out else 'patience'}"
+        ]
+    return told
 
 
 def build_seeded(build: Callable[[], Head], seed: int) -> Head:

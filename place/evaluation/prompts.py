@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +78,14 @@ BUILT_IN: dict[str, tuple[list[str], list[str]]] = {
         ],
         ["There is no pneumonia.", "No evidence of pneumonia.", "The lungs are clear."],
     ),
+    "covid 19": (
+        [
+            "There is COVID-19 pneumonia.",
+            "Findings are consistent with COVID-19.",
+            "Bilateral peripheral opacities are consistent with COVID-19.",
+        ],
+        ["There is no evidence of COVID-19.", "No findings of COVID-19 pneumonia.", "The lungs are clear."],
+    ),
     "lung opacity": (
         [
             "There is an opacity in the left lung.",
@@ -123,6 +132,9 @@ BUILT_IN: dict[str, tuple[list[str], list[str]]] = {
     ),
 }
 
+LONGEST_ABBREVIATION = 5
+"""Letters; a longer word in capitals is a word."""
+
 SYNONYMS = {
     "pleural effusion": "effusion",
     "infiltration": "lung opacity",
@@ -134,11 +146,14 @@ SYNONYMS = {
     "rib fracture": "fracture",
     "pleural thickening": "pleural other",
     "normal": "no finding",
+    "covid": "covid 19",
+    "covid 19 pneumonia": "covid 19",
 }
 
 
 def build_prompts(findings: Sequence[str], path: str | Path | None = None) -> dict[str, FindingPrompts]:
-    """Find prompts for each finding: from the file, else built in (phantom, CheXpert and NIH names), else templates.
+    """Find prompts for each finding: from the file, else built in (phantom, CheXpert, NIH and COVIDx names), else
+    templates.
 
     Args:
         findings: names as the data set has them; case, `_` and `-` do not matter.
@@ -148,14 +163,15 @@ def build_prompts(findings: Sequence[str], path: str | Path | None = None) -> di
     Source: inferred (CheXzero, prompt pairs; GLoRIA, several prompts a finding); the sentences are ours.
     """
     from_file = _read_prompts(Path(path)) if path else {}
-    return {name: from_file.get(_plain(name)) or _build_default(_plain(name)) for name in findings}
+    return {name: from_file.get(_plain(name)) or _build_default(name) for name in findings}
 
 
 def _build_default(name: str) -> FindingPrompts:
-    known = BUILT_IN.get(SYNONYMS.get(name, name))
+    plain = _plain(name)
+    known = BUILT_IN.get(SYNONYMS.get(plain, plain))
     if known:
         return FindingPrompts(*known, origin="built in")
-    positive, negative = ([template.format(name) for template in templates] for templates in TEMPLATES)
+    positive, negative = ([template.format(_spell(name)) for template in templates] for templates in TEMPLATES)
     return FindingPrompts(positive, negative, "template")
 
 
@@ -183,6 +199,16 @@ def _check_entry(path: Path, name: Any, entry: Any) -> FindingPrompts:
 
 def _is_sentences(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, str) and item.strip() for item in value)
+
+
+def _spell(name: str) -> str:
+    """A name as it stands in a sentence: in small letters, but for abbreviations in capitals (ILD, COVID-19)."""
+    words = " ".join(name.replace("_", " ").split())
+    return re.sub("[^\\W\\d]+", lambda word: word[0] if _is_abbreviation(word[0]) else word[0].lower(), words)
+
+
+def _is_abbreviation(word: str) -> bool:
+    return word.isupper() and 1 < len(word) <= LONGEST_ABBREVIATION
 
 
 def _plain(name: str) -> str:

@@ -15,7 +15,7 @@ from place.data.masks import Mask, read_masks, resize_mask
 from place.data.transforms import find_square
 from place.evaluation.encoder import get_units, read_units
 from place.evaluation.folds import describe_folds, describe_splits, list_folds
-from place.evaluation.heads import build_schedule
+from place.evaluation.heads import Training, build_schedule, describe_passes
 from place.evaluation.metrics import Array, Metric, TaskResult, compute_means, draw_weights, summarize
 from place.evaluation.segmentation_picture import draw_masks
 from place.evaluation.setr import HEAD_NAMES, MaskedSplit, predict, train_head
@@ -25,7 +25,8 @@ MAX_VAL = 400
 
 
 class Judged(NamedTuple):
-    """Images with masks, predictions (B,F,Y,X) bool, findings, reasons of those left out, patients, and how."""
+    """Images with masks, predictions (B,F,Y,X) bool, findings, reasons of those left out, patients, and how it was
+    trained."""
 
     test: Read
     shown_BFYX: Array
@@ -33,6 +34,7 @@ class Judged(NamedTuple):
     left_out: dict[str, str]
     unit_B: Array
     trained_on: str
+    trainings: list[Training]
 
 
 class Read(NamedTuple):
@@ -45,15 +47,17 @@ class Read(NamedTuple):
 
 
 class Way(NamedTuple):
-    """How masks are learned: name of the task, what is trained and when it stops in words, settings, and how."""
+    """How masks are learned: name of the task, what is trained and when it stops in words, settings and the section of
+    `evaluation` that they are of, and how."""
 
     name: str
     what: str
     stopped: str
     settings: dict[str, Any]
+    section: str
     reads_tokens: bool
-    fit: Callable[[Task, Read, Read, Read], tuple[Tensor, int]]
-    """From images that train, stop and are judged: predictions (B,F,Y,X) bool of the latter, the step that was kept."""
+    fit: Callable[[Task, Read, Read, Read], tuple[Tensor, Training]]
+    """From images that train, stop and are judged: predictions (B,F,Y,X) bool of the latter, and how it was trained."""
 
 
 def run_segmentation(task: Task) -> TaskResult:
@@ -65,7 +69,7 @@ def run_segmentation(task: Task) -> TaskResult:
     """
     what, config = "the frozen encoder's patch tokens", task.evaluation.segmentation
     stopped = build_schedule(config).describe()
-    return judge_way(task, Way("segmentation", what, stopped, config.model_dump(), True, _fit_head))
+    return judge_way(task, Way("segmentation", what, stopped, config.model_dump(), "segmentation", True, _fit_head))
 
 
 def judge_way(task: Task, way: Way) -> TaskResult:
@@ -81,7 +85,7 @@ def judge_way(task: Task, way: Way) -> TaskResult:
     return TaskResult(way.name, metrics, protocol, len(test.sample_ids), rows)
 
 
-def _fit_head(task: Task, train: Read, val: Read, test: Read) -> tuple[Tensor, int]:
+def _fit_head(task: Task, train: Read, val: Read, test: Read) -> tuple[Tensor, Training]:
     config = task.evaluation.segmentation
     head, step = train_head(
         train.split,
@@ -92,7 +96,8 @@ def _fit_head(task: Task, train: Read, val: Read, test: Read) -> tuple[Tensor, i
         kind=task.evaluation.segmentation_head,
         device=task.encoder.device,
     )
-    return predict(head, test.split.tokens_BND, task.encoder.size_px) > 0, step
+    training = Training(build_schedule(config), len(train.sample_ids), step)
+    return predict(head, test.split.tokens_BND, task.encoder.size_px) > 0, training
 
 
 def _train_and_judge(task: Task, way: Way) -> Judged:
@@ -105,10 +110,10 @@ def _train_and_judge(task: Task, way: Way) -> Judged:
         _read_split(task, split, masks[split], names, limit, way.reads_tokens)
         for split, limit in ((task.train_split, most), (task.val_split, MAX_VAL), (task.split, None))
     )
-    shown, step = way.fit(task, train, val, test)
-    trained_on = describe_splits(task, len(train.sample_ids), step)
+    shown, training = way.fit(task, train, val, test)
+    trained_on = describe_splits(task, training.num_images, training.kept)
     units = get_units(read_units(task.data_dir, task.split), test.sample_ids)
-    return Judged(test, shown.numpy(), names, left_out, units, trained_on)
+    return Judged(test, shown.numpy(), names, left_out, units, trained_on, [training])
 
 
 def _cross_validate(task: Task, way: Way) -> Judged:
@@ -124,14 +129,15 @@ def _cross_validate(task: Task, way: Way) -> Judged:
     )
     units = {key: unit for name in splits for key, unit in read_units(task.data_dir, name).items()}
     unit_B = get_units(units, whole.sample_ids)
-    shown_BFYX, steps = torch.zeros_like(whole.split.mask_BFYX), []
+    shown_BFYX = torch.zeros_like(whole.split.mask_BFYX)
+    trainings: list[Training] = []
     for fold in list_folds(whole.sample_ids, unit_B, task.evaluation, MAX_VAL):
         train, val, test = (_take_rows(whole, rows) for rows in fold)
-        shown_BFYX[torch.tensor(fold.test)], step = way.fit(task, train, val, test)
-        steps.append(step)
-        task.report("segmentation folds", len(steps), task.evaluation.folds)
-    trained_on = describe_folds(task.evaluation, splits, steps)
-    return Judged(whole, shown_BFYX.numpy(), names, left_out, unit_B, trained_on)
+        shown_BFYX[torch.tensor(fold.test)], training = way.fit(task, train, val, test)
+        trainings.append(training)
+        task.report("segmentation folds", len(trainings), task.evaluation.folds)
+    trained_on = describe_folds(task.evaluation, splits, [training.kept for training in trainings])
+    return Judged(whole, shown_BFYX.numpy(), names, left_out, unit_B, trained_on, trainings)
 
 
 def _take_rows(read: Read, rows: list[int]) -> Read:
@@ -285,4 +291,4 @@ def _describe(task: Task, way: Way, judged: Judged) -> dict[str, Any]:
             for name, known, full in zip(judged.names, known_BF.T, full_BF.T, strict=True)
         },
         "left_out": judged.left_out,
-    }
+    } | describe_passes(judged.trainings, way.section)

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from documents import read_commands
 from miniatures import PROTOCOLS, parse_prepare
 
-from place.config import UsageError
+from place.cli import build_parser
+from place.config import UsageError, build_config
 from place.data.layout import PLACEHOLDER
 from place.data.protocol import SHIPPED, fill_options, list_counts, read_protocol
 from place.data.sources import SOURCES
+from place.evaluation.finetune import plan_schedule
+from place.evaluation.heads import build_schedule
 from place.evaluation.suite import NEEDS, TASKS
 
 FILES = sorted(PROTOCOLS.glob("*.yaml"))
@@ -82,6 +86,37 @@ def test_peers_name_a_task_a_source_and_how_sure_it_is(path: Path) -> None:
 def test_half_a_download_does_not_meet_the_counts(path: Path) -> None:
     """Rows are of the tables, which come whole; images, or none that is missing, are of the archive."""
     assert {name.split(".")[1] for name in list_counts(read_protocol(path))} & {"images", "missing"}
+
+
+@pytest.mark.parametrize(
+    ("name", "images"),
+    [
+        ("chestx_det10", 2701),
+        ("chexpert", 186_252),
+        ("covidx", 84_818),
+        ("nih", 75_709),
+        ("object_cxr", 7200),
+        ("rsna", 16_011),
+        ("siim", 8433),
+        ("vindr", 13_500),
+    ],
+)
+def test_the_command_of_a_big_data_set_goes_five_times_through_its_training_images(name: str, images: int) -> None:
+    """Training images by the counts and shares of the file; of covidx all images, for no more is stated."""
+    lines = (PROTOCOLS / f"{name}.yaml").read_text().splitlines()
+    commands = read_commands(["\n".join(line[14:] for line in lines if line.startswith("#"))])
+    trained = set()
+    for words in (words for words in commands if words[0] == "evaluate"):
+        arguments = build_parser().parse_args(words)
+        config = build_config(None, arguments.overrides).evaluation
+        for task in {"segmentation", "detection", "finetune"} & {*arguments.tasks.split(",")}:
+            section = getattr(config, task)
+            plan = plan_schedule(section, images) if task == "finetune" else build_schedule(section)
+            assert task == "finetune" or config.max_train_images is None
+            assert plan.max_steps * plan.batch_size >= 5 * images, task
+            assert plan.patience * plan.every * plan.batch_size >= images, f"{task} may stop before it saw its images"
+            trained.add(task)
+    assert trained
 
 
 def test_data_sets_that_share_images_name_each_other() -> None:

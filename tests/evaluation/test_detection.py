@@ -209,6 +209,17 @@ def test_the_seed_changes_the_detector_and_stands_in_the_protocol_beside_what_el
     assert first == same != other
     assert [result.protocol["settings"] for result in found] == [config.model_dump() for config in settings]
     assert "at most 40 steps, a look every 20, patience of 4 looks" in found[0].protocol["stopped"]
+    assert found[0].protocol["passes"] == [8.0]
+    assert "notes" not in found[0].protocol
+
+
+def test_a_detector_that_did_not_see_all_its_images_says_so(run_dir, data_dir):
+    few = DetectionConfig(max_steps=2)
+    result = run_detection(build_task(run_dir, data_dir, detection=few))
+    assert result.protocol["passes"] == [0.4]
+    assert result.protocol["notes"] == [
+        "trained on 32 draws of 80 images, less than once through them; raise evaluation.detection.max_steps"
+    ]
 
 
 def test_folds_judge_every_image_once_by_a_detector_that_did_not_see_its_patient(run_dir, data_dir, monkeypatch):
@@ -219,9 +230,9 @@ def test_folds_judge_every_image_once_by_a_detector_that_did_not_see_its_patient
         patients = [{units[key] for key in read.sample_ids} for read in (train, val, test)]
         assert len(set.union(*patients)) == sum(map(len, patients)), "a patient is on two sides"
         assert len(train.sample_ids) == 40
-        guesses, step = fit(task, train, val, test, num_findings)
-        judged.append((test, guesses, step))
-        return guesses, step
+        guesses, training = fit(task, train, val, test, num_findings)
+        judged.append((test, guesses, training.kept))
+        return guesses, training
 
     monkeypatch.setattr(detection, "_fit", watch)
     config = DetectionConfig(max_steps=50, look_every_steps=25)
@@ -251,6 +262,7 @@ def test_folds_take_the_splits_that_have_boxes_and_say_where_there_are_none(run_
     result = run_detection(build_task(run_dir, copy, folds=3, detection=few))
     assert result.num_samples == 41
     assert "over splits test: one judged" in result.protocol["trained_on"]
+    assert len(result.protocol["passes"]) == 3
     with pytest.raises(UsageError, match="no finding asked for has boxes in every split; there are all splits: eff"):
         run_detection(build_task(run_dir, copy, folds=3, findings=["edema"]))
     with pytest.raises(UsageError, match=r"evaluation.folds=2: expected 3 \(train, stop, judge\)"):

@@ -127,6 +127,13 @@ def test_scores_of_classes_are_log_odds_of_the_softmax() -> None:
     assert compute_loss(logit_BF[:3], one_hot, True) == pytest.approx(float(entropy))
 
 
+def test_images_with_an_unknown_label_count_nowhere_in_the_loss_of_classes() -> None:
+    logit_BF = torch.zeros(3, 3)
+    target_BF = torch.tensor([[1.0, 0, 0], [float("nan")] * 3, [0, 1, float("nan")]])
+    assert compute_loss(logit_BF, target_BF, True) == pytest.approx(1.0986123)  # the logarithm of three
+    assert compute_loss(logit_BF, target_BF.fill_(float("nan")), True) == 0
+
+
 @pytest.mark.parametrize(("images", "every"), [(10, 25), (3200, 100), (100_000, 250)])
 def test_validation_is_looked_at_once_an_epoch_within_bounds(images: int, every: int) -> None:
     assert plan_schedule(FinetuneConfig(batch_size=32), images).every == every
@@ -142,10 +149,17 @@ def test_it_runs_by_name_only() -> None:
 
 def test_any_encoder_is_fine_tuned_by_the_same_command(data_dir: Path, tmp_path: Path) -> None:
     save_hf(tmp_path / "hf", with_pooler=True)
-    settings = {"label_shares": (1.0,), "finetune": FinetuneConfig(max_steps=4)}
+    settings = {"label_shares": (0.1, 1.0), "label_subsets": 2, "finetune": FinetuneConfig(max_steps=2)}
     run_encoder_evaluation(
         str(tmp_path / "hf"), data_dir, ["finetune"], tmp_path / "out", evaluation=OPTIONS.model_copy(update=settings)
     )
     tree = json.loads((tmp_path / "out/finetune.json").read_text())
     assert 0 <= tree["metrics"]["mean_auroc"]["value"] <= 1
     assert tree["protocol"]["settings"]["layer_decay"] == 0.75
+    shares = tree["protocol"]["shares"]
+    assert shares["100 %"]["passes"] == [0.8]
+    assert shares["10 %"]["passes"] == [2.0, 2.0]  # a batch of all its images
+    assert tree["protocol"]["notes"] == [
+        "100 % of the labels: trained on 64 draws of 80 images, less than once through them; "
+        "raise evaluation.finetune.max_steps"
+    ]

@@ -11,7 +11,7 @@ from place.config import DetectionConfig, EvaluationConfig, SegmentationConfig
 from place.evaluation import detector, setr
 from place.evaluation.detector import BoxedSplit, Boxes, train_detector
 from place.evaluation.folds import list_folds
-from place.evaluation.heads import Schedule, build_schedule, build_seeded, train_on_tokens
+from place.evaluation.heads import Schedule, Training, build_schedule, build_seeded, describe_passes, train_on_tokens
 from place.evaluation.setr import MaskedSplit, train_head
 
 
@@ -28,6 +28,54 @@ def test_a_step_is_as_long_as_the_rate_and_weights_decay_as_asked(pull, lr, deca
     schedule = Schedule(1, 1, 1, 1, lr, decay)
     train_on_tokens(head, lambda rows: pull * head.weight.sum(), lambda: 0.0, 1, schedule, seed=0)
     assert head.weight.item() == pytest.approx(left, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept", "steps"), [([3, 2, 1, 0], 7, 7), ([1, 2, 3, 4], 2, 6), ([2, 1, 3, 3], 4, 7)]
+)
+def test_the_steps_that_were_taken_follow_from_the_one_that_was_kept(losses, kept, steps):
+    head, told, batches = nn.Linear(1, 1), iter(losses), []
+
+    def compute_loss(rows: Tensor) -> Tensor:
+        batches.append(rows)
+        return head.weight.sum()
+
+    schedule = Schedule(7, 2, 2, 4, 0.1, 0.0)
+    _, step = train_on_tokens(head, compute_loss, lambda: next(told), 3, schedule, seed=0)
+    training = Training(schedule, 3, step)
+    assert (step, len(batches)) == (kept, steps)
+    assert training.count_draws() == sum(map(len, batches)) == 3 * steps
+
+
+@pytest.mark.parametrize(
+    ("training", "passes", "notes"),
+    [
+        (
+            Training(Schedule(400, 50, 4, 16, 1e-3, 1e-4), 16_000, 400),
+            [0.4],
+            "trained on 6,400 draws of 16,000 images, less than once through them; "
+            "raise evaluation.detection.max_steps",
+        ),
+        (
+            Training(Schedule(5000, 50, 4, 16, 1e-3, 1e-4), 16_000, 150),
+            [0.35],
+            "trained on 5,600 draws of 16,000 images, less than once through them; raise evaluation.detection.patience",
+        ),
+        (Training(Schedule(400, 50, 4, 16, 1e-3, 1e-4), 2_000, 400), [3.2], None),
+        (Training(Schedule(400, 50, 4, 16, 1e-3, 1e-4), 6_400, 400), [1.0], None),
+    ],
+)
+def test_a_training_that_did_not_go_through_its_images_says_so(training, passes, notes):
+    assert describe_passes([training], "detection") == {"passes": passes} | ({"notes": [notes]} if notes else {})
+
+
+def test_of_several_trainings_the_one_with_the_fewest_passes_is_told():
+    schedule = Schedule(10, 5, 4, 4, 1e-3, 1e-4)
+    told = describe_passes([Training(schedule, count, 10) for count in (30, 90, 60)], "segmentation")
+    assert told["passes"] == [1.33, 0.44, 0.67]
+    assert told["notes"] == [
+        "trained on 40 draws of 90 images, less than once through them; raise evaluation.segmentation.max_steps"
+    ]
 
 
 def train_segmentation(seed: int, **settings) -> Tensor:

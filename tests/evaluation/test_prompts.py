@@ -27,6 +27,26 @@ def test_an_unknown_finding_gets_templates_and_says_so():
     assert "There is no aortic ectasia." in prompts.negative
 
 
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("ILD", "There is ILD."),
+        ("Enlarged PA", "There is enlarged PA."),
+        ("COVID-19_sequelae", "There is COVID-19 sequelae."),
+        ("Nodule/Mass", "There is nodule/mass."),
+        ("Air-Space Disease", "There is air-space disease."),
+        ("PLEURAL PLAQUE", "There is pleural plaque."),
+    ],
+)
+def test_templates_keep_hyphens_and_abbreviations(name, sentence):
+    assert build_prompts([name])[name].positive[0] == sentence
+
+
+def test_covid_19_has_prompts_of_its_own():
+    assert build_prompts(["COVID-19"])["COVID-19"].positive[0] == "There is COVID-19 pneumonia."
+    assert build_prompts(["covid_19"])["covid_19"].origin == "built in"
+
+
 def test_a_file_comes_first(tmp_path):
     path = tmp_path / "prompts.yaml"
     path.write_text("Edema: {positive: [Wet lungs.], negative: [Dry lungs.]}")

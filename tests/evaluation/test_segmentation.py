@@ -10,7 +10,7 @@ from torchmetrics.functional.segmentation import dice_score, mean_iou
 
 from place.config import EvaluationConfig, RunError, SegmentationConfig, UsageError
 from place.evaluation.folds import deal_folds
-from place.evaluation.heads import Schedule, build_schedule
+from place.evaluation.heads import Schedule, Training, build_schedule
 from place.evaluation.segmentation import (
     Way,
     choose_classes,
@@ -188,11 +188,15 @@ def test_each_fold_trains_on_at_most_so_many_images(run_dir, data_dir):
 
     def fit(task, train, val, test):
         sizes.append(len(train.sample_ids))
-        return torch.zeros(test.split.mask_BFYX.shape, dtype=torch.bool), 1
+        training = Training(Schedule(1, 1, 1, 9, 0.1, 0.0), len(train.sample_ids), 1)
+        return torch.zeros(test.split.mask_BFYX.shape, dtype=torch.bool), training
 
-    found = judge_way(
-        build_task(run_dir, data_dir, folds=3, max_train_images=30), Way("segmentation", "", "", {}, True, fit)
-    )
+    way = Way("segmentation", "", "", {}, "segmentation", True, fit)
+    found = judge_way(build_task(run_dir, data_dir, folds=3, max_train_images=30), way)
     assert sizes == [30] * 3
+    assert found.protocol["passes"] == [0.3] * 3
+    assert found.protocol["notes"] == [
+        "trained on 9 draws of 30 images, less than once through them; raise evaluation.segmentation.max_steps"
+    ]
     assert found.num_samples == 161
     assert "at most 30, first by hash" in found.protocol["trained_on"]
