@@ -29,11 +29,20 @@ def drafted(path: Path) -> Iterator[Path]:
     draft = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}{PARTIAL}")
     try:
         yield draft
+        sync(draft)
         os.replace(draft, path)
     except BaseException:
         with suppress(OSError):
             shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
         raise
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or those of a folder, to the disk: a new name may outlive a power loss that its bytes do not."""
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
 
 
 def try_lock(handle: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -66,6 +67,36 @@ def test_what_breaks_off_leaves_the_old_file_and_no_draft(tmp_path: Path) -> Non
             act()
         assert path.read_text() == "old"
         assert list(tmp_path.iterdir()) == [path]
+
+
+def put_text(path: Path, text: str) -> None:
+    """As parts hand over what is finished already."""
+    (path.parent / "finished").write_text(text)
+    Folder(path.parent).put(path.parent / "finished", path.name)
+
+
+def draft_folder(path: Path, text: str) -> None:
+    with drafted(path) as draft:
+        draft.mkdir()
+        (draft / "weights").write_text(text)
+
+
+@pytest.mark.parametrize("write", [write_text, store_text, put_text, draft_folder])
+def test_bytes_are_on_the_disk_before_their_name_is(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, replace = set[int](), os.replace
+
+    def check(source: Path, target: Path) -> None:
+        files = [Path(source)] if Path(source).is_file() else [*Path(source).iterdir()]
+        assert {file.stat().st_ino for file in files} == synced
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino))
+    monkeypatch.setattr(os, "replace", check)
+    write(tmp_path / "outcome", "all of it")
+    assert len(synced) == 1
+    assert (tmp_path / "outcome").exists()
 
 
 def test_folders_that_are_drafted_at_once_do_not_meet_and_one_that_breaks_off_goes(tmp_path: Path) -> None:

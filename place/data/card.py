@@ -25,6 +25,7 @@ _UNITS = ("images", "studies", "patients", "unique_reports")
 SIGNS = ("positive", "negative", "uncertain", "unknown")
 _VALUES_A_TURN = 500_000
 WARNINGS = {
+    "report_left_out": "its report is missing, cannot be read or contradicts itself: its phrases are kept without it",
     "burned_in_annotation": "the DICOM header says that text is burned into the picture: look for names",
     "text_in_picture": "a line of bright text was found in the picture: look for names",
     "name_in_report": "the report holds what looks like a name, a number of a person or an address: de-identify it",
@@ -45,6 +46,7 @@ def build_card(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "counts": {"input": len(table.rows), "kept": kept, "rejected": len(table.rows) - kept, **counts},
         "without_report": _count_wordless(store),
+        "boxes": _count_boxes(store),
         "drop_reasons": total.reasons,
         "warnings": total.warnings,
         "labels": table.labels,
@@ -63,6 +65,12 @@ def build_card(
 def _count_wordless(store: Store) -> int:
     """Kept images that have no report."""
     return sum(batch["num_words"].to_pylist().count(0) for batch in read_batches(store, MANIFEST_FILE, ["num_words"]))
+
+
+def _count_boxes(store: Store) -> int:
+    """Boxes on the kept images."""
+    batches = read_batches(store, MANIFEST_FILE, ["boxes"])
+    return sum(len(json.loads(cell)) for batch in batches for cell in batch["boxes"].to_pylist())
 
 
 def count_splits(store: Store, rows: int) -> dict[str, dict[str, int]]:
@@ -186,6 +194,7 @@ def format_card(card: dict[str, Any]) -> str:
         "## Splits\n\n" + _format_table(["split", "images", "studies", "patients", "unique reports"], rows),
         f"Split {card['split_rule']}; no patient is in two splits."
         + "".join(f"\n\nNote: {note}." for note in card["notes"]),
+        *([f"{card['boxes']:,} boxes are on the kept images."] if card.get("boxes") else []),
         "## Rejected rows\n\n" + (_format_table(["reason", "rows"], dropped) if dropped else "None."),
         *(["`rejected.parquet` has the row number and the reason of each."] if dropped else []),
         *(["## Warnings\n\n" + _format_table(["warning", "images", "what to do"], warned)] if warned else []),

@@ -210,7 +210,7 @@ class Identity(NamedTuple):
 def read_identity(file: str | os.PathLike[str] | io.BytesIO) -> Identity | None:
     """Ids and view of a file, from its header alone; empty where it has none. None if it is no DICOM file.
 
-    Source: ours.
+    Raises OSError where the system does not give the file. Source: ours.
     """
     names = ("SOPInstanceUID", "PatientID", "StudyInstanceUID", "AccessionNumber", "ViewPosition")
     with warnings.catch_warnings():
@@ -220,7 +220,9 @@ def read_identity(file: str | os.PathLike[str] | io.BytesIO) -> Identity | None:
             image, patient, study, accession = (" ".join(str(dataset.get(name) or "").split()) for name in names[:-1])
             view = _code(dataset, "ViewPosition")
             return Identity(image, patient, study, accession, view) if len(dataset) else None
-        except Exception:  # noqa: BLE001 - whatever a broken header raises, the file is counted as no DICOM
+        except Exception as error:  # noqa: BLE001 - whatever a broken header raises, the file is counted as no DICOM
+            if isinstance(error, OSError) and error.errno:
+                raise
             return None
 
 

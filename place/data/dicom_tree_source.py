@@ -23,10 +23,12 @@ from place.data.frame_rows import (
     share_patients,
 )
 from place.data.identity import IdHasher, read_salt
+from place.data.images import judge_error
 from place.data.official_split import assign_splits
 from place.data.pool import count_cores, map_in_processes
 from place.data.rows import Table
 from place.data.table import TEXT, build_labels, check_report_fields, find_column, hash_file, read_header, read_table
+from place.data.walk import walk_files
 
 _GUESSES = {
     "accession": ("AccessionNumber",),
@@ -128,12 +130,9 @@ def _scan(root: Path, table: Path, config: PrepareConfig) -> pd.DataFrame:
 
 def _walk(root: Path, table: Path) -> Iterator[str]:
     """Files below the root but the table, as paths below the root, in a fixed order."""
-    for folder, folders, files in os.walk(root):
-        folders.sort()
-        for name in sorted(files):
-            path = Path(folder, name)
-            if name != table.name or not path.samefile(table):
-                yield str(path.relative_to(root))
+    for name in walk_files(root):
+        if os.path.basename(name) != table.name or not (root / name).samefile(table):
+            yield name
 
 
 def _scan_files(root: Path, job: tuple[int, list[str]]) -> tuple[int, pd.DataFrame]:
@@ -143,10 +142,14 @@ def _scan_files(root: Path, job: tuple[int, list[str]]) -> tuple[int, pd.DataFra
 
 
 def _read_row(root: Path, name: str) -> tuple[str, ...]:
-    found, text = read_identity(root / name), name_to_text(name)
+    text = name_to_text(name)
     alone = f"file {text}"
+    try:
+        found, reject = read_identity(root / name), "not_dicom"
+    except OSError as error:
+        found, reject = None, judge_error(error).reason
     if found is None:
-        return (text, "not_dicom", *Identity(alone, alone, alone, "", ""))
+        return (text, reject, *Identity(alone, alone, alone, "", ""))
     return (text, "", *(found if found.identity else found._replace(identity=alone)))
 
 

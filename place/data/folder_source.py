@@ -13,6 +13,7 @@ from place.data.identity import IdHasher, compute_split, read_salt
 from place.data.official_split import SPLIT_NAMES, assign_splits
 from place.data.rows import Table
 from place.data.table import TEXT, Label
+from place.data.walk import walk_files
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 _LAYOUT = "expected CLASS/*.png, or SPLIT/CLASS/*.png with folders train, val and test (PNG, JPEG or DICOM)"
@@ -54,8 +55,7 @@ def open_folder(config: PrepareConfig) -> Table:
 
 def _list_images(root: Path) -> list[str]:
     """Paths below the root, in a fixed order; links are followed, as ImageFolder does."""
-    found = (os.path.join(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
-    paths = sorted(name_to_text(os.path.relpath(path, root)) for path in found if path.lower().endswith(_IMAGES))
+    paths = sorted(name_to_text(name) for name in walk_files(root) if name.lower().endswith(_IMAGES))
     if not paths:
         raise UsageError(f"{root} holds no images; {_LAYOUT}")
     return paths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -15,6 +16,8 @@ from PIL import Image, ImageOps
 MAX_PIXELS = 32_000_000
 MAX_FILE_BYTES = 512 << 20
 MIN_SIDE_PX = 16
+
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 GreyImage = NDArray[np.uint8]
 
@@ -41,7 +44,7 @@ class ImageInfo(NamedTuple):
 
 
 def read_file(path: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-    """The bytes of a regular file of sensible size. Raises Rejected. Source: ours."""
+    """The bytes of a regular file of sensible size. Raises Rejected; OSError where storage fails. Source: ours."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -50,10 +53,27 @@ def read_file(path: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
             raise Rejected("too_large", f"more than {max_bytes >> 20} MiB")
         with open(path, "rb") as file:
             return file.read()
-    except PermissionError:
-        raise Rejected("unreadable_image", "permission denied") from None
-    except (OSError, ValueError):
-        raise Rejected("missing_image") from None
+    except (OSError, ValueError) as error:
+        raise judge_error(error) from None
+
+
+def judge_error(error: OSError | ValueError) -> Rejected:
+    """The rejection of a file that is not there or may not be read. Raises the error where it tells of storage alone:
+    a file must not count as missing for ever because a server did not answer. Source: ours."""
+    if isinstance(error, PermissionError):
+        return Rejected("unreadable_image", "permission denied")
+    if isinstance(error, OSError) and error.errno not in _NOT_THERE:
+        raise error
+    return Rejected("missing_image")
+
+
+def is_there(path: str) -> bool:
+    """Whether a path leads to a file, even if it may not be read. Raises OSError where storage fails. Source: ours."""
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as error:
+        return judge_error(error).reason != "missing_image"
+    return True
 
 
 def decode_image(data: bytes) -> tuple[GreyImage, ImageInfo]:

@@ -70,16 +70,33 @@ def pack_table(records: list[dict[str, Any]], schema: pa.Schema) -> bytes:
     return buffer.getvalue()
 
 
-def concat_tables(store: Store, parts: Iterable[str], name: str, schema: pa.Schema) -> None:
+def concat_tables(store: Store, parts: Iterable[str], name: str, schema: pa.Schema) -> int:
     """Join Parquet files, a row group each, without holding more than one of them.
 
+    Returns:
+        How many rows they have.
+    Raises:
+        RunError: one is damaged.
     Source: ours.
     """
+    rows = 0
     with store.create(name) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for part in parts:
-            table = pq.read_table(io.BytesIO(store.read(part)), schema=schema)
+            table = _read_part(store, part, schema)
+            rows += table.num_rows
             if table.num_rows:
                 writer.write_table(table)
+    return rows
+
+
+def _read_part(store: Store, part: str, schema: pa.Schema) -> pa.Table:
+    data = store.read(part)
+    try:
+        return pq.read_table(io.BytesIO(data), schema=schema)
+    except pa.ArrowException:
+        raise RunError(
+            f"{store}/{part} is damaged: delete that file and run the same command again, finished parts stay"
+        ) from None
 
 
 def read_batches(store: Store, name: str, columns: list[str]) -> Iterator[pa.RecordBatch]:

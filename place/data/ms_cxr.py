@@ -61,4 +61,5 @@ def find_boxes(path: Path | None, images: set[str]) -> tuple[dict[str, tuple[dic
             f"--boxes {path.name}: none of its {len(boxes)} images is in this MIMIC-CXR; expected dicom_id"
         )
     count = sum(len(boxes[name]) for name in there)
-    return boxes, [f"{count} boxes with phrases on {len(there)} of {len(boxes)} images of {path.name}"]
+    told = f"{count} boxes with phrases on {len(there)} of {len(boxes)} images of {path.name}, rejected rows included"
+    return boxes, [told]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from place.data.official_split import assign_splits
 from place.data.report_files import MAX_REPORT_BYTES, parse_xml
 from place.data.rows import Table
 from place.data.table import TEXT, hash_file, read_table
+from place.data.walk import walk_files
 
 _COLUMNS = ("identity", "patient", "image_id", "report", "reject")
 _IMAGES = (".png", ".dcm", ".jpg", ".jpeg")
@@ -66,11 +66,7 @@ def open_openi(config: PrepareConfig) -> Table:
 
 def _walk(root: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
     """Files with one of the suffixes, as paths below the root, in a fixed order."""
-    for folder, folders, files in os.walk(root):
-        folders.sort()
-        for name in sorted(files):
-            if name.lower().endswith(suffixes):
-                yield name_to_text(os.path.relpath(os.path.join(folder, name), root))
+    return (name_to_text(name) for name in walk_files(root) if name.lower().endswith(suffixes))
 
 
 def _read_rows(root: Path, report: str, told: hashlib._Hash) -> list[tuple[str, ...]]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from place.config import PrepareConfig, RunError, UsageError
 from place.data.card import build_card, write_card
@@ -34,7 +35,18 @@ from place.data.shards import HASHES, write_index
 from place.data.sources import open_source
 from place.data.spill import FULL
 from place.data.storage import Folder, Store, open_store
-from place.data.task import NOTHING, PARTS, PartResult, Task, add_results, find_parts, name_table, read_part, run_task
+from place.data.task import (
+    NOTHING,
+    PARTS,
+    Part,
+    PartResult,
+    Task,
+    add_results,
+    list_parts,
+    name_table,
+    read_parts,
+    run_task,
+)
 from place.kept import PARTIAL, try_lock
 
 MapTasks = Callable[[Callable[[Task], PartResult], Iterable[Task], int], Iterator[PartResult]]
@@ -45,7 +57,8 @@ OnProgress = Callable[[int, int, int], None]
 PAGE = "inspect.html"
 """What `place data inspect` writes beside the data."""
 _FILES = (MANIFEST_FILE, REJECTED_FILE, MASKS_FILE, "card.json", "card.md")
-_OURS = {PARTS, PAGE, HASHES_FILE, *SPLITS, *_FILES}
+_LOCK = ".lock"
+_OURS = {PARTS, _LOCK, PAGE, HASHES_FILE, *SPLITS, *_FILES}
 _PATHS = ("input", "image_root", "reports", "salt_file", "boxes", "only", "protocol", "output")
 _FREE = (*_PATHS, "launcher", "address", "num_workers", "allow_counts")
 _REQUEST = f"{PARTS}/request.json"
@@ -73,17 +86,17 @@ def run_prepare(
     store = open_store(config.output)
     if config.protocol:
         check_allowed(read_protocol(config.protocol), config.allow_counts)
-    table = open_source(config)
+    table = _open_source(config)
     request = build_request(config, table)
     with _held(store):
         card = _read_card(store, request)
         if card is not None:
-            store.delete(PARTS)
+            _delete_unfinished(store)
             _check_protocol(config, store)
             return {**card, "already_prepared": True}
         try:
-            total = _run_parts(config, table, request, store, map_tasks, on_progress)
-            return _merge_parts(config, table, request, store, total)
+            _run_parts(config, table, request, store, map_tasks, on_progress)
+            return _merge_parts(config, table, request, store)
         except BrokenProcessPool:
             raise RunError(
                 "a worker process died, perhaps for lack of memory; run the same command again to continue, "
@@ -101,6 +114,17 @@ def _resolve_paths(config: PrepareConfig) -> PrepareConfig:
     )
 
 
+def _open_source(config: PrepareConfig) -> Table:
+    try:
+        return open_source(config)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise RunError(
+            f"the input cannot be read now ({error.strerror or error}): put that right and run the same command again"
+        ) from None
+
+
 def build_request(config: PrepareConfig, table: Table) -> dict[str, Any]:
     """All that the result depends on, without a path: two equal requests give the same data set. Source: ours."""
     settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE}
@@ -110,27 +134,41 @@ def build_request(config: PrepareConfig, table: Table) -> dict[str, Any]:
 @contextmanager
 def _held(store: Store) -> Iterator[None]:
     """Make sure that the place is ours; a folder is also made and held, so that two runs never write into one."""
-    handle = None
+    lock = None
     try:
-        if isinstance(store, Folder):
-            store.root.mkdir(parents=True, exist_ok=True)
-            handle = os.open(store.root, os.O_RDONLY)
         foreign = sorted(name for name in store.list_top() if not _is_ours(name))
-    except OSError as error:
-        raise UsageError(f"cannot write to {store}: {error.strerror or error}; choose another --output") from None
-    try:
         if foreign:
             raise UsageError(
                 f"{store} holds other files ({foreign[0]}); --output must be a new folder or a prepared data set"
             )
-        if handle is not None and not try_lock(handle):
+        if isinstance(store, Folder) and store.size("card.json") is None:  # a finished one may be read-only
+            store.root.mkdir(parents=True, exist_ok=True)
+            lock = (store.root / _LOCK).open("a")  # NFS tells other hosts of locks on files that are written, alone
+        is_free = lock is None or _take(lock)
+    except OSError as error:
+        raise UsageError(f"cannot write to {store}: {error.strerror or error}; choose another --output") from None
+    with lock or nullcontext():
+        if not is_free:
             raise UsageError(f"another prepare is writing to {store}; wait for it or choose another --output")
         if isinstance(store, Folder):
             _drop_drafts(store.root)
         yield
-    finally:
-        if handle is not None:
-            os.close(handle)
+
+
+def _take(lock: IO[Any]) -> bool:
+    """Take the lock, or find that another prepare has it; on storage without locks nobody is kept out."""
+    try:
+        return try_lock(lock.fileno())
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        return True
+
+
+def _delete_unfinished(store: Store) -> None:
+    """Delete what a finished data set does not need."""
+    store.delete(PARTS)
+    store.delete(_LOCK)
 
 
 def _is_ours(name: str) -> bool:
@@ -165,6 +203,10 @@ def _read_if_there(store: Store, name: str) -> dict[str, Any] | None:
         return read_json(store, name)
     except FileNotFoundError:
         return None
+    except ValueError:
+        raise RunError(
+            f"{store}/{name} is damaged: delete that file and run the same command as before, or delete {store}"
+        ) from None
 
 
 def _tell_difference(name: str, before: Any, after: Any) -> str:
@@ -180,19 +222,26 @@ def _run_parts(
     store: Store,
     map_tasks: MapTasks,
     on_progress: OnProgress | None,
-) -> PartResult:
-    """Finish all parts. Returns their sum."""
-    done, size = find_parts(store), config.rows_per_task
-    missing = sorted({*range(-(-len(table.rows) // size))} - {*done})
+) -> None:
+    """Finish all parts."""
+    done, size = read_parts(store, list_parts(store)), config.rows_per_task
+    missing = sorted({*_number_parts(config, table)} - done.keys())
     _check_disk(config, len(missing) * size)
     _begin_parts(store, request)
     tasks = (Task(at, table.rows[at * size : (at + 1) * size], config.output, config) for at in missing)
-    total = reduce(add_results, (read_part(store, number).result for number in done), NOTHING)
+    total = _add_parts(done)
     _report(on_progress, total, len(table.rows))
     for result in map_tasks(run_task, tasks, min(config.num_workers, len(missing)) if len(missing) > 1 else 1):
         total = add_results(total, result)
         _report(on_progress, total, len(table.rows))
-    return total
+
+
+def _number_parts(config: PrepareConfig, table: Table) -> range:
+    return range(-(-len(table.rows) // config.rows_per_task))
+
+
+def _add_parts(parts: dict[int, Part]) -> PartResult:
+    return reduce(add_results, (part.result for part in parts.values()), NOTHING)
 
 
 def _begin_parts(store: Store, request: dict[str, Any]) -> None:
@@ -235,29 +284,35 @@ def _gib(count: int) -> str:
 
 def _describe(error: OSError, store: Store) -> str:
     if isinstance(error, FileNotFoundError):
-        return f"{error.filename or error} is gone: the unfinished parts are damaged; delete {store} and prepare again"
+        return f"{error.filename or error} is gone: run the same command again, finished parts stay"
     if error.errno in FULL:
         return f"disk full at {store} ({error.strerror}): free some and run the same command again, finished parts stay"
     return f"cannot write to {store} ({error.strerror or error}): put that right and run the same command again"
 
 
-def _merge_parts(
-    config: PrepareConfig, table: Table, request: dict[str, Any], store: Store, total: PartResult
-) -> dict[str, Any]:
+def _merge_parts(config: PrepareConfig, table: Table, request: dict[str, Any], store: Store) -> dict[str, Any]:
     """Join the finished parts. Every step can be repeated; the card comes last: with it, all is there."""
-    parts = find_parts(store)
-    concat_tables(store, (name_table(part, "rejected") for part in parts), REJECTED_FILE, REJECTED)
-    _check_counts(store, len(table.rows), total)
-    hashes = _merge_shards(store, parts)
-    concat_tables(store, (name_table(part, "manifest") for part in parts), MANIFEST_FILE, MANIFEST)
+    parts = read_parts(store, _number_parts(config, table))
+    total = _add_parts(parts)
+    if total.rows != len(table.rows):
+        raise RunError(
+            f"{total.rows} of {len(table.rows)} rows are accounted for, the unfinished parts are damaged: "
+            "run the same command again, whole parts stay"
+        )
+    rejected = concat_tables(store, (name_table(part, "rejected") for part in parts), REJECTED_FILE, REJECTED)
+    _check_any_kept(store, total)
+    shards = _merge_shards(store, parts)
+    kept = concat_tables(store, (name_table(part, "manifest") for part in parts), MANIFEST_FILE, MANIFEST)
     _merge_masks(store, parts)
+    hashes = [info["raw_data"]["hashes"][HASHES[0]] for split in SPLITS for info in shards[split]]
     card = build_card(config, table, total, hashes, store)
+    _check_merged(store, shards, card, kept + rejected)
     card["request"] = request
     card |= _check_protocol(config, store)
     if _read_if_there(store, _REQUEST) != request:  # object storage has no lock
         raise RunError(f"another prepare has been writing to {store}; delete it and prepare again, one at a time")
     card = write_card(store, card)
-    store.delete(PARTS)
+    _delete_unfinished(store)
     return card
 
 
@@ -268,32 +323,34 @@ def _check_protocol(config: PrepareConfig, store: Store) -> dict[str, Any]:
     return {"protocol": check_counts(read_protocol(config.protocol), store, config.allow_counts)}
 
 
-def _merge_masks(store: Store, parts: list[int]) -> None:
+def _merge_masks(store: Store, parts: dict[int, Part]) -> None:
     """Join the masks of the parts that have some; a data set without masks has no such file."""
-    there = {*store.list_files(PARTS)}
-    names = [name for name in (name_table(part, "masks") for part in parts) if name.removeprefix(f"{PARTS}/") in there]
+    names = [name_table(number, "masks") for number, part in parts.items() if "masks" in part.tables]
     if names:
         concat_tables(store, names, MASKS_FILE, MASKS)
 
 
-def _merge_shards(store: Store, parts: list[int]) -> list[str]:
-    """Write each split's index over the shards that the parts published. Returns the hash of each one's content."""
-    shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    for part in parts:
-        for split, infos in read_part(store, part).shards.items():
-            shards[split] += infos
+def _merge_shards(store: Store, parts: dict[int, Part]) -> dict[str, list[dict[str, Any]]]:
+    """Write each split's index over the shards that the parts published. Returns its entries."""
+    shards = {split: [info for part in parts.values() for info in part.shards[split]] for split in SPLITS}
     for split in SPLITS:
-        there = {*store.list_files(split)}
-        for info in shards[split]:
-            if info["zip_data"]["basename"] not in there:
-                raise FileNotFoundError(f"shard {split}/{info['zip_data']['basename']}")
         write_index(store, split, shards[split])
-    return [info["raw_data"]["hashes"][HASHES[0]] for split in SPLITS for info in shards[split]]
+    return shards
 
 
-def _check_counts(store: Store, rows: int, total: PartResult) -> None:
-    if total.rows != rows:
-        raise RunError(f"{total.rows} of {rows} rows are accounted for; delete {store} and prepare again")
+def _check_merged(store: Store, shards: dict[str, list[dict[str, Any]]], card: dict[str, Any], rows: int) -> None:
+    """Raise RunError where the tables do not have each row of the input, or the shards not each image of the tables."""
+    told = [(rows, card["counts"]["input"], "rows of the input are in the tables")]
+    for split in SPLITS:
+        samples = sum(info["samples"] for info in shards[split])
+        told.append((samples, card["counts"][split]["images"], f"images of {split} are in the shards"))
+    for found, expected, what in told:
+        if found != expected:
+            raise RunError(f"{found} of {expected} {what}: delete {store} and prepare again, one at a time")
+
+
+def _check_any_kept(store: Store, total: PartResult) -> None:
+    rows = total.rows
     if sum(total.reasons.values()) == rows:
         worst = sorted(total.reasons.items(), key=lambda item: -item[1])[:3]
         top = ", ".join(f"{reason} {count}" for reason, count in worst)

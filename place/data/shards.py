@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from place.config import RunError
 from place.data.manifest import write_json
 from place.data.storage import Store
 
@@ -64,18 +65,26 @@ class PartWriter:
         )
 
 
-def publish_shards(folder: Path, split: str, number: int, store: Store) -> list[dict[str, Any]]:
+def publish_shards(folder: Path, split: str, number: int, samples: int, store: Store) -> list[dict[str, Any]]:
     """Hand a part's shards of a split over to the data set, under names that only this part uses.
 
     Args:
         folder: where `PartWriter` wrote.
         number: of the part.
+        samples: how many were written.
     Returns:
         The entries for the split's index.
+    Raises:
+        RunError: not all that was written is there.
     Source: ours; index format version 2 of mosaicml-streaming, which takes any basename.
     """
     index = folder / split / "index.json"
     infos = json.loads(index.read_text())["shards"] if index.is_file() else []
+    if (found := sum(info["samples"] for info in infos)) != samples:
+        raise RunError(
+            f"{folder} was emptied while it was written: {found} of {samples} images of {split} are left; keep other "
+            "programs out of it and run the same command again, finished parts stay"
+        )
     return [
         _publish_shard(folder / split, info, f"shard.{number:05}.{at:03}.mds", store) for at, info in enumerate(infos)
     ]

@@ -7,13 +7,13 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from place.config import RunError, UsageError
-from place.kept import PARTIAL, drafted
+from place.kept import PARTIAL, drafted, sync
 
 S3 = "s3://"
 
@@ -29,6 +29,9 @@ class Store(Protocol):
 
     def open(self, name: str) -> IO[bytes]:
         """A file to seek and read in. Raises FileNotFoundError."""
+
+    def size(self, name: str) -> int | None:
+        """A file's bytes, counted; None where there is no such file."""
 
     def write(self, name: str, data: bytes) -> None:
         """Make or replace a file."""
@@ -89,6 +92,13 @@ class Folder:
     def open(self, name: str) -> IO[bytes]:
         return (self.root / name).open("rb")
 
+    def size(self, name: str) -> int | None:
+        try:
+            with self.open(name) as file:  # NFS may remember an older state for `stat` and for listings
+                return os.fstat(file.fileno()).st_size
+        except FileNotFoundError:
+            return None
+
     def write(self, name: str, data: bytes) -> None:
         with self.create(name) as file:
             file.write(data)
@@ -96,6 +106,7 @@ class Folder:
     def put(self, file: Path, name: str) -> None:
         target = self.root / name
         target.parent.mkdir(parents=True, exist_ok=True)
+        sync(file)
         os.replace(file, target)
 
     @contextmanager
@@ -131,7 +142,7 @@ class Folder:
         path = self.root / name
         if path.is_dir():
             shutil.rmtree(path)
-        else:
+        elif path.exists():  # a read-only file system refuses even what is not there
             path.unlink(missing_ok=True)
 
 
@@ -155,6 +166,10 @@ class Bucket:
     def open(self, name: str) -> IO[bytes]:
         return self.files.open_input_file(f"{self.root}/{name}")
 
+    def size(self, name: str) -> int | None:
+        info = self.files.get_file_info(f"{self.root}/{name}")
+        return info.size if info.is_file else None
+
     def write(self, name: str, data: bytes) -> None:
         with self.create(name) as stream:
             stream.write(data)
@@ -165,10 +180,18 @@ class Bucket:
 
     @contextmanager
     def create(self, name: str) -> Iterator[IO[bytes]]:
-        # Not a `with` of the stream itself: that would finish an upload that an error broke off.
-        stream = self.files.open_output_stream(f"{self.root}/{name}")
-        yield stream
-        stream.close()
+        # Under another name first: pyarrow knows no end of an upload but one that makes the object appear.
+        draft = f"{self.root}/{name}.{os.urandom(4).hex()}{PARTIAL}"
+        stream = self.files.open_output_stream(draft)
+        try:
+            yield stream
+            stream.close()
+            self.files.move(draft, f"{self.root}/{name}")
+        except BaseException:
+            with suppress(OSError):
+                stream.close()
+                self.files.delete_file(draft)
+            raise
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Path]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from place.config import PrepareConfig
+from place.config import PrepareConfig, RunError
 from place.data.burned_in import has_burned_in_text
 from place.data.consistency import find_contradiction
 from place.data.identity import SPLITS
@@ -22,6 +23,7 @@ from place.data.images import (
     Rejected,
     decode_image,
     encode_grey_jpeg,
+    is_there,
     read_file,
     shrink_image,
 )
@@ -40,6 +42,7 @@ from place.data.views import check_view, resolve_views
 MAX_REPORT_CHARS = 100_000
 PARTS = ".parts"
 """Folder of what is not merged yet."""
+_READERS = 16
 
 
 class Task(NamedTuple):
@@ -92,10 +95,11 @@ class Sample(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A finished part: its result, and the entries of its shards for each split's index."""
+    """A finished part: its result, the entries of its shards for each split's index, the size of each of its tables."""
 
     result: PartResult
     shards: dict[str, list[dict[str, Any]]]
+    tables: dict[str, int]
 
 
 class Tables(NamedTuple):
@@ -114,18 +118,19 @@ def run_task(task: Task) -> PartResult:
     Source: ours.
     """
     store = open_store(task.output)
-    try:
-        return read_part(store, task.number).result
-    except FileNotFoundError:
-        pass
+    if part := read_part(store, task.number):
+        return part.result
     with store.stage(_name(task.number)) as folder:
         result, tables = _build_part(task, folder)
-        shards = {split: publish_shards(folder, split, task.number, store) for split in SPLITS}
-    store.write(name_table(task.number, "manifest"), pack_table(tables.kept, MANIFEST))
-    store.write(name_table(task.number, "rejected"), pack_table(tables.rejected, REJECTED))
+        samples = Counter(record["split"] for record in tables.kept)
+        shards = {split: publish_shards(folder, split, task.number, samples[split], store) for split in SPLITS}
+    packed = {"manifest": pack_table(tables.kept, MANIFEST), "rejected": pack_table(tables.rejected, REJECTED)}
     if tables.masks:
-        store.write(name_table(task.number, "masks"), pack_table(tables.masks, MASKS))
-    write_json(store, f"{_name(task.number)}.json", {"result": result._asdict(), "shards": shards})
+        packed["masks"] = pack_table(tables.masks, MASKS)
+    for name, data in packed.items():
+        store.write(name_table(task.number, name), data)
+    sizes = {name: len(data) for name, data in packed.items()}
+    write_json(store, f"{_name(task.number)}.json", {"result": result._asdict(), "shards": shards, "tables": sizes})
     return result
 
 
@@ -138,16 +143,31 @@ def name_table(number: int, table: str) -> str:
     return f"{_name(number)}.{table}.parquet"
 
 
-def read_part(store: Store, number: int) -> Part:
-    """What a finished part wrote of itself. Raises FileNotFoundError."""
-    record = read_json(store, f"{_name(number)}.json")
-    return Part(PartResult(**record["result"]), record["shards"])
+def read_part(store: Store, number: int) -> Part | None:
+    """What a finished part wrote of itself; None where it has not, or where not all of its files are whole."""
+    try:
+        record = read_json(store, f"{_name(number)}.json")
+        part = Part(PartResult(**record["result"]), record["shards"], record["tables"])
+    except (FileNotFoundError, ValueError, KeyError):  # emptied by a power loss, or of an earlier version
+        return None
+    sizes = {name_table(number, name): size for name, size in part.tables.items()}
+    for split, infos in part.shards.items():
+        sizes |= {f"{split}/{info['zip_data']['basename']}": info["zip_data"]["bytes"] for info in infos}
+    return part if all(store.size(name) == size for name, size in sizes.items()) else None
 
 
-def find_parts(store: Store) -> list[int]:
-    """Numbers of the finished parts, in order."""
+def read_parts(store: Store, numbers: Iterable[int]) -> dict[int, Part]:
+    """Those of the parts that are finished and whole, in order."""
+    numbers = sorted(numbers)
+    with ThreadPoolExecutor(_READERS) as pool:  # each waits for some answers of the storage
+        parts = pool.map(partial(read_part, store), numbers)
+        return {number: part for number, part in zip(numbers, parts) if part}
+
+
+def list_parts(store: Store) -> list[int]:
+    """Numbers of the parts that seem to be finished; a shared file system may not list the last ones yet."""
     stems = (name.removesuffix(".json") for name in store.list_files(PARTS) if name.endswith(".json"))
-    return sorted(int(stem) for stem in stems if stem.isdigit())
+    return [int(stem) for stem in stems if stem.isdigit()]
 
 
 def _build_part(task: Task, folder: Path) -> tuple[PartResult, Tables]:
@@ -166,6 +186,11 @@ def _build_part(task: Task, folder: Path) -> tuple[PartResult, Tables]:
                     dict(zip(REJECTED.names, (row.number, row.sample_id, drop.reason, drop.detail, row.split)))
                 )
                 continue
+            except OSError as error:
+                raise RunError(
+                    f"row {row.number} of the input cannot be read now ({error.strerror or error}): put that right and "
+                    "run the same command again, finished parts stay"
+                ) from None
             writer.write(row.split, sample.stored)
             kept.append(sample.record)
             masks += sample.masks
@@ -186,8 +211,7 @@ def read_sample(row: Row, config: PrepareConfig) -> Sample:
     kept_views = resolve_views(config)
     if row.view:
         check_view(row.view, kept_views)
-    sections = (*row.sections, *(read_report(row.report_path) if row.report_path else ()))
-    written = read_sentences(sections, config.min_words)
+    written, is_left_out = _read_written(row, config.min_words)
     sentences = lower_sentences(written) if config.case == "lower" else written
     data = row.image if isinstance(row.image, bytes) else read_file(row.image)
     source_YX, info = decode_image(data)
@@ -206,7 +230,7 @@ def read_sample(row: Row, config: PrepareConfig) -> Sample:
         "boxes": [_scale_box(box, source_YX.shape, scale) for box in row.boxes],
     }
     record = _build_record(row, stored, info, source_YX.shape, image_YX.shape)
-    record["warnings"] = list(_find_warnings(written, info, source_YX))
+    record["warnings"] = ["report_left_out"] * is_left_out + list(_find_warnings(written, info, source_YX))
     masks = [
         {
             "sample_id": row.sample_id,
@@ -216,9 +240,23 @@ def read_sample(row: Row, config: PrepareConfig) -> Sample:
             "mask": store_mask(mask, source_YX.shape, image_YX.shape),
         }
         for mask in row.masks
-        if not isinstance(mask.png, str) or os.path.exists(mask.png)
+        if not isinstance(mask.png, str) or is_there(mask.png)
     ]
     return Sample(stored, {**record, "source_sha256": hashlib.sha256(data).hexdigest()}, image_YX, masks)
+
+
+def _read_written(row: Row, min_words: int) -> tuple[list[dict[str, str]], bool]:
+    """Sentences of a row's report, and whether a faulty one is left out.
+
+    Phrases that come with their boxes do without a report: where none is asked for, its faults do not cost them.
+    """
+    try:
+        sections = (*row.sections, *(read_report(row.report_path) if row.report_path else ()))
+        return read_sentences(sections, min_words), False
+    except Rejected:
+        if min_words or not any(box.get("phrase") for box in row.boxes):
+            raise
+        return [], True
 
 
 def _build_record(

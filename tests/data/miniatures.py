@@ -115,10 +115,17 @@ DRAWN_ON = (2544, 3180)
 
 
 def write_ms_cxr(folder: Path) -> None:
-    """MIMIC-CXR-JPG with phrases on three images, one in each official split; the first phrase has two boxes."""
+    """MIMIC-CXR-JPG with phrases on three images, one in each official split; the first phrase has two boxes.
+
+    The first image has a report of two words, the second one that contradicts itself, the third none.
+    """
     table = write_mimic(folder)
     names = table[table["ViewPosition"] == "PA"].drop_duplicates("split")
     paths = [next(folder.glob(f"files/*/*/*/{name}.jpg")).relative_to(folder).as_posix() for name in names["dicom_id"]]
+    reports = [(folder / path).parent.with_suffix(".txt") for path in paths]
+    reports[0].write_text("IMPRESSION: Small pneumothorax.")
+    reports[1].write_text("FINDINGS: There is a left pneumothorax. IMPRESSION: No pneumothorax.")
+    reports[2].unlink()
     boxes = [
         (0, "Pneumonia", "left lower lobe opacity", 212, 1060, 530, 636),
         (0, "Pneumonia", "left lower lobe opacity", 0, 530, 318, 212),

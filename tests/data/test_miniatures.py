@@ -17,6 +17,7 @@ from archives import write_mimic
 from documents import read_blocks
 from miniatures import (
     FIVE,
+    MS_CXR,
     PROTOCOLS,
     RSNA_MAP,
     SIDE,
@@ -44,6 +45,7 @@ from place.data.layout import LabelRule
 from place.data.masks import read_masks
 from place.data.prepare import run_prepare
 from place.data.prepared import list_splits, read_samples
+from place.data.protocol import list_counts, read_protocol
 from place.data.shapes import draw_shapes, find_box, parse_runs, parse_shapes, write_runs
 from place.data.table_source import open_table
 from place.evaluation.grounding import list_phrases
@@ -442,6 +444,36 @@ def test_ms_cxr_brings_phrases_and_boxes_to_the_stored_images_which_are_all_test
     again = {sample["sample_id"]: sample["boxes"] for sample in read_samples(f"{tmp_path}/ms_cxr-out", "test")}
     assert again == {sample["sample_id"]: sample["boxes"] for sample in samples}
     assert found.card["protocol"]["shares_images_with"] == ["mimic_5x200", "mimic_cxr"]
+
+
+def test_a_phrase_of_ms_cxr_needs_no_report(tmp_path):
+    found = prepare("ms_cxr", write_ms_cxr, tmp_path, {"all": {"rows": 3, "missing": 0, "images": 3, "boxes": 5}})
+    kept = sorted(
+        ([item["text"] for item in found.samples[number]["sentences"]], row["warnings"])
+        for number, row in found.rows.items()
+    )
+    assert kept == [([], ["report_left_out"])] * 2 + [(["Small pneumothorax."], [])]
+    card = found.card
+    assert (card["boxes"], card["warnings"], card["without_report"]) == (5, {"report_left_out": 2}, 2)
+    assert "5 boxes are on the kept images." in (tmp_path / "ms_cxr-out" / "card.md").read_text()
+    words = prepare_words(tmp_path / "ms_cxr.yaml", tmp_path / "ms_cxr", "--min-words", 3)
+    told = r"all 3 rows were rejected \(contradictory_report 1, missing_report 1, short_report 1\)"
+    with pytest.raises(RunError, match=told):
+        run_prepare(parse_prepare(*words, "--output", tmp_path / "strict"))
+
+
+def test_half_a_table_of_ms_cxr_does_not_meet_the_counts(tmp_path):
+    def halve(folder: Path) -> None:
+        write_ms_cxr(folder)
+        lines = (folder / MS_CXR).read_text().splitlines(keepends=True)
+        (folder / MS_CXR).write_text("".join(lines[:4]))
+
+    counts = {"all": {"rows": 3, "missing": 0, "images": 3, "boxes": 5}}
+    with pytest.raises(RunError, match="all.images: 1 found, protocol ms_cxr says 3; all.boxes: 3 found, .* says 5"):
+        prepare("ms_cxr", halve, tmp_path, counts)
+    assert list_counts(read_protocol(PROTOCOLS / "ms_cxr.yaml")) == {
+        "all.missing": 0, "all.images": 1047, "all.boxes": 1448,
+    }  # fmt: skip
 
 
 def test_openi_keeps_the_images_of_a_report_together_with_its_sections_and_views(tmp_path):

@@ -50,7 +50,8 @@ def test_boxes_come_to_the_stored_size_and_to_the_square_with_their_phrase(archi
         ("not-there", "Edema", "edema", 0, 0, 10, 10, WIDTH, HEIGHT),
     )
     config, card = prepare(archive, table)
-    assert card["notes"] == ["4 boxes with phrases on 2 of 3 images of MS_CXR_Local_Alignment_v1.1.0.csv"]
+    told = "4 boxes with phrases on 2 of 3 images of MS_CXR_Local_Alignment_v1.1.0.csv, rejected rows included"
+    assert (card["notes"], card["boxes"]) == ([told], 4)
     found = {
         s["boxes"][0]["finding"]: s
         for split in ("train", "test")

@@ -23,10 +23,15 @@ from small_sets import draw_image, edit_table, encode, write_csv_source
 
 from place.config import PrepareConfig, RunError, UsageError
 from place.data import prepare
+from place.data.manifest import MANIFEST, pack_table
 from place.data.pool import map_in_processes
 from place.data.prepare import run_prepare
 from place.data.prepared import list_splits, read_samples
+from place.data.report_files import read_report
+from place.data.shards import COLUMNS, PartWriter, publish_shards
+from place.data.storage import Folder, open_store
 from place.data.verify import find_faults
+from place.kept import try_lock
 
 RUN = """
 import os, signal, sys
@@ -218,6 +223,56 @@ def test_a_second_run_does_nothing_and_says_so(tmp_path):
     assert read_bytes(config.output, stamp=True) == before
 
 
+@pytest.mark.parametrize("fault", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ETIMEDOUT])
+def test_storage_that_does_not_answer_costs_no_row(tmp_path, monkeypatch, fault):
+    config = write_csv_source(tmp_path)
+    with monkeypatch.context() as outage:
+        outage.setattr("builtins.open", _break(open, "secret-file-5.jpg", fault))
+        with pytest.raises(
+            RunError, match=r"row 5 of the input cannot be read now .*: put that right and run the same"
+        ):
+            run_prepare(config)
+    assert [path.name for path in sorted((tmp_path / "out" / ".parts").glob("0*.json"))] == ["00000.json"]
+    assert run_prepare(config)["counts"]["kept"] == 12
+
+
+def test_reports_and_masks_on_storage_that_does_not_answer_cost_no_row(tmp_path, monkeypatch):
+    config = write_csv_source(tmp_path, masks={"nodule": "{stem}-nodule.png"})
+    mask = np.zeros((80, 64), np.uint8)
+    mask[20:40, 20:40] = 255
+    (tmp_path / "images" / "secret-file-2-nodule.png").write_bytes(encode(mask, "PNG"))
+    with monkeypatch.context() as outage:
+        outage.setattr("os.stat", _break(os.stat, "secret-file-2-nodule.png", errno.EIO))
+        with pytest.raises(RunError, match=r"row 2 of the input cannot be read now \(Input/output error\)"):
+            run_prepare(config)
+    run_prepare(config)
+    assert len(read_rows(config, "masks.parquet")) == 1
+    report = tmp_path / "report.txt"
+    report.write_text("FINDINGS: Clear.")
+    monkeypatch.setattr("os.stat", _break(os.stat, "report.txt", errno.ESTALE))
+    with pytest.raises(OSError, match="Stale file handle"):
+        read_report(str(report))
+
+
+def test_reports_that_cannot_be_opened_now_are_one_clear_line(tmp_path, monkeypatch):
+    (tmp_path / "1.xml").write_text("<eCitation/>")
+    config = PrepareConfig(source="openi", input=str(tmp_path), output=str(tmp_path / "out"), num_workers=1)
+    monkeypatch.setattr("os.stat", _break(os.stat, "1.xml", errno.EIO))
+    with pytest.raises(RunError, match=r"the input cannot be read now \(Input/output error\): put that right"):
+        run_prepare(config)
+
+
+def _break(act, end: str, fault: int):
+    """The same function, failing for paths with such an end."""
+
+    def broken(path, *arguments, **options):
+        if str(path).endswith(end):
+            raise OSError(fault, os.strerror(fault), path)
+        return act(path, *arguments, **options)
+
+    return broken
+
+
 def test_other_settings_in_the_same_folder_are_named(tmp_path):
     config = write_csv_source(tmp_path)
     run_prepare(config)
@@ -242,6 +297,127 @@ def test_two_runs_never_write_into_one_folder(tmp_path):
             run_prepare(config)
 
     run_prepare(config, on_progress=intrude)
+
+
+def test_the_lock_is_on_a_file_that_is_written_because_file_servers_lock_no_folders(tmp_path):
+    config = write_csv_source(tmp_path)
+
+    def lock(*_):
+        with (tmp_path / "out" / ".lock").open("a") as file:
+            assert not try_lock(file.fileno())
+
+    run_prepare(config, on_progress=lock)
+    assert not (tmp_path / "out" / ".lock").exists()
+
+
+def test_storage_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert run_prepare(write_csv_source(tmp_path))["counts"]["kept"] == 12
+
+
+def test_a_read_only_data_set_is_told_to_be_there(tmp_path, small_disk):
+    config = write_csv_source(tmp_path / "set", output=str(small_disk / "out"))
+    run_prepare(config)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert run_prepare(config)["already_prepared"]
+
+
+def test_a_part_whose_folder_was_emptied_under_it_is_told(tmp_path):
+    with PartWriter(tmp_path, shard_mib=1) as writer:
+        writer.write("train", {**dict.fromkeys(COLUMNS, 0), "image": b"", "view": ""})
+    (tmp_path / "train" / "index.json").unlink()
+    with pytest.raises(RunError, match="emptied while it was written: 0 of 1 images of train are left; keep other"):
+        publish_shards(tmp_path, "train", 0, 1, open_store(tmp_path / "out"))
+
+
+def test_listings_that_lag_behind_lose_no_part(tmp_path, monkeypatch):
+    config = write_csv_source(tmp_path)
+    run_prepare(config)
+    listed, late = Folder.list_files, config.model_copy(update={"output": str(tmp_path / "late")})
+    monkeypatch.setattr(Folder, "list_files", lambda *given: [name for name in listed(*given) if "00002" not in name])
+    run_prepare(late)
+    assert read_bytes(late.output) == read_bytes(config.output)
+
+
+@pytest.mark.parametrize("lost", ["shards", "rows"])
+def test_a_data_set_that_does_not_have_every_row_is_never_finished(tmp_path, lost):
+    config = write_csv_source(tmp_path)
+    parts = tmp_path / "out" / ".parts"
+
+    def lose(done, total, _):
+        if done == total:
+            record = json.loads((parts / "00001.json").read_text())
+            record["shards"]["train"] = [] if lost == "shards" else record["shards"]["train"]
+            if lost == "rows":
+                (parts / "00001.manifest.parquet").write_bytes(pack_table([], MANIFEST))
+                record["tables"]["manifest"] = len(pack_table([], MANIFEST))
+            (parts / "00001.json").write_text(json.dumps(record))
+
+    words = {"shards": r"\d+ of \d+ images of train are in the shards", "rows": "8 of 12 rows of the input are in"}
+    with pytest.raises(RunError, match=words[lost] + ".*: delete .* and prepare again, one at a time"):
+        run_prepare(config, on_progress=lose)
+    assert not (tmp_path / "out" / "card.json").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [".parts/00001.json", ".parts/00001.manifest.parquet", ".parts/00001.rejected.parquet", "train/shard.00001*"],
+)
+def test_a_part_that_a_power_loss_emptied_is_made_again(tmp_path, monkeypatch, name):
+    config = write_csv_source(tmp_path)
+    run_prepare(config)
+    cut = config.model_copy(update={"output": str(tmp_path / "cut")})
+    _prepare_parts(cut, monkeypatch)
+    (found,) = Path(cut.output).glob(name)
+    found.write_bytes(b"")
+    redone = []
+
+    def spy(function, tasks, num_workers):
+        redone.extend(tasks)
+        yield from map(function, redone)
+
+    run_prepare(cut, map_tasks=spy)
+    assert [task.number for task in redone] == [1]
+    assert read_bytes(cut.output) == read_bytes(config.output)
+
+
+def test_a_table_with_other_bytes_than_it_had_is_named(tmp_path, monkeypatch):
+    config = write_csv_source(tmp_path)
+    _prepare_parts(config, monkeypatch)
+    table = tmp_path / "out" / ".parts" / "00001.manifest.parquet"
+    table.write_bytes(bytes(table.stat().st_size))
+    with pytest.raises(RunError, match=r"00001.manifest.parquet is damaged: delete that file and run the same command"):
+        run_prepare(config)
+    table.unlink()
+    assert run_prepare(config)["counts"]["kept"] == 12
+
+
+@pytest.mark.parametrize("name", [".parts/request.json", "card.json"])
+def test_an_emptied_card_or_request_is_one_clear_line(tmp_path, monkeypatch, name):
+    config = write_csv_source(tmp_path)
+    _prepare_parts(config, monkeypatch)
+    if name == "card.json":
+        run_prepare(config)
+    (tmp_path / "out" / name).write_bytes(b"")
+    with pytest.raises(RunError, match=rf"{name} is damaged: delete that file and run the same command as before, or"):
+        run_prepare(config)
+    (tmp_path / "out" / name).unlink()
+    assert run_prepare(config)["counts"]["kept"] == 12
+
+
+def _prepare_parts(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepare up to the merge."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as cut:
+        cut.setattr(prepare, "_merge_parts", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_prepare(config)
 
 
 def test_progress_counts_up_to_all_rows(tmp_path):
@@ -383,8 +559,9 @@ def test_a_part_that_lost_a_shard_is_told(tmp_path):
         if done == total:
             next(Path(config.output).glob("train/shard*")).unlink()
 
-    with pytest.raises(RunError, match="the unfinished parts are damaged"):
+    with pytest.raises(RunError, match="the unfinished parts are damaged: run the same command again"):
         run_prepare(config, on_progress=lose)
+    assert run_prepare(config)["counts"]["kept"] == 12
 
 
 def test_a_map_that_forgets_rows_is_found_out(tmp_path):
@@ -425,26 +602,30 @@ def test_too_little_disk_is_told_before_work_begins(tmp_path):
     assert run_prepare(smaller)["counts"]["kept"] == 3, "the refused command has left nothing in the folder"
 
 
-def test_a_disk_that_fills_up_is_one_clear_line_and_the_run_continues_once_there_is_room(tmp_path):
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 2 MiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("no right to mount a small disk")
-    filler = disk / "filler"
-    config = write_csv_source(tmp_path / "set", output=str(disk / "out"))
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up_is_one_clear_line_and_the_run_continues_once_there_is_room(tmp_path, small_disk):
+    filler = small_disk / "filler"
+    config = write_csv_source(tmp_path / "set", output=str(small_disk / "out"))
 
     def fill(done, *_):
         if done == 8:
-            free = shutil.disk_usage(disk).free
+            free = shutil.disk_usage(small_disk).free
             filler.write_bytes(bytes(free - free % 4096))
 
-    try:
-        with pytest.raises(RunError, match=r"disk full at .*: free some and run the same command again"):
-            run_prepare(config, on_progress=fill)
-        filler.unlink()
-        assert run_prepare(config)["counts"]["kept"] == 12
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+    with pytest.raises(RunError, match=r"disk full at .*: free some and run the same command again"):
+        run_prepare(config, on_progress=fill)
+    filler.unlink()
+    assert run_prepare(config)["counts"]["kept"] == 12
 
 
 @pytest.mark.parametrize(

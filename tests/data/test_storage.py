@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import boto3
@@ -16,6 +18,22 @@ from place.data.prepare import run_prepare
 from place.data.prepared import list_splits, read_card, read_samples
 from place.data.storage import Bucket, open_store
 from place.data.verify import find_faults
+
+BREAK_OFF = """
+import gc, sys
+from place.data.storage import open_store
+
+def break_off():
+    with open_store(sys.argv[1]).create("table.parquet") as stream:
+        stream.write(bytes(int(sys.argv[2])))
+        raise OSError("the source cannot be read")
+
+try:
+    break_off()
+except OSError as error:
+    print(error)
+gc.collect()
+"""
 
 
 def list_objects(bucket: str) -> dict[str, bytes]:
@@ -99,6 +117,17 @@ def _prepare_until(config: PrepareConfig, kill_at: int) -> int:
         run_prepare(config)
         os._exit(0)
     return os.WTERMSIG(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("size", [1000, 6 << 20])
+def test_an_upload_that_breaks_off_leaves_the_old_object_and_no_other(bucket, size):
+    open_store(f"{bucket}/mine").write("table.parquet", b"the whole of it")
+    # In a process of its own: what a collected stream does would wait for a server in this one.
+    done = subprocess.run(
+        [sys.executable, "-c", BREAK_OFF, f"{bucket}/mine", str(size)], capture_output=True, text=True
+    )
+    assert done.stdout == "the source cannot be read\n"
+    assert list_objects(bucket) == {"mine/table.parquet": b"the whole of it"}
 
 
 def test_other_settings_for_the_same_place_in_a_bucket_are_named(tmp_path, bucket):
