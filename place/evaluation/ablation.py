@@ -176,25 +176,32 @@ def run_job(job: Job, experiment: Experiment) -> dict[str, float]:
     return figures
 
 
-def pair_job(job: Job, reference: Job, experiment: Experiment) -> dict[str, list[float]]:
+def pair_job(job: Job, reference: Job, experiment: Experiment, say: Callable[[str], None]) -> dict[str, list[float]]:
     """A run less the reference's of the same seed, by a paired bootstrap over patients; what was found is kept.
+
+    A task that cannot be paired, as the reports of a row that reads other sections, is told and left out.
 
     Returns: by `TASK:METRIC` the difference and the ends of its 95 % interval.
     Raises:
-        RunError: a result is damaged. UsageError: it was removed.
+        RunError: a result is damaged. UsageError: all were removed.
     """
     # Here, because it brings torch, which those who only plan do without.
-    from place.evaluation.compare import run_compare
+    from place.evaluation.compare import find_results, run_compare
 
     found, key = job.folder / "paired.json", build_key(experiment, reference, job)
     if (known := read_kept(found, key)) is not None:
         return known
-    compared = run_compare(reference.folder / "run", job.folder / "run", Path(experiment.data))
-    gaps = {
-        f"{task}:{name}": [gap for gap in item.difference if gap is not None]
-        for task, differences in compared.tasks.items()
-        for name, item in differences.items()
-    }
+    runs = reference.folder / "run", job.folder / "run"
+    gaps = {}
+    for task in sorted(path.stem for path in find_results(runs[1]).glob("*.json")):
+        try:
+            differences = run_compare(*runs, Path(experiment.data), tasks=[task]).tasks.get(task, {})
+        except UsageError as error:
+            say(f"{job.row}, seed {job.seed}: not paired with {reference.row}: {error}")
+            continue
+        gaps |= {
+            f"{task}:{name}": [gap for gap in item.difference if gap is not None] for name, item in differences.items()
+        }
     write_kept(found, key, gaps)
     return gaps
 
@@ -299,7 +306,7 @@ def run_experiment(experiment: Experiment, base: Path, parallel: int, say: Calla
         pool.shutdown(cancel_futures=True)
     for job, reference in list_pairs(experiment, jobs, figures):
         try:
-            gaps.setdefault(job.row, {})[job.seed] = pair_job(job, reference, experiment)
+            gaps.setdefault(job.row, {})[job.seed] = pair_job(job, reference, experiment, say)
         except (RunError, UsageError) as error:
             say(f"{job.row}, seed {job.seed}: not paired with {reference.row}: {error}")
     _write(experiment, figures, gaps, [describe_origin(jobs), *failed])

@@ -21,6 +21,7 @@ from place.config import (
     build_config,
     dump_config,
 )
+from place.evaluation.ablation import Experiment, Job, pair_job
 from place.evaluation.compare import read_judged, run_compare
 from place.evaluation.encoder import get_units, read_units
 from place.evaluation.metrics import draw_weights, summarize
@@ -185,6 +186,27 @@ def test_other_images_and_labels_are_refused(evaluated: Path, data_dir: Path, tm
         rewrite(other / "zero_shot.parquet", **{name: column})
         with pytest.raises(UsageError, match="zero_shot: 2 images or findings were judged, or labelled, in one of"):
             run_compare(evaluated, other, data_dir)
+
+
+def test_an_ablation_pairs_each_task_that_it_can_and_says_which_it_cannot(
+    evaluated: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    for row in "ab":
+        shutil.copytree(evaluated, tmp_path / row / "run" / "evaluation")
+    rewrite(
+        tmp_path / "b/run/evaluation/zero_shot.parquet",
+        finding=["other"] * pq.read_metadata(evaluated / "zero_shot.parquet").num_rows,
+    )
+    column, row = {"title": "Dice", "metric": "segmentation:mean_dice"}, {"title": ""}
+    tree = {"base": "", "folder": "", "data": str(data_dir), "tasks": ",".join(TASKS), "reference": "a"}
+    experiment = Experiment.model_validate(tree | {"columns": [column], "rows": {"a": row, "b": row}})
+    first, second = (Job(row, 0, tmp_path / row, "", experiment.tasks) for row in "ab")
+    said: list[str] = []
+    gaps = pair_job(second, first, experiment, said.append)
+    assert {name.split(":")[0] for name in gaps} == set(TASKS) - {"zero_shot"}
+    assert gaps["segmentation:mean_dice"] == [0.0, 0.0, 0.0]
+    (line,) = said
+    assert line.startswith("b, seed 0: not paired with a: zero_shot: ")
 
 
 def test_what_cannot_be_compared_is_said(evaluated: Path, data_dir: Path, tmp_path: Path) -> None:
