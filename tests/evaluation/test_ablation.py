@@ -221,7 +221,10 @@ def test_whoever_interrupts_an_experiment_is_told_that_it_goes_on(prepared: Path
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(merge(TINY, {"train": {"max_steps": 100000}})))
     tree = TREE | {"folder": str(tmp_path / "out"), "data": str(prepared)}
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(tree))
-    command = [sys.executable, "-m", "place.evaluation.ablation", str(tmp_path / "experiment.yaml"), "--parallel", "1"]
+    # A shell starts what runs in its background deaf to SIGINT; these tests may be there, who interrupts is not.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    code += "from place.evaluation.ablation import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(tmp_path / "experiment.yaml"), "--parallel", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
     log = tmp_path / "out/a/seed0/run/metrics.jsonl"
     wait_until(lambda: log.is_file() and log.stat().st_size > 0, process)
