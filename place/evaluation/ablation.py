@@ -192,7 +192,7 @@ def pair_job(job: Job, reference: Job, experiment: Experiment, say: Callable[[st
     if (known := read_kept(found, key)) is not None:
         return known
     runs = reference.folder / "run", job.folder / "run"
-    gaps = {}
+    gaps: dict[str, list[float]] = {}
     for task in sorted(path.stem for path in find_results(runs[1]).glob("*.json")):
         try:
             differences = run_compare(*runs, Path(experiment.data), tasks=[task]).tasks.get(task, {})
