@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from place.cluster.budget import STAGES, Setting, compute_flops, compute_memory, compute_traffic
 from place.cluster.scaling import count_work, read_model
-from place.cluster.scaling_model import describe_network, predict_interval
+from place.cluster.scaling_model import Model, Network, describe_network, predict_interval
 
 from place.config import Config
 from place.data.prepared import read_shard_list
@@ -62,8 +62,9 @@ def build_forecast(config: Config, question: Question) -> dict[str, Any]:
     footprint = measure_footprint(config)
     stage = config.engine.zero_stage if config.engine.kind == "deepspeed" else None
     own = Setting(stage, config.engine.activation_checkpointing, plan.accumulation)
+    ladder = read_model(question.scaling) if question.scaling is not None else None
     return {
-        "assumed": [*footprint.assumed, _say_speed(question, own), *_say_source(question)],
+        "assumed": [*footprint.assumed, _say_speed(question, own, ladder), *_say_source(question)],
         "parameters": {name: part.parameters for name, part in footprint.parts.items()},
         "gflop_per_pair": {name: part.pair_flops / 1e9 for name, part in footprint.parts.items()},
         "plan": plan.model_dump(),
@@ -77,7 +78,7 @@ def build_forecast(config: Config, question: Question) -> dict[str, Any]:
             str(each): {name: size / GIB for name, size in compute_traffic(footprint, plan, config, each).items()}
             for each in STAGES
         },
-        "time": _compute_time(footprint, plan, config, question),
+        "time": _compute_time(footprint, plan, config, question, ladder),
         "data": stored,
     }
 
@@ -111,13 +112,15 @@ def _in_gib(footprint: Footprint, plan: RunPlan, config: Config, setting: Settin
     return {f"{name}_gib": size / GIB for name, size in memory._asdict().items()}
 
 
-def _compute_time(footprint: Footprint, plan: RunPlan, config: Config, question: Question) -> dict[str, Any]:
+def _compute_time(
+    footprint: Footprint, plan: RunPlan, config: Config, question: Question, ladder: tuple[list[Model], Network] | None
+) -> dict[str, Any]:
     gpu = GPUS[question.gpu]
     peak = (gpu.bf16_tflops if config.engine.precision != "fp32" else gpu.fp32_tflops) * 1e12
     flops = compute_flops(footprint, plan, config)
     step_s, interval = flops / (plan.world * peak * question.mfu), None
-    if question.scaling is not None:
-        models, network = read_model(question.scaling)
+    if ladder is not None:
+        models, network = ladder
         work = count_work(config, footprint, plan.world, plan.global_batch)
         terms = describe_network(network, plan.world)
         step_s, *within = predict_interval(models, work["flop_worker"], work["bytes_worker"], *terms)["step"]
@@ -139,11 +142,11 @@ def _usable(question: Question) -> float:
     return question.memory_gib - RESERVE_GIB
 
 
-def _say_speed(question: Question, own: Setting) -> str:
-    if question.scaling is None:
+def _say_speed(question: Question, own: Setting, ladder: tuple[list[Model], Network] | None) -> str:
+    if ladder is None:
         again = ", in what is computed again too" if own.recompute or own.accumulation > 1 else ""
         return f"MFU {question.mfu:.0%} of {question.gpu}'s peak{again}"
-    network = read_model(question.scaling)[1]
+    network = ladder[1]
     return (
         f"the workers and the network ({network.name}, {network.bandwidth_gbit:g} Gbit/s) that {question.scaling} was "
         "measured on"

@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 from place import __version__
 from place.config import Config, PrepareConfig, RunError, SourceName, UsageError, build_config
+from place.kept import FULL
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 85
 _PAGE = "the same with curves and pictures; holds report texts"
@@ -36,8 +37,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"place {arguments.verb}: {error}", file=sys.stderr)
         return FAILED
     except OSError as error:
-        from place.data.spill import FULL
-
         if error.errno not in FULL:
             raise
         where = f" at {error.filename}" if error.filename else ""
@@ -370,7 +369,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     """`place evaluate`."""
     from place.data.storage import find_folder
     from place.evaluation.suite import print_results, run_evaluation
-    from place.screen import build_console
+    from place.screen import JudgeProgress, build_console
 
     if arguments.encoder is not None:
         return _evaluate_encoder(arguments)
@@ -385,9 +384,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
     is_own = data_dir.resolve() in [Path(stream.path).resolve() for stream in own.data.list_streams()]
     chosen = _choose_findings(arguments, () if is_own else own.evaluation.findings)
     evaluation = build_config(source, [*chosen, *arguments.overrides]).evaluation
-    results = run_evaluation(
-        run, data_dir, arguments.tasks.split(","), arguments.split, arguments.checkpoint, evaluation, output
-    )
+    tasks, split, which = arguments.tasks.split(","), arguments.split, arguments.checkpoint
+    with JudgeProgress() as screen:
+        results = run_evaluation(run, data_dir, tasks, split, which, evaluation, output, screen.update)
     print_results(results, build_console())
     print(f"{output / 'report.html'}: {_PAGE}")
     return DONE
@@ -419,7 +418,7 @@ def _evaluate_encoder(arguments: argparse.Namespace) -> int:
     from place.data.storage import find_folder
     from place.evaluation.suite import print_results, run_encoder_evaluation
     from place.pretrained.load import is_export, read_evaluation
-    from place.screen import build_console
+    from place.screen import JudgeProgress, build_console
 
     if arguments.output is None:
         raise UsageError("--output is needed with --encoder: the folder that results are written to")
@@ -432,15 +431,11 @@ def _evaluate_encoder(arguments: argparse.Namespace) -> int:
     chosen = _choose_findings(arguments, own.get("findings", ()))
     laid_over = [f"evaluation={json.dumps(own)}", *chosen, *arguments.overrides]
     evaluation = build_config(None, laid_over).evaluation
-    results = run_encoder_evaluation(
-        arguments.encoder,
-        data_dir,
-        arguments.tasks.split(","),
-        output,
-        arguments.split,
-        evaluation,
-        arguments.random_weights,
-    )
+    tasks, split, is_random = arguments.tasks.split(","), arguments.split, arguments.random_weights
+    with JudgeProgress() as screen:
+        results = run_encoder_evaluation(
+            arguments.encoder, data_dir, tasks, output, split, evaluation, is_random, screen.update
+        )
     print_results(results, console)
     print(f"{output / 'report.html'}: {_PAGE}")
     return DONE

@@ -529,6 +529,9 @@ class EvaluationConfig(Section):
     """Resamples behind a confidence interval."""
     batch_size: int = Field(64, ge=1)
     """Studies encoded at once."""
+    num_workers: int = Field(1, ge=1)
+    """Tasks judged at once on CPU cores, each in a process with its share of them and memory of its own; on a GPU one
+    after the other."""
     occlusion: bool = False
     """grounding: also a map of where the cosine falls if patches are hidden, a pass of the encoder for each patch."""
     prompts: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -17,6 +18,9 @@ from place.config import RunError
 
 PARTIAL = ".partial"
 """How the name of a file or folder ends that is not whole yet."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk without room: full, beyond a quota, or beyond what a file may hold."""
 
 
 @contextmanager

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -20,7 +28,7 @@ from place.config import Config
 from place.runlog import Tail, read_newest_step, read_surviving
 from place.runs import Standing, format_span
 
-PLAIN_INTERVAL_S = 5.0
+PLAIN_INTERVAL_S, JUDGE_INTERVAL_S = 5.0, 30.0
 RUNS_COLUMNS, RUN_COLUMNS = 100, 36
 
 
@@ -100,6 +108,36 @@ class ShardProgress:
         """Shards done of all."""
         self.done = done
         self.bar.update(self.task, completed=done, total=total)
+
+
+class JudgeProgress:
+    """Progress of `place evaluate` as a context: the step under way; in a log a line now and then. Final."""
+
+    def __init__(self) -> None:
+        self.console = build_console()
+        self.bar = _build_bar(self.console, "{task.description}")
+        self.task: TaskID | None = None
+        self.step, self.printed = "", time.perf_counter()
+
+    def __enter__(self) -> JudgeProgress:
+        if self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self.bar.stop()
+
+    def update(self, step: str, done: int, total: int) -> None:
+        """What is done of a step; one that was not told of before takes the place of the last."""
+        if self.task is None or step != self.step:
+            if self.task is not None:
+                self.bar.remove_task(self.task)
+            self.task, self.step = self.bar.add_task(step, total=total), step
+        self.bar.update(self.task, completed=done, total=total)
+        if not self.console.is_terminal and time.perf_counter() - self.printed > JUDGE_INTERVAL_S:
+            self.printed = time.perf_counter()
+            self.console.print(f"evaluate  {step}  {done:,}/{total:,}")
 
 
 def print_stats(sums: dict[str, Any], image: dict[str, Any], console: Console) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from place.config import Config
-from place.screen import RunScreen, print_scaling
+from place.screen import JudgeProgress, RunScreen, print_scaling
 
 
 def test_a_straggler_is_named_in_the_log_even_between_two_due_lines(
@@ -89,3 +89,20 @@ def test_brackets_of_rungs_and_log_lines_are_printed_as_they_are(capsys: pytest.
     said = capsys.readouterr().out.splitlines()
     assert said[-2:] == lines
     assert any(line.strip().startswith("8 workers [large]  full") for line in said)
+
+
+def test_a_log_of_judging_has_a_line_now_and_then_not_one_for_each_step(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("place.screen.time.perf_counter", lambda: now)
+    with JudgeProgress() as screen:
+        for second in range(95):
+            now += 1
+            screen.update("report decoder", 20 * second, 2000)
+        screen.update("write reports", 64, 621)
+    assert capsys.readouterr().out.splitlines() == [
+        "evaluate  report decoder  600/2,000",
+        "evaluate  report decoder  1,220/2,000",
+        "evaluate  report decoder  1,840/2,000",
+    ]

@@ -41,12 +41,13 @@ def build_card(
     kept = sum(counts[split]["images"] for split in SPLITS)
     mean, std = compute_intensity(total.pixels)
     none = [0, 0, 0, 0]
+    wordless, boxes = _count_wordless_and_boxes(store)
     return {
         "source": config.source,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "counts": {"input": len(table.rows), "kept": kept, "rejected": len(table.rows) - kept, **counts},
-        "without_report": _count_wordless(store),
-        "boxes": _count_boxes(store),
+        "without_report": wordless,
+        "boxes": boxes,
         "drop_reasons": total.reasons,
         "warnings": total.warnings,
         "labels": table.labels,
@@ -62,15 +63,13 @@ def build_card(
     }
 
 
-def _count_wordless(store: Store) -> int:
-    """Kept images that have no report."""
-    return sum(batch["num_words"].to_pylist().count(0) for batch in read_batches(store, MANIFEST_FILE, ["num_words"]))
-
-
-def _count_boxes(store: Store) -> int:
-    """Boxes on the kept images."""
-    batches = read_batches(store, MANIFEST_FILE, ["boxes"])
-    return sum(len(json.loads(cell)) for batch in batches for cell in batch["boxes"].to_pylist())
+def _count_wordless_and_boxes(store: Store) -> tuple[int, int]:
+    """Kept images that have no report, and boxes on the kept images."""
+    wordless = boxes = 0
+    for batch in read_batches(store, MANIFEST_FILE, ["num_words", "boxes"]):
+        wordless += batch["num_words"].to_pylist().count(0)
+        boxes += sum(len(json.loads(cell)) for cell in batch["boxes"].to_pylist())
+    return wordless, boxes
 
 
 def count_splits(store: Store, rows: int) -> dict[str, dict[str, int]]:

@@ -33,7 +33,6 @@ from place.data.protocol import read_protocol
 from place.data.rows import Table
 from place.data.shards import HASHES, write_index
 from place.data.sources import open_source
-from place.data.spill import FULL
 from place.data.storage import Folder, Store, open_store
 from place.data.task import (
     NOTHING,
@@ -47,7 +46,7 @@ from place.data.task import (
     read_parts,
     run_task,
 )
-from place.kept import PARTIAL, try_lock
+from place.kept import FULL, PARTIAL, try_lock
 
 MapTasks = Callable[[Callable[[Task], PartResult], Iterable[Task], int], Iterator[PartResult]]
 """Takes a function, tasks and a number of workers (0: all there are); yields results in any order."""

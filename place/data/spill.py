@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 from collections.abc import Iterable
@@ -10,8 +9,7 @@ from collections.abc import Iterable
 import pyarrow as pa
 
 from place.config import RunError
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from place.kept import FULL
 
 
 def map_from_disk(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Table:

@@ -18,10 +18,10 @@ from place.data.order import compute_steps, share_steps
 from place.data.prepared import HASH
 from place.data.report import hash_text
 from place.data.shard_file import MappedShard
-from place.data.spill import FULL
 from place.data.tokens import ReportTokenizer, TokenizedReport
 from place.data.transforms import eval_transform, read_image, train_transform
 from place.distributed import Node, World
+from place.kept import FULL
 
 patch_torchvision()
 from streaming import Stream, StreamingDataset  # noqa: E402

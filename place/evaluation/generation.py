@@ -20,6 +20,7 @@ from place.data.manifest import read_manifest
 from place.data.prepared import read_samples
 from place.evaluation.encoder import VisualFeatures, build_study, encode_visual, get_units, read_units, take
 from place.evaluation.generation_metrics import TOKENS, label_reports, load_judges, pack_findings, score_reports
+from place.evaluation.heads import note_short_training
 from place.evaluation.labeler import hash_rules
 from place.evaluation.metrics import Metric, TaskResult
 from place.evaluation.report_decoder import Pairs, ReportDecoder, Visual, train_decoder
@@ -79,11 +80,15 @@ def run_generation(task: Task) -> TaskResult:
         name: score_reports(texts, reference, units, task.evaluation.bootstrap, judges=judges)
         for name, texts in judged.items()
     }
+    count = len(train.sample_ids)
     trained_on = (
-        f"{len(train.sample_ids)} images of '{task.train_split}', at most {config.max_train}, first by hash; "
+        f"{count} images of '{task.train_split}', at most {config.max_train}, first by hash; "
         f"stopped on '{task.val_split}' at step {step} of {config.steps}"
     )
+    draws = config.steps * min(config.batch_size, count)
     protocol = {"decoder": origin, "trained_on": trained_on, "settings": config.model_dump()} | _describe(task, scores)
+    protocol |= {"passes": [round(draws / count, 2)]}
+    protocol["notes"] += note_short_training(draws, count, "evaluation.generation.steps")
     protocol |= {"sections": task.reported_sections, "without_report": len(patients) - len(test.sample_ids)}
     protocol |= {name: text for name, text in JUDGED_BY.items() if getattr(judges, name) is not None}
     rows: dict[str, Any] = {"sample_id": test.sample_ids, "reference": reference, **written}

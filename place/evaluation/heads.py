@@ -75,13 +75,17 @@ def describe_passes(trainings: Sequence[Training], section: str) -> dict[str, An
     """
     least = min(trainings, key=Training.count_passes)
     told: dict[str, Any] = {"passes": [round(training.count_passes(), 2) for training in trainings]}
-    if least.count_passes() < 1:
-        ran_out = least.schedule.count_steps(least.kept) == least.schedule.max_steps
-        told["notes"] = [
-            f"trained on {least.count_draws():,} draws of {least.num_images:,} images, less than once through them; "
-            f"raise evaluation.{section}.{'max_steps' if ran_out else 'patience'}"
-        ]
-    return told
+    ran_out = least.schedule.count_steps(least.kept) == least.schedule.max_steps
+    setting = f"evaluation.{section}.{'max_steps' if ran_out else 'patience'}"
+    notes = note_short_training(least.count_draws(), least.num_images, setting)
+    return told | ({"notes": notes} if notes else {})
+
+
+def note_short_training(draws: int, num_images: int, setting: str) -> list[str]:
+    """A note where a training drew fewer images than it has, and what to raise; else none."""
+    if draws >= num_images:
+        return []
+    return [f"trained on {draws:,} draws of {num_images:,} images, less than once through them; raise {setting}"]
 
 
 def build_seeded(build: Callable[[], Head], seed: int) -> Head:

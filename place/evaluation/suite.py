@@ -5,17 +5,22 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from threadpoolctl import threadpool_limits
 
 from place import __version__
 from place.config import DataConfig, EvaluationConfig, RunError, UsageError
 from place.data.identity import SPLITS
 from place.data.manifest import MANIFEST_FILE, read_manifest
 from place.data.masks import list_masked
+from place.data.pool import map_in_processes
 from place.data.prepared import read_card
 from place.distributed import choose_device
 from place.evaluation.classification import run_classification
@@ -71,6 +76,8 @@ NEEDS = {
     "generation": "training reports",
 }
 NEED_REPORTS = ("zero_shot", "retrieval", "grounding")
+LONGEST = [*FROZEN, "generation", "segmentation", "detection", "pixel_probe", "classification"]
+"""What several processes begin with, so that none is left with a long task at the end."""
 IMAGE_TASKS = [name for name in TASKS if name not in NEED_REPORTS]
 ADVICE = {
     "labels": "prepare it with label columns or take retrieval",
@@ -108,14 +115,12 @@ def run_evaluation(
         RunError: a damaged run or data set, or an overlap with what was trained on (`place.evaluation.leaks`).
     Source: ours.
     """
-    card, run = read_card(data_dir), load_run(run_dir, which)
-    evaluation = evaluation or run.config.evaluation
-    names = choose_tasks(tasks, find_offers(data_dir, card, split, evaluation.folds))
     folder = output or run_dir / "evaluation"
-    given = TaskInput(run, data_dir, card, split, evaluation, on_progress, folder)
-    task = Task(given._replace(encoder=wrap_run(run, name_run(run_dir))))
-    pretraining = read_pretraining(run_dir, run.config, task.evaluation)._replace(chooses=which == "best")
-    return judge(task, names, folder, which, pretraining)
+    reopen = partial(_open_run, run_dir, which, data_dir, split, evaluation, folder)
+    task = reopen(on_progress)
+    names = choose_tasks(tasks, find_offers(data_dir, task.card, split, task.evaluation.folds))
+    pretraining = read_pretraining(run_dir, task.run.config, task.evaluation)._replace(chooses=which == "best")
+    return judge(task, names, folder, which, pretraining, reopen)
 
 
 def run_encoder_evaluation(
@@ -139,33 +144,67 @@ def run_encoder_evaluation(
         UsageError: as `run_evaluation`, or a task by name that needs a report encoder.
     Source: ours.
     """
-    card, is_ours = read_card(data_dir), find_kind(source)[0] == "place"
-    if is_ours and random_weights:
+    if find_kind(source)[0] == "place" and random_weights:
         raise UsageError("--random-weights is for timm and Hugging Face; pretrain with train.max_steps=1 instead")
-    run = load_export(source) if is_ours else None
-    evaluation = evaluation or (run.config.evaluation if run else EvaluationConfig())
-    names = choose_tasks(tasks, find_offers(data_dir, card, split, evaluation.folds))
-    given = TaskInput(run, data_dir, card, split, evaluation, on_progress, output)
-    data, fingerprint = (run.config.data, read_trained(source)["data_fingerprint"]) if run else (DataConfig(), None)
-    pretraining = trace_pretraining(data, fingerprint, evaluation)
-    if run:
-        name = f"export {Path(source).resolve().name}"
-        return judge(Task(given._replace(encoder=wrap_run(run, name))), names, output, name, pretraining)
+    reopen = partial(_open_encoder, source, random_weights, data_dir, split, evaluation, output)
+    task = reopen(on_progress)
+    names, name = choose_tasks(tasks, find_offers(data_dir, task.card, split, task.evaluation.folds)), task.encoder.name
+    if task.has_reports:
+        pretraining = trace_pretraining(task.run.config.data, read_trained(source)["data_fingerprint"], task.evaluation)
+        return judge(task, names, output, name, pretraining, reopen)
+    pretraining = trace_pretraining(DataConfig(), None, task.evaluation)
     apart = [name for name in names if name in NEED_REPORTS]
     if apart and "all" not in tasks:
         raise UsageError(
             f"task '{apart[0]}' needs a report encoder and {source} has none; take {', '.join(IMAGE_TASKS)}"
         )
-    task = Task(given._replace(encoder=load_foreign(source, random_weights)))
-    results = judge(task, [name for name in names if name not in apart], output, task.encoder.name, pretraining)
-    protocol = {"not_applicable": f"needs a report encoder, which {task.encoder.name} has not"}
-    return results | {name: TaskResult(name, {}, protocol, 0) for name in apart}
+    results = judge(task, [each for each in names if each not in apart], output, name, pretraining, reopen)
+    protocol = {"not_applicable": f"needs a report encoder, which {name} has not"}
+    return results | {each: TaskResult(each, {}, protocol, 0) for each in apart}
+
+
+def _open_run(
+    run_dir: Path,
+    which: str,
+    data_dir: Path,
+    split: str,
+    evaluation: EvaluationConfig | None,
+    folder: Path,
+    on_progress: StepProgress | None = None,
+) -> Task:
+    card, run = read_card(data_dir), load_run(run_dir, which)
+    encoder, evaluation = wrap_run(run, name_run(run_dir)), evaluation or run.config.evaluation
+    return Task(TaskInput(run, data_dir, card, split, evaluation, on_progress, folder, encoder))
+
+
+def _open_encoder(
+    source: str,
+    random_weights: bool,
+    data_dir: Path,
+    split: str,
+    evaluation: EvaluationConfig | None,
+    folder: Path,
+    on_progress: StepProgress | None = None,
+) -> Task:
+    card, run = read_card(data_dir), load_export(source) if find_kind(source)[0] == "place" else None
+    evaluation = evaluation or (run.config.evaluation if run else EvaluationConfig())
+    own = wrap_run(run, f"export {Path(source).resolve().name}") if run else load_foreign(source, random_weights)
+    return Task(TaskInput(run, data_dir, card, split, evaluation, on_progress, folder, own))
 
 
 def judge(
-    task: Task, names: Sequence[str], folder: Path, which: str, pretraining: Pretraining | None = None
+    task: Task,
+    names: Sequence[str],
+    folder: Path,
+    which: str,
+    pretraining: Pretraining | None = None,
+    reopen: Callable[[], Task] | None = None,
 ) -> dict[str, TaskResult]:
-    """Look for leaks, run tasks and write what they found."""
+    """Look for leaks, run tasks and write what they found.
+
+    Args:
+        reopen: opens the task in another process, importable by name; none judges in this one.
+    """
     folded = IN_FOLDS & {*names} if task.evaluation.folds else set()
     splits = SPLITS if folded else (task.split,)
     chooses = any(NEEDS.get(name, "").startswith("training") for name in {*names} - folded)
@@ -174,16 +213,59 @@ def judge(
     (task.run.model if task.has_reports else task.encoder.vision).to(choose_device())
     leaks = check_leaks(judged, task.evaluation, pretraining, task.report)
     results = {}
-    for name in names:
-        result = TASKS[name](task)
-        protocol = describe_gaps(result, task.card, task.evaluation.bootstrap) | list_peers(task.card, name)
-        results[name] = result._replace(protocol=result.protocol | protocol | {"leaks": leaks})
-        write_result(folder, results[name], task, which)
+    for result in _run_tasks(task, names, reopen):
+        protocol = describe_gaps(result, task.card, task.evaluation.bootstrap) | list_peers(task.card, result.task)
+        results[result.task] = result._replace(protocol=result.protocol | protocol | {"leaks": leaks})
+        write_result(folder, results[result.task], task, which)
     if task.has_reports:
         write_explanation(task, folder / "explain.png")
     title = f"Evaluation of {task.encoder.name} on data set {task.data_dir.resolve().name}"
     write_report(task, folder, title, list(TASKS))
-    return results
+    return {name: results[name] for name in names}
+
+
+class Job(NamedTuple):
+    """Tasks that one process judges, how it opens what they judge, and its threads."""
+
+    reopen: Callable[[], Task]
+    names: list[str]
+    threads: int
+
+
+def _run_tasks(task: Task, names: Sequence[str], reopen: Callable[[], Task] | None) -> Iterator[TaskResult]:
+    groups = group_tasks(names)
+    num_workers = min(task.evaluation.num_workers, len(groups))
+    if reopen is None or num_workers == 1 or task.encoder.device.type != "cpu":
+        yield from (TASKS[name](task) for name in names)
+        return
+    jobs = [Job(reopen, group, max(1, torch.get_num_threads() // num_workers)) for group in groups]
+    done = 0
+    task.report("judge, tasks", done, len(names))
+    try:
+        for results in map_in_processes(run_job, jobs, num_workers):
+            yield from results
+            done += len(results)
+            task.report("judge, tasks", done, len(names))
+    except BrokenProcessPool:
+        raise RunError(
+            "a process that judged a task died, perhaps for lack of memory; fewer evaluation.num_workers take less"
+        ) from None
+
+
+def group_tasks(names: Sequence[str]) -> list[list[str]]:
+    """The jobs of several processes, the longest first; tasks that encode reports share one encoding of the split."""
+    apart = [name for name in names if name in NEED_REPORTS]
+    rest = [name for name in names if name not in apart]
+    ordered = sorted(rest, key=lambda name: LONGEST.index(name) if name in LONGEST else len(LONGEST))
+    return [[name] for name in ordered] + ([apart] if apart else [])
+
+
+def run_job(job: Job) -> list[TaskResult]:
+    """Judge in this process, with the threads of its share of the cores."""
+    torch.set_num_threads(job.threads)
+    with threadpool_limits(job.threads):
+        task = job.reopen()
+        return [TASKS[name](task) for name in job.names]
 
 
 def describe_gaps(result: TaskResult, card: dict[str, Any], bootstrap: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from place.data.prepared import read_samples
 from place.evaluation.compare import run_compare
 from place.evaluation.encoder import encode_visual, get_units, read_units
 from place.evaluation.frozen import wrap_run
-from place.evaluation.generation import BASELINES, HEADLINE, run_generation
+from place.evaluation.generation import BASELINES, HEADLINE, read_ids, run_generation
 from place.evaluation.generation_metrics import compute_finding_f1, label_reports, score_reports, unpack_findings
 from place.evaluation.metrics import draw_weights
 from place.evaluation.report_decoder import (
@@ -199,6 +199,18 @@ def test_the_protocol_says_which_baselines_were_beaten(result):
     note = result.protocol["notes"][0]
     assert set(note.removeprefix("above all baselines in: ").split(", ")) == set(above or ["nothing"])
     assert "30" in result.protocol["trained_on"].split("of")[-1]
+
+
+def test_a_decoder_that_did_not_see_all_its_images_says_so(run_dir, data_dir, result):
+    count = len(read_ids(data_dir, "train"))
+    assert count > 16
+    assert result.protocol["passes"] == [round(30 * 16 / count, 2)]
+    assert result.protocol["passes"][0] > 1
+    assert "draws" not in " ".join(result.protocol["notes"])
+    short = run_generation(build_task(run_dir, data_dir, steps=1)).protocol
+    assert short["passes"] == [round(16 / count, 2)]
+    said = f"trained on 16 draws of {count} images, less than once through them; raise evaluation.generation.steps"
+    assert said in short["notes"]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +28,16 @@ from place.evaluation.generation import read_ids
 from place.evaluation.grounding import read_prior
 from place.evaluation.leaks import read_rows
 from place.evaluation.metrics import draw_weights
-from place.evaluation.suite import IN_FOLDS, TASKS, choose_tasks, find_offers, judge, print_results, run_evaluation
+from place.evaluation.suite import (
+    IN_FOLDS,
+    TASKS,
+    choose_tasks,
+    find_offers,
+    group_tasks,
+    judge,
+    print_results,
+    run_evaluation,
+)
 from place.evaluation.task import Task, TaskInput
 from place.runlog import read_commit
 from place.training.checkpoint import load_run
@@ -119,6 +130,47 @@ def test_the_tables_fit_100_columns(results):
 def test_the_same_evaluation_gives_the_same_figures(results, run_dir, data_dir, tmp_path):
     again = run_evaluation(run_dir, data_dir, ["retrieval"], output=tmp_path)
     assert again["retrieval"].metrics == results["retrieval"].metrics
+
+
+def test_tasks_in_processes_of_their_own_find_the_same(results, run_dir, data_dir, tmp_path, monkeypatch):
+    # In this process none can be judged: the others have the tasks as they are.
+    monkeypatch.setattr("place.evaluation.suite.TASKS", dict.fromkeys(TASKS))
+    evaluation = load_run(run_dir).config.evaluation.model_copy(update={"num_workers": 2})
+    tasks, told = ["retrieval", "classification", "segmentation", "generation"], []
+    again = run_evaluation(
+        run_dir, data_dir, tasks, evaluation=evaluation, output=tmp_path, on_progress=lambda *step: told.append(step)
+    )
+    assert list(again) == tasks
+    assert [step for step in told if step[0] == "judge, tasks"][-1] == ("judge, tasks", 4, 4)
+    for name in tasks:
+        own, other = (json.loads((f / f"{name}.json").read_text()) for f in (tmp_path, run_dir / "evaluation"))
+        assert own["metrics"].keys() == other["metrics"].keys()
+        for figure, metric in own["metrics"].items():
+            assert metric == pytest.approx(other["metrics"][figure], rel=1e-6, nan_ok=False), (name, figure)
+        assert own["encoder"] == other["encoder"]
+        assert own["protocol"].keys() == other["protocol"].keys()
+    written, before = (pq.read_table(f / "generation.parquet") for f in (tmp_path, run_dir / "evaluation"))
+    assert written["generated"] == before["generated"]
+    assert (tmp_path / "segmentation.png").is_file()
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_what_a_process_of_tasks_finds_wrong_or_how_it_dies_is_one_line(run_dir, data_dir, tmp_path):
+    evaluation = EvaluationConfig(num_workers=2, generation=GenerationConfig(decoder=str(tmp_path)))
+    with pytest.raises(UsageError, match="give a folder with config, safetensors and tokenizer"):
+        run_evaluation(run_dir, data_dir, ["generation", "retrieval"], evaluation=evaluation, output=tmp_path / "out")
+    task = Task(TaskInput(load_run(run_dir), data_dir, read_card(data_dir), "test", evaluation, folder=tmp_path))
+    with pytest.raises(RunError, match="lack of memory; fewer evaluation.num_workers take less"):
+        judge(task, ["generation", "retrieval"], tmp_path, "latest", reopen=partial(os._exit, 1))
+
+
+def test_long_tasks_come_first_and_those_on_reports_are_one_job():
+    assert group_tasks(["zero_shot", "retrieval", "detection", "grounding", "generation"]) == [
+        ["generation"],
+        ["detection"],
+        ["zero_shot", "retrieval", "grounding"],
+    ]
+    assert {name for group in group_tasks(list(TASKS)) for name in group} == {*TASKS}
 
 
 def test_a_run_without_validation_is_judged_by_tasks_that_train(run_dir, data_dir, tmp_path):
