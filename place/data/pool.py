@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -39,7 +41,7 @@ def map_in_processes(function: Callable[[Job], Result], jobs: Iterable[Job], num
     context.set_forkserver_preload(
         ["torch", "pandas", "pyarrow.parquet", "pydicom.pixels", "sklearn.metrics", "transformers"]
     )
-    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_die_with_parent) as pool:
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_end_with_parent) as pool:
         try:
             yield from _drain(pool, function, iter(jobs), 2 * num_workers)
         except BaseException:
@@ -58,8 +60,9 @@ def _drain(
             yield future.result()
 
 
-def _die_with_parent() -> None:
-    """Without this, workers wait for ever for tasks of a process that was killed."""
+def _end_with_parent() -> None:
+    """Without this, workers wait for ever for tasks of a process that was killed and each has a traceback at Ctrl-C."""
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(1))
     parent: Any = multiprocessing.parent_process()
 
     def watch() -> None:

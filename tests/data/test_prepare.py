@@ -16,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -644,6 +645,24 @@ def test_a_file_size_limit_is_one_clear_line(tmp_path, limit, words):
             run_prepare(config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_workers_say_nothing_of_an_interruption():
+    # Two work and the third waits for work; a shell starts what runs in its background deaf to SIGINT.
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from place.data.pool import map_in_processes\n"
+    code += "try:\n list(map_in_processes(time.sleep, [600, 600, 0.1], 3))\n"
+    code += "except KeyboardInterrupt:\n print('interrupted')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
+    )
+    family = psutil.Process(process.pid)
+    while len(family.children(recursive=True)) < 5:  # the server, what tracks its resources, three workers
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=120)[0] == "interrupted\n"
 
 
 def test_a_worker_that_dies_is_one_clear_line(tmp_path):
