@@ -151,6 +151,8 @@ def build_language(config: GenerationConfig, reports: Sequence[str]) -> Language
         vocab_size=len(tokenizer), n_positions=config.max_words + 2, n_embd=config.width, n_layer=config.depth,
         n_head=config.num_heads, add_cross_attention=True, bos_token_id=begin, eos_token_id=end, pad_token_id=pad,
         resid_pdrop=DROPOUT, embd_pdrop=DROPOUT, attn_pdrop=0.0,
+        # GPT-2's own function, as one operator instead of eight: a tenth of a step on a CPU.
+        activation_function="gelu_pytorch_tanh",
         # GPT-2's 0.02 is for a width of 768: here it would leave cross-attention silent for most of so few steps.
         initializer_range=config.width**-0.5,
     )  # fmt: skip
