@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -37,17 +37,14 @@ def build_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 110, highlight=False, markup=False, emoji=False)
 
 
-class PrepareProgress:
-    """Progress of `place prepare` as a context. Final."""
+class _BarOnTerminal:
+    """A context with a bar where a person looks; a log has none."""
 
-    def __init__(self) -> None:
+    def __init__(self, note: str) -> None:
         self.console = build_console()
-        self.bar = _build_bar(self.console, "{task.fields[note]}")
-        self.task = self.bar.add_task("prepare", total=None, note="")
-        self.printed = 0.0
-        self.began: tuple[float, int] | None = None
+        self.bar = _build_bar(self.console, note)
 
-    def __enter__(self) -> PrepareProgress:
+    def __enter__(self) -> Self:
         if self.console.is_terminal:
             self.bar.start()
         return self
@@ -55,6 +52,16 @@ class PrepareProgress:
     def __exit__(self, *_: object) -> None:
         if self.console.is_terminal:
             self.bar.stop()
+
+
+class PrepareProgress(_BarOnTerminal):
+    """Progress of `place prepare` as a context. Final."""
+
+    def __init__(self) -> None:
+        super().__init__("{task.fields[note]}")
+        self.task = self.bar.add_task("prepare", total=None, note="")
+        self.printed = 0.0
+        self.began: tuple[float, int] | None = None
 
     def update(self, done: int, total: int, rejected: int) -> None:
         """Rows done of all, and how many were rejected."""
@@ -87,22 +94,13 @@ class PrepareProgress:
         self.console.print(table)
 
 
-class ShardProgress:
+class ShardProgress(_BarOnTerminal):
     """Progress over the shards of a data set as a context; quiet where nobody looks. Final."""
 
     def __init__(self, verb: str) -> None:
-        self.console, self.done = build_console(), 0
-        self.bar = _build_bar(self.console, f"{verb}, shards")
+        super().__init__(f"{verb}, shards")
+        self.done = 0
         self.task = self.bar.add_task(verb, total=None)
-
-    def __enter__(self) -> ShardProgress:
-        if self.console.is_terminal:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.console.is_terminal:
-            self.bar.stop()
 
     def update(self, done: int, total: int) -> None:
         """Shards done of all."""
@@ -110,23 +108,13 @@ class ShardProgress:
         self.bar.update(self.task, completed=done, total=total)
 
 
-class JudgeProgress:
+class JudgeProgress(_BarOnTerminal):
     """Progress of `place evaluate` as a context: the step under way; in a log a line now and then. Final."""
 
     def __init__(self) -> None:
-        self.console = build_console()
-        self.bar = _build_bar(self.console, "{task.description}")
+        super().__init__("{task.description}")
         self.task: TaskID | None = None
         self.step, self.printed = "", time.perf_counter()
-
-    def __enter__(self) -> JudgeProgress:
-        if self.console.is_terminal:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.console.is_terminal:
-            self.bar.stop()
 
     def update(self, step: str, done: int, total: int) -> None:
         """What is done of a step; one that was not told of before takes the place of the last."""

@@ -29,7 +29,7 @@ from place.evaluation.explain import write_explanation
 from place.evaluation.finetune import run_finetune
 from place.evaluation.finetune_segmentation import run_finetune_segmentation
 from place.evaluation.foreign import find_kind, load_foreign
-from place.evaluation.frozen import name_run, wrap_run
+from place.evaluation.frozen import FrozenEncoder, name_run, wrap_run
 from place.evaluation.generation import run_generation
 from place.evaluation.grounding import run_grounding
 from place.evaluation.leaks import Judged, Pretraining, check_leaks, read_pretraining, trace_pretraining
@@ -44,7 +44,7 @@ from place.evaluation.zero_shot import run_zero_shot
 from place.kept import drafted, write_text
 from place.pretrained.load import load_export, read_trained
 from place.runlog import read_commit
-from place.training.checkpoint import load_run
+from place.training.checkpoint import LoadedRun, load_run
 
 TASKS: dict[str, Callable[[Task], TaskResult]] = {
     "zero_shot": run_zero_shot,
@@ -116,7 +116,7 @@ def run_evaluation(
     Source: ours.
     """
     folder = output or run_dir / "evaluation"
-    reopen = partial(_open_run, run_dir, which, data_dir, split, evaluation, folder)
+    reopen = partial(_open_task, partial(_read_run, run_dir, which), data_dir, split, evaluation, folder)
     task = reopen(on_progress)
     names = choose_tasks(tasks, find_offers(data_dir, task.card, split, task.evaluation.folds))
     pretraining = read_pretraining(run_dir, task.run.config, task.evaluation)._replace(chooses=which == "best")
@@ -146,7 +146,8 @@ def run_encoder_evaluation(
     """
     if find_kind(source)[0] == "place" and random_weights:
         raise UsageError("--random-weights is for timm and Hugging Face; pretrain with train.max_steps=1 instead")
-    reopen = partial(_open_encoder, source, random_weights, data_dir, split, evaluation, output)
+    read = partial(_read_encoder, source, random_weights)
+    reopen = partial(_open_task, read, data_dir, split, evaluation, output)
     task = reopen(on_progress)
     names, name = choose_tasks(tasks, find_offers(data_dir, task.card, split, task.evaluation.folds)), task.encoder.name
     if task.has_reports:
@@ -163,33 +164,29 @@ def run_encoder_evaluation(
     return results | {each: TaskResult(each, {}, protocol, 0) for each in apart}
 
 
-def _open_run(
-    run_dir: Path,
-    which: str,
+def _open_task(
+    read: Callable[[], tuple[LoadedRun | None, FrozenEncoder]],
     data_dir: Path,
     split: str,
     evaluation: EvaluationConfig | None,
     folder: Path,
     on_progress: StepProgress | None = None,
 ) -> Task:
-    card, run = read_card(data_dir), load_run(run_dir, which)
-    encoder, evaluation = wrap_run(run, name_run(run_dir)), evaluation or run.config.evaluation
+    card, (run, encoder) = read_card(data_dir), read()
+    evaluation = evaluation or (run.config.evaluation if run else EvaluationConfig())
     return Task(TaskInput(run, data_dir, card, split, evaluation, on_progress, folder, encoder))
 
 
-def _open_encoder(
-    source: str,
-    random_weights: bool,
-    data_dir: Path,
-    split: str,
-    evaluation: EvaluationConfig | None,
-    folder: Path,
-    on_progress: StepProgress | None = None,
-) -> Task:
-    card, run = read_card(data_dir), load_export(source) if find_kind(source)[0] == "place" else None
-    evaluation = evaluation or (run.config.evaluation if run else EvaluationConfig())
-    own = wrap_run(run, f"export {Path(source).resolve().name}") if run else load_foreign(source, random_weights)
-    return Task(TaskInput(run, data_dir, card, split, evaluation, on_progress, folder, own))
+def _read_run(run_dir: Path, which: str) -> tuple[LoadedRun, FrozenEncoder]:
+    run = load_run(run_dir, which)
+    return run, wrap_run(run, name_run(run_dir))
+
+
+def _read_encoder(source: str, random_weights: bool) -> tuple[LoadedRun | None, FrozenEncoder]:
+    if find_kind(source)[0] != "place":
+        return None, load_foreign(source, random_weights)
+    run = load_export(source)
+    return run, wrap_run(run, f"export {Path(source).resolve().name}")
 
 
 def judge(
