@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from multiprocessing import resource_tracker
@@ -40,14 +41,14 @@ def clean_node(run_dir: Path) -> int:
 
 
 def clean_folder(folder: Path) -> int:
-    """`clean_node` for every run of this user whose workers had `folder` as their temporary folder."""
-    return sum(_clean(path) for path in folder.glob("place-*.node.jsonl"))
+    """`clean_node` for every run of this user whose workers had `folder` as their temporary folder on this host."""
+    return sum(_clean(path) for path in folder.glob(f"place-{'?' * 16}-{socket.gethostname()}.node.jsonl"))
 
 
 def note_path(run_dir: Path) -> Path:
-    """Where the workers of this host note what a run of theirs will leave behind."""
+    """Where the workers of this host note what a run of theirs will leave behind; hosts may share the folder."""
     key = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"place-{key}.node.jsonl"
+    return Path(tempfile.gettempdir()) / f"place-{key}-{socket.gethostname()}.node.jsonl"
 
 
 def _append(run_dir: Path, record: dict[str, Any]) -> None:
@@ -56,11 +57,14 @@ def _append(run_dir: Path, record: dict[str, Any]) -> None:
 
 
 def _clean(path: Path) -> int:
-    # Its name can be guessed, and others may write in a temporary folder: what they put there is not done.
-    if not path.is_file() or path.is_symlink() or path.stat().st_uid != os.geteuid():
+    try:
+        # Its name can be guessed, and others may write in a temporary folder: what they put there is not done.
+        if not path.is_file() or path.is_symlink() or path.stat().st_uid != os.geteuid():
+            return 0
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:  # another process of this host has just cleaned up
         return 0
     # A worker killed while it wrote leaves half a line.
-    lines = path.read_text().splitlines()
     removed = sum(_remove(json.loads(line), path.parent) for line in lines if line.endswith("}"))
     path.unlink(missing_ok=True)
     return removed
@@ -72,7 +76,10 @@ def _remove(record: dict[str, Any], folder: Path) -> int:
         return 0
     # Names are used again once they are free: the inode tells whether it is still ours.
     mark = _SHARED_MEMORY / f"{record['prefix']}locals"
-    if not mark.exists() or mark.stat().st_ino != record["inode"]:
+    try:
+        if mark.stat().st_ino != record["inode"]:
+            return 0
+    except FileNotFoundError:
         return 0
     segments = list(mark.parent.glob(f"{record['prefix']}*"))
     if record["pid"] == os.getpid():
