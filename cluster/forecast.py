@@ -97,7 +97,7 @@ def _read_plan(config: Config, question: Question) -> tuple[RunPlan, dict[str, A
     world = config.cluster.num_workers
     if question.num_samples is not None:
         return build_plan(config, world, question.num_samples, question.num_val_samples), {}
-    from place.training.pretrain import build_run_plan
+    from place.training.start import build_run_plan
 
     plan = build_run_plan(config, world)
     streams = config.data.list_streams()

@@ -15,7 +15,7 @@ from place.cluster.hosts import NODE_LABEL, Hosts, clean_hosts, describe_lack, f
 
 from place.config import Config, RunError, UsageError, check_config
 from place.runlog import count_attempts, write_attempt
-from place.training.pretrain import check_disk
+from place.training.start import check_disk
 from place.training.stop import RESIZE, ask_to_stop, read_stop, withdraw_resize
 from place.training.watchdog import describe_stacks
 

@@ -19,7 +19,8 @@ from place.config import Config, PassingError, RunError, UsageError
 from place.distributed import World, broadcast_text, choose_device, is_distributed, read_world
 from place.kept import write_text
 from place.training.engine import TorchEngine
-from place.training.pretrain import BuildEngine, new_launch, run_worker
+from place.training.pretrain import BuildEngine, run_worker
+from place.training.start import new_launch
 
 ENGINES: dict[str, BuildEngine] = {"deepspeed": DeepSpeedEngine, "torch": TorchEngine}
 

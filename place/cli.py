@@ -275,7 +275,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
 def _pretrain_by_ray(config: Config) -> int:
     from place.cluster.launch import launch
     from place.cluster.standing import check_standing
-    from place.training.pretrain import new_launch, prepare_run
+    from place.training.start import new_launch, prepare_run
 
     check_standing(config, os.environ)
     plan = prepare_run(config, config.cluster.num_workers)
@@ -286,7 +286,7 @@ def _pretrain_by_ray(config: Config) -> int:
 
 def _pretrain_here(config: Config) -> int:
     from place.cluster.worker import run_alone
-    from place.training.pretrain import prepare_run
+    from place.training.start import prepare_run
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("cluster.launcher=local: torchrun started several processes; set cluster.launcher=torchrun")
@@ -296,7 +296,7 @@ def _pretrain_here(config: Config) -> int:
 def _pretrain_by_torchrun(config: Config) -> int:
     from place.cluster.worker import join_torchrun, run_alone
     from place.distributed import barrier
-    from place.training.pretrain import prepare_run
+    from place.training.start import prepare_run
 
     world = join_torchrun(config)
     if not world.is_first:

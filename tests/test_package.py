@@ -124,6 +124,16 @@ def test_the_blocker_blocks(tmp_path: Path) -> None:
         run_code(BLOCKED.format(blocked=OPTIONAL) + "import pydicom, streaming", tmp_path)
 
 
+def test_a_run_is_started_without_the_imports_of_its_workers(tmp_path: Path) -> None:
+    """They take 10 s on a slow core, and Ray's controller, which reads the launcher's module, waits for them too."""
+    code = """
+import sys
+import place.cli, place.cluster.launch, place.cluster.standing, place.training.start
+print([name for name in ("torch", "streaming", "transformers", "ray") if name in sys.modules])
+"""
+    assert run_code(code, tmp_path).splitlines() == ["[]"]
+
+
 def test_nothing_happens_at_import(tmp_path: Path) -> None:
     code = """
 import os, sys

@@ -16,7 +16,6 @@ from torch import Tensor
 from place.batch import Batch, Losses
 from place.config import Config, RunError
 from place.data.loader import PairLoader
-from place.data.mixture import read_fingerprint
 from place.distributed import is_distributed, mean_over_ranks, read_world
 from place.runlog import RunLog
 from place.training.engine import Engine
@@ -27,6 +26,7 @@ from place.training.phases import Phases
 from place.training.plan import RunPlan
 from place.training.profile import StepProfiler
 from place.training.saver import Saver
+from place.training.start import describe_lineage
 from place.training.stop import is_asked
 from place.training.transfer import send_ahead
 from place.training.watchdog import Watchdog
@@ -162,7 +162,11 @@ def evaluate_loss(
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Dropout and masks of a step depend on (seed, step, rank) alone, so that a resumed run draws the same ones."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+    value = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+    # Not torch.manual_seed: it asks every backend that torch knows of, 2 ms of a step on a slow core.
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(value)
 
 
 class _Vote:
@@ -206,15 +210,3 @@ def _check_finite(values: dict[str, float], step: int, run_dir: Path, saver: Sav
         f"{said} at step {step}: not finite; last good checkpoint: {good}; lower optim.lr or check the data, "
         "then start again with run.resume=auto"
     )
-
-
-def describe_lineage(config: Config, plan: RunPlan) -> dict[str, Any]:
-    """What must be the same when a run goes on, for its sample order and its curve to be those of one run."""
-    return {
-        "global_batch": plan.global_batch,
-        "seed": config.run.seed,
-        "num_canonical_nodes": config.data.num_canonical_nodes,
-        "shuffle_block_size": config.data.shuffle_block_size,
-        "train_split": config.data.train_split,
-        "data_fingerprint": read_fingerprint(config.data),
-    }

@@ -1,106 +1,41 @@
-"""A pretraining run: what is checked before it starts, and what each worker builds."""
+"""A pretraining run: what each worker builds and trains."""
 
 from __future__ import annotations
 
 import functools
-import json
 import os
-import platform
 import shutil
 import socket
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
-from importlib import metadata
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import cv2
 import torch
-from safetensors import SafetensorError, safe_open
 
 from place.batch import Batch, Losses, Outputs
-from place.config import Config, RunError, UsageError, dump_config
+from place.config import Config, UsageError
 from place.data.loader import PairLoader
-from place.data.mixture import check_reports, count_epoch, read_fingerprint, read_intensity, read_training_samples
+from place.data.mixture import read_training_samples
 from place.data.streaming import select_sentences
 from place.data.tokens import ReportTokenizer, train_tokenizer
 from place.distributed import Node, barrier, broadcast_text, choose_device, gather_objects, read_node, read_world
-from place.kept import write_text
 from place.losses.objective import compute_losses
 from place.model.place import PlaceModel, build_model
 from place.node import clean_node, note_cache, note_shared_memory
-from place.runlog import RunLog, count_attempts, hold_run, read_commit, write_attempt
-from place.trackers import Tracker, check_trackers, open_trackers
-from place.training.checkpoint import agree_on_checkpoint, read_state, write_definition
+from place.runlog import RunLog, count_attempts, write_attempt
+from place.trackers import Tracker, open_trackers
+from place.training.checkpoint import agree_on_checkpoint, write_definition
 from place.training.engine import Engine, TorchEngine
-from place.training.footprint import build_without_weights
 from place.training.gpu import open_gpu
-from place.training.loop import Progress, describe_lineage, train
+from place.training.loop import Progress, train
 from place.training.phases import Phases
-from place.training.plan import RunPlan, build_plan
-from place.training.state import WEIGHTS, check_layout, read_layout
-from place.training.stop import withdraw_stop
+from place.training.plan import RunPlan
+from place.training.start import build_run_plan, check_lineage
 from place.training.watchdog import Watchdog
 
 BuildEngine = Callable[[PlaceModel, Config, torch.device], Engine]
-VERSIONS = ("torch", "deepspeed", "transformers", "timm", "ray", "mosaicml-streaming", "xformers", "numpy")
-
-
-def prepare_run(config: Config, world: int) -> RunPlan:
-    """Check everything that can be checked before workers start, and write config.yaml and run.json.
-
-    Raises:
-        UsageError: data, plan or run folder do not permit the run, or another one works there.
-        RunError: see `check_disk`.
-    """
-    run_dir = Path(config.run.dir)
-    plan = build_run_plan(config, world)
-    check_reports(config.data)
-    check_trackers(config)
-    if config.run.resume == "never" and any((run_dir / "checkpoints").glob("step_????????")):
-        raise UsageError(
-            f"{run_dir} already holds a run and run.resume=never; choose another run.dir or run.resume=auto"
-        )
-    for folder in sorted((run_dir / "checkpoints").glob("step_????????"), reverse=True):
-        # All are of one lineage; whether one is whole, the workers find out, who hash it.
-        with suppress(OSError, json.JSONDecodeError, SafetensorError):
-            _check_lineage(folder, config, plan)
-            _check_shapes(folder, config)
-            break
-    about = _describe_run(config, world, plan)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with hold_run(run_dir):
-            write_text(run_dir / "config.yaml", dump_config(config))
-            check_disk(run_dir, need_mib=512)
-            write_text(run_dir / "run.json", json.dumps(about, indent=1))
-            withdraw_stop(run_dir)
-    except OSError as error:
-        raise UsageError(f"run.dir={run_dir} cannot be written: {error.strerror}; choose another folder") from None
-    return plan
-
-
-def _describe_run(config: Config, world: int, plan: RunPlan) -> dict[str, Any]:
-    mean, std = read_intensity(config.data)
-    return {
-        "commit": read_commit(),
-        "versions": {name: _read_version(name) for name in VERSIONS},
-        "python": platform.python_version(),
-        "world": world,
-        "data_fingerprint": read_fingerprint(config.data),
-        "mean": mean,
-        "std": std,
-        "plan": plan.model_dump(),
-    }
-
-
-def build_run_plan(config: Config, world: int) -> RunPlan:
-    """The plan of a run on `world` workers."""
-    data = config.data
-    num_train, num_val = count_epoch(data, data.train_split, train=True), count_epoch(data, data.val_split, train=False)
-    return build_plan(config, world, num_train, num_val)
 
 
 def run_worker(
@@ -202,42 +137,12 @@ def _resume(
     progress = Progress(step=0, best_val=None, best_step=None)
     if folder is None:
         return progress, notes
-    state = _check_lineage(folder, config, plan)
+    state = check_lineage(folder, config, plan)
     engine.load(folder, state["numbers"])
     progress.update({key: state[key] for key in progress})
     if state["world"] != plan.world:
         notes = [*notes, f"{folder.name} was written by {state['world']} workers, {plan.world} go on"]
     return progress, [*notes, f"resumed from {folder.name}"]
-
-
-def _check_lineage(folder: Path, config: Config, plan: RunPlan) -> dict[str, Any]:
-    """The state of a checkpoint that this run may go on from. Raises UsageError where it may not."""
-    state = read_state(folder)
-    for key, value in describe_lineage(config, plan).items():
-        # Older checkpoints do not hold all of it.
-        if state.get(key, value) != value:
-            raise UsageError(
-                f"checkpoint {folder} was written with {key}={state[key]}, this run has {value}; "
-                "resume with the same value or choose another run.dir"
-            )
-    return state
-
-
-def _check_shapes(folder: Path, config: Config) -> None:
-    """Raises UsageError where the model of this run, built without weights, is not that of a checkpoint."""
-    from transformers import AutoConfig
-
-    source, definition, vocab_size = config.model.text.source, None, 0
-    try:
-        if source == "scratch":
-            vocab_size = ReportTokenizer.load(Path(config.run.dir) / "tokenizer").vocab_size
-        else:
-            definition = AutoConfig.from_pretrained(source, local_files_only=True)
-    except (OSError, ValueError):
-        return  # not on this machine: the workers compare
-    layout = read_layout(build_without_weights(config, definition, vocab_size))
-    with safe_open(folder / WEIGHTS, framework="pt") as weights:
-        check_layout(folder, weights, layout)
 
 
 def _read_or_train_tokenizer(config: Config, is_resumed: bool) -> ReportTokenizer:
@@ -280,25 +185,3 @@ def _make_cache(config: Config, launch: str, attempt: int, node: Node) -> Path:
             ) from None
     barrier()
     return cache
-
-
-def check_disk(run_dir: Path, need_mib: int) -> None:
-    """Raises RunError where the run folder's disk has less room."""
-    free_mib = shutil.disk_usage(run_dir).free >> 20
-    if free_mib < need_mib:
-        raise RunError(
-            f"run.dir={run_dir}: {free_mib} MiB of its disk are free, a run needs at least {need_mib}; "
-            "make room and start it again, or move it"
-        )
-
-
-def _read_version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "absent"
-
-
-def new_launch() -> str:
-    """A name for one start of a run."""
-    return f"{os.getpid()}-{time.time_ns():x}"

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel
 
 from place.config import PassingError, RunError, build_config
 from place.data.tokens import train_tokenizer
-from place.training.pretrain import prepare_run
+from place.training.start import prepare_run
 
 HOSTS = ["h1", "h2", "h3"]
 DEAD = RuntimeError("The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR\nMore.")
