@@ -113,17 +113,17 @@ class PlaceModel(nn.Module):
             return z_BNE, patchify(batch.image_BCYX, self.vision.patch_px)
         return z_BNE, patches_BND.detach().float()
 
-    def compile_encoders(self) -> None:
-        """Let torch.compile have the encoders; packed reports only where their attention is one operator.
+    def compile_encoders(self, mode: str = "default") -> None:
+        """Let torch.compile have the encoders, in this mode; packed reports only where their attention is one operator.
 
         Whole, not block by block: each compiled part costs the host about what it saves, and any other attention of
         packed reports would cut the report encoder into parts.
         """
-        self.vision.compile()
+        self.vision.compile(mode=mode)
         if self.packs:
-            self.text.compile_packed()
+            self.text.compile_packed(mode)
         else:
-            self.text.compile()
+            self.text.compile(mode=mode)
 
     def encode_image(self, image_BCYX: Tensor) -> ImageFeatures:
         """Features of images alone, (B,1,Y,X) standardised."""

@@ -57,9 +57,9 @@ class ReportEncoder(nn.Module):
         weights_BT1 = attention_BT[..., None].to(tokens_BTD.dtype)
         return ReportTokens((tokens_BTD * weights_BT1).sum(1) / weights_BT1.sum(1), tokens_BTD)
 
-    def compile_packed(self) -> None:
+    def compile_packed(self, mode: str = "default") -> None:
         """Let torch.compile have packed reports, for any number of tokens, where their attention is one operator."""
-        self._read_compiled = torch.compile(self._read_packed, dynamic=True)
+        self._read_compiled = torch.compile(self._read_packed, dynamic=True, mode=mode)
 
     def _encode_packed(self, token_ids_P: Tensor, packing: Packing) -> Tensor:
         """States (P,D) of packed tokens, each at its position in its own report."""

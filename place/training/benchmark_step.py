@@ -57,8 +57,12 @@ def build_batch(config: Config, pairs: int, patch_px: int, vocab_size: int, leng
     )
 
 
-def build_engine(config: Config, device: torch.device, compiled: bool = False) -> tuple[TorchEngine, int, int]:
-    """The engine of a model of random weights, its patch in px, its vocabulary; hubs are not asked for anything."""
+def build_engine(config: Config, device: torch.device, mode: str | None = None) -> tuple[TorchEngine, int, int]:
+    """The engine of a model of random weights, its patch in px, its vocabulary; hubs are not asked for anything.
+
+    Args:
+        mode: of torch.compile for the encoders; None leaves them eager.
+    """
     definition, vocab_size, _ = find_report_encoder(config)
     vocab_size = vocab_size or definition.vocab_size  # type: ignore[union-attr]
     torch.manual_seed(0)
@@ -69,8 +73,8 @@ def build_engine(config: Config, device: torch.device, compiled: bool = False) -
     config = config.model_copy(update={"model": config.model.model_copy(update={"vision": scratch})})
     model, attention = build_model(config, vocab_size, device, definition)
     sys.stderr.write(f"{attention}\n")
-    if compiled:
-        model.compile_encoders()
+    if mode:
+        model.compile_encoders(mode)
     return TorchEngine(model, config, device), model.vision.patch_px, vocab_size
 
 

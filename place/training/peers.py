@@ -23,10 +23,13 @@ Step = Callable[[], Tensor]
 """One optimiser step; gives the loss, on the device."""
 
 
-def build_open_clip(batch: Batch, compiled: bool) -> Step:
+def build_open_clip(batch: Batch, mode: str | None) -> Step:
     """ViT-B-16 with its text tower, its loss, and the optimiser and autocast of its training script.
 
     Images get three equal channels. Its vocabulary is at least that of the batch.
+
+    Args:
+        mode: of torch.compile for the model; None leaves it eager.
     """
     import open_clip
 
@@ -39,7 +42,7 @@ def build_open_clip(batch: Batch, compiled: bool) -> Step:
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6)
     scale, loss_of = model.logit_scale, open_clip.ClipLoss()
     image_BCYX, token_ids_BT = batch.image_BCYX.expand(-1, 3, -1, -1).contiguous(), batch.token_ids_BT
-    forward = torch.compile(model) if compiled else model
+    forward = torch.compile(model, mode=mode) if mode else model
 
     def take_step() -> Tensor:
         optimizer.zero_grad()

@@ -77,11 +77,13 @@ def test_bf16_norms_err_little_more_than_those_of_autocast(monkeypatch: pytest.M
         assert errors[0] != errors[1], "the rule of autocast was not replaced"
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_compiled_encoders_give_the_same_outputs_and_gradients(attention: str) -> None:
+@pytest.mark.parametrize(
+    ("attention", "mode"), [("sdpa", "default"), ("eager", "default"), ("eager", "reduce-overhead")]
+)
+def test_compiled_encoders_give_the_same_outputs_and_gradients(attention: str, mode: str) -> None:
     plain, batch = build(model={"attention": attention}), build_batch(4)
     compiled = build(model={"attention": attention})
-    compiled.compile_encoders()
+    compiled.compile_encoders(mode)
     assert (compiled.text._compiled_call_impl is None) == compiled.packs
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     expected, gradients = backward(plain, batch)

@@ -16,7 +16,7 @@ from transformers import BertConfig
 
 from place.training import benchmark
 from place.training.benchmark import Row, build_place, check_gate, compare_losses, format_table, summarise
-from place.training.peers import build_mgca, build_open_clip
+from place.training.peers import Step, build_mgca, build_open_clip
 
 CPU = torch.device("cpu")
 
@@ -45,9 +45,10 @@ def test_rates_ratios_and_mfu_are_those_of_the_median_step() -> None:
     assert lines[-1].startswith("| c | out of memory |")
 
 
+@pytest.mark.parametrize("way", ["compiled", "CUDA graphs"])
 @pytest.mark.parametrize(("value", "faults"), [(1.01, 0), (1.1, 1), (float("nan"), 1)])
-def test_a_compiled_step_with_another_loss_is_told(value: float, faults: int) -> None:
-    found = {"PLACE, eager": {"loss": 1.0}, "PLACE, compiled": {"loss": value}, "PLACE ITA, eager": {"loss": 9.0}}
+def test_a_compiled_step_with_another_loss_is_told(value: float, faults: int, way: str) -> None:
+    found = {"PLACE, eager": {"loss": 1.0}, f"PLACE, {way}": {"loss": value}, "PLACE ITA, eager": {"loss": 9.0}}
     assert len(compare_losses(found)) == faults
 
 
@@ -55,7 +56,7 @@ def test_the_whole_benchmark_runs_on_steps_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = build_tiny_config(data={"max_tokens": 14}, model={"text": {"vocab_size": 64}})
-    place = partial(build_place, config, 4, CPU, compiled=False)
+    place = partial(build_place, config, 4, CPU, mode=None)
     rows = {"padded": Row(partial(place, packed=False)), "packed": Row(partial(place, packed=True), ("padded",))}
     monkeypatch.setattr(benchmark, "list_rows", lambda *_: rows)
     output = tmp_path / "rows.jsonl"
@@ -65,6 +66,21 @@ def test_the_whole_benchmark_runs_on_steps_of_any_size(
     assert packed["ratios"] == [pytest.approx(packed["samples_per_s"] / padded["samples_per_s"])]
     assert padded["flops"] > 0
     assert capsys.readouterr().out.count("\n| p") == 2
+
+
+def test_a_row_that_fails_has_its_reason_and_the_others_are_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> Step:
+        raise RuntimeError("no graph of this\nwith more lines")
+
+    config = build_tiny_config(data={"max_tokens": 14}, model={"text": {"vocab_size": 64}})
+    rows = {"fails": Row(fail), "works": Row(partial(build_place, config, 4, CPU, None, False), ("fails",))}
+    monkeypatch.setattr(benchmark, "list_rows", lambda *_: rows)
+    assert benchmark.main(["--batch", "4", "--rounds", "1", "--device", "cpu"]) == 1
+    fails, works = capsys.readouterr().out.splitlines()[-2:]
+    assert fails.startswith("| fails | no graph of this |")
+    assert works.startswith("| works | ")
 
 
 @pytest.mark.parametrize("loops", [False, True])
@@ -88,7 +104,7 @@ def test_a_step_of_open_clip_gives_its_loss(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(
         open_clip, "create_model", lambda name, precision, device: open_clip.CLIP(embed_dim=32, **names).to(device)
     )
-    take_step = build_open_clip(build_random_batch(4), compiled=False)
+    take_step = build_open_clip(build_random_batch(4), mode=None)
     first, second = take_step(), take_step()
     assert first.isfinite()
     assert first == second
