@@ -26,9 +26,8 @@ demo: $(READY)
 	$(BIN)/place pretrain --config configs/demo.yaml
 	$(BIN)/place evaluate --run runs/demo --data datasets/demo --tasks all
 
-# Two files of tests at a time.
 test: $(READY)
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/pytest
 
 # A standing Ray head with a token on this machine: jobs, their stop, doctor. About 2 minutes.
 test-ray: $(READY)

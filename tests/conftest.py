@@ -27,14 +27,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 REAL_DATA = Path(os.environ.get("PLACE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where tests run side by side: a file stays with one process, and no two of them start a Ray at a time."""
-    for item in items if config.pluginmanager.hasplugin("xdist") else ():
-        group = "ray" if item.get_closest_marker("ray") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder with real radiographs and reports; skips where there is none."""
