@@ -229,6 +229,16 @@ def test_phases_of_a_step_are_drawn_where_they_were_timed(tmp_path: Path, clock:
     assert draw_panel(panels["Where the time of a step goes"], Marks([], [])).startswith(b"<?xml")
 
 
+def test_what_is_0_throughout_is_named_and_not_drawn(tmp_path: Path, clock: Clock) -> None:
+    run = write_run(tmp_path / "run")
+    train(run, clock, 0, 0, 20, sent_mib=0.0, lag_s=0.5)
+    charted = build_charts(read_history(run))
+    assert "Sent by all hosts, a step: 0 throughout" in charted.left_out
+    drawn = {panel.title: panel for panel in charted.groups["Speed and memory"]}
+    assert "Sent by all hosts, a step" not in drawn
+    assert drawn["How much later the last rank comes"].lines[0].y == [0.5, 0.5]
+
+
 def test_the_page_needs_nothing_else_and_holds_no_empty_picture(
     restarted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,7 +65,8 @@ def draw_panel(panel: Panel, marks: Marks, is_wide: bool = False) -> bytes:
     _draw_marks(axis, marks)
     axis.set(xlabel=panel.x_name, ylabel=panel.unit)
     # All charts over steps have one axis, also those of what is written seldom.
-    axis.set_xlim(left=0, right=marks.end)
+    # A mark at the last step is seen whole.
+    axis.set_xlim(left=0, right=marks.end and 1.01 * marks.end)
     names = axis.get_legend_handles_labels()[1]
     if len(names) > 1:
         figure.legend(loc="outside lower left", ncols=3, fontsize=8, frameon=False, handlelength=1.6, columnspacing=1.2)

@@ -36,11 +36,18 @@ def build_charts(history: History) -> Charted:
     losses = list(filter(None, (_build_loss(history, name, left_out) for name in LOSSES)))
     kept = {}
     for heading, panels in (("Losses", losses), ("Optimiser", optimiser), ("Speed and memory", speed)):
-        left_out += [f"{panel.title}: not recorded" for panel in panels if not panel.lines]
-        kept[heading] = [panel for panel in panels if panel.lines]
+        left_out += [f"{panel.title}: {why_not}" for panel in panels if (why_not := _why_not(panel))]
+        kept[heading] = [panel for panel in panels if not _why_not(panel)]
     if not history.attention:
         left_out.append("V-POR attention over time: not recorded")
     return Charted({heading: panels for heading, panels in kept.items() if panels}, left_out)
+
+
+def _why_not(panel: Panel) -> str:
+    """Why a chart would show nothing; empty where it shows something."""
+    if not panel.lines:
+        return "not recorded"
+    return "" if any(any(line.y) for line in panel.lines) else "0 throughout"
 
 
 def build_marks(history: History) -> Marks:
