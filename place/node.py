@@ -12,7 +12,6 @@ import shutil
 import socket
 import sys
 import tempfile
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ def note_shared_memory(run_dir: Path, prefixes: list[str]) -> None:
     """Note the shared memory that streaming has made under these prefixes."""
     for prefix in prefixes:
         inode = (_SHARED_MEMORY / f"{prefix}locals").stat().st_ino
-        _append(run_dir, {"prefix": prefix, "inode": inode, "pid": os.getpid()})
+        _append(run_dir, {"prefix": prefix, "inode": inode})
 
 
 def clean_node(run_dir: Path) -> int:
@@ -81,12 +80,9 @@ def _remove(record: dict[str, Any], folder: Path) -> int:
             return 0
     except FileNotFoundError:
         return 0
-    segments = list(mark.parent.glob(f"{record['prefix']}*"))
-    if record["pid"] == os.getpid():
-        for segment in segments:
-            resource_tracker.unregister(f"/{segment.name}", "shared_memory")
-    paths = [*segments, *folder.glob(f"{record['prefix']}*_filelock")]
-    for path in paths:
+    paths = [*mark.parent.glob(f"{record['prefix']}*"), *folder.glob(f"{record['prefix']}*_filelock")]
+    # While the mark is there nobody takes the names.
+    for path in sorted(paths, key=lambda path: path == mark):
         path.unlink(missing_ok=True)
     return len(paths)
 

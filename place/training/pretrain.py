@@ -101,18 +101,22 @@ def _work(
     build_loader = functools.partial(
         PairLoader, config.data, tokenizer=tokenizer, seed=config.run.seed, num_patches=num_patches, cache=cache
     )
+    loaders: list[PairLoader] = []
     try:
-        loader = build_loader(config.data.train_split, local_batch=plan.local_batch, train=True)
-        val_loader = None
+        loader, val_loader = build_loader(config.data.train_split, local_batch=plan.local_batch, train=True), None
+        loaders.append(loader)
         if plan.val_steps:
             val_loader = build_loader(config.data.val_split, local_batch=plan.val_local_batch, train=False)
+            loaders.append(val_loader)
         if node.is_first:
-            note_shared_memory(run_dir, [item.shm_prefix for item in (loader, val_loader) if item])
+            note_shared_memory(run_dir, [item.shm_prefix for item in loaders])
         objective = functools.partial(_objective, config, 1 / (255 * loader.dataset.std))
         outcome = train(config, plan, engine, loader, val_loader, objective, log, watchdog, progress, phases, gpu)
         barrier()
         return outcome
     finally:
+        for item in loaders:
+            item.close()
         watchdog.close()
         if log is not None:
             log.close()

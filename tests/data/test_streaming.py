@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -153,6 +155,44 @@ def uneven(prepared: Path, tokenizer: str) -> dict[str, list[Step]]:
         pytest.skip("this user may not have a mount namespace, which stands for another machine")
     ranks = run_ranks(read_cases, 3, str(prepared), tokenizer, lone_ranks=(2,))
     return {name: join([rank[name] for rank in ranks]) for name in ranks[0]}
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from place.config import DataConfig
+from place.data.loader import PairLoader
+from place.data.tokens import ReportTokenizer
+
+path, tokenizer, cache = sys.argv[1:]
+data = DataConfig(path=path, image_size_px=32, num_workers=0)
+loader = PairLoader(
+    data, "val", ReportTokenizer.load(tokenizer), seed=0, local_batch=4, num_patches=16, train=False, cache=Path(cache)
+)
+next(loader.read_epoch(0, 0, 1, 1))
+held = {path.name for path in Path("/dev/shm").glob(f"{loader.shm_prefix}*")}
+loader.close()
+left = [path for path in Path("/dev/shm").glob(f"{loader.shm_prefix}*")]
+for name in held:
+    (Path("/dev/shm") / name).write_bytes(b"of another run")
+print(len(left), *held)
+"""
+
+
+def test_memory_whose_names_another_run_took_since_is_not_removed(
+    prepared: Path, tokenizer: str, tmp_path: Path
+) -> None:
+    words = [sys.executable, "-c", HOLD, str(prepared), tokenizer, str(tmp_path / "cache")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    left, *held = done.stdout.split()
+    theirs = [Path("/dev/shm") / name for name in held]
+    kept = [path for path in theirs if path.exists()]
+    for path in kept:
+        path.unlink()
+    assert left == "0"
+    assert len(theirs) > 5
+    assert kept == theirs
+    assert done.stderr == ""
 
 
 @pytest.mark.multiprocess
