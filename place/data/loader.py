@@ -21,7 +21,6 @@ from pathlib import Path
 
 import cv2
 import torch
-from streaming.base.shared.memory import SharedMemory
 from torch.utils.data import DataLoader, default_collate
 
 from place.batch import Batch
@@ -147,25 +146,16 @@ class PairLoader:
         streaming frees them at the end of the process: by then they may be those of another run on this host. What is
         mapped stays so, for threads of streaming may still write to it.
         """
-        held = list(_list_shared(self.dataset))
+        held = self.dataset.list_shared()
         for shared in held:
             atexit.unregister(shared.cleanup)
-        segments = [segment for shared in held for segment in shared.created_shms]
+        segments = {segment.name: segment for shared in held for segment in shared.created_shms}
         for lock in Path(tempfile.gettempdir()).glob(f"{self.shm_prefix}*_filelock") if segments else ():
             lock.unlink(missing_ok=True)
         # While `locals` is there nobody takes the names.
-        for segment in sorted(segments, key=lambda segment: segment.name.endswith("_locals")):
+        for name in sorted(segments, key=lambda name: name.endswith("_locals")):
             with suppress(FileNotFoundError):
-                segment.unlink()
-
-
-def _list_shared(holder: object) -> Iterator[SharedMemory]:
-    """Shared memory that a data set of streaming holds, itself or in arrays, scalars and barriers of its own."""
-    for value in vars(holder).values():
-        if isinstance(value, SharedMemory):
-            yield value
-        elif type(value).__module__.startswith("streaming.base.shared"):
-            yield from _list_shared(value)
+                segments[name].unlink()
 
 
 def _read_ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:

@@ -27,6 +27,7 @@ patch_torchvision()
 from streaming import Stream, StreamingDataset  # noqa: E402
 from streaming.base.constant import TICK  # noqa: E402
 from streaming.base.dataset import _ShardState  # noqa: E402
+from streaming.base.shared.memory import SharedMemory  # noqa: E402
 from streaming.base.world import World as StreamingWorld  # noqa: E402
 
 ONE_OF = ("findings", "impression")
@@ -70,6 +71,7 @@ class ReportPairs(StreamingDataset):
         self.data, self.tokenizer, self.seed, self.train = data, tokenizer, seed, train
         self._world, self._node = world, node
         self._mapped: dict[int, MappedShard] = {}
+        self._resumes: list[SharedMemory] = []
         self.mean, self.std = read_intensity(data)
         self.parts = list_parts(data, split, train)
         self.epoch = 0
@@ -223,6 +225,12 @@ class ReportPairs(StreamingDataset):
                 "shuffle_seed": self.seed,
             }
         )
+        # streaming forgets the one before, which made the memory and frees its name at the end of the process.
+        self._resumes.append(self._resume_shm)
+
+    def list_shared(self) -> list[SharedMemory]:
+        """All shared memory that this process made or opened for it."""
+        return [*_list_shared(self), *self._resumes]
 
     def _build_pair(self, sample: dict[str, Any]) -> Pair:
         image_YX, size = read_image(sample["image"]), self.data.image_size_px
@@ -263,3 +271,12 @@ def select_sentences(sentences: list[dict[str, str]], sections: str) -> list[str
     sections = ONE_OF[0] if sections == "one" else sections
     wanted = [item["text"] for item in sentences if sections in ("all", item["section"])]
     return wanted or [item["text"] for item in sentences]
+
+
+def _list_shared(holder: object) -> Iterator[SharedMemory]:
+    """Shared memory that a data set of streaming holds, itself or in arrays, scalars and barriers of its own."""
+    for value in vars(holder).values():
+        if isinstance(value, SharedMemory):
+            yield value
+        elif type(value).__module__.startswith("streaming.base.shared"):
+            yield from _list_shared(value)

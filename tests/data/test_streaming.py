@@ -169,7 +169,8 @@ data = DataConfig(path=path, image_size_px=32, num_workers=0)
 loader = PairLoader(
     data, "val", ReportTokenizer.load(tokenizer), seed=0, local_batch=4, num_patches=16, train=False, cache=Path(cache)
 )
-next(loader.read_epoch(0, 0, 1, 1))
+for epoch in range(2):
+    next(loader.read_epoch(epoch, 0, 1, 1))
 held = {path.name for path in Path("/dev/shm").glob(f"{loader.shm_prefix}*")}
 loader.close()
 left = [path for path in Path("/dev/shm").glob(f"{loader.shm_prefix}*")]

@@ -77,13 +77,21 @@ def test_bf16_norms_err_little_more_than_those_of_autocast(monkeypatch: pytest.M
         assert errors[0] != errors[1], "the rule of autocast was not replaced"
 
 
-@pytest.mark.parametrize(
-    ("attention", "mode"), [("sdpa", "default"), ("eager", "default"), ("eager", "reduce-overhead")]
-)
-def test_compiled_encoders_give_the_same_outputs_and_gradients(attention: str, mode: str) -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_both_encoders_are_compiled_in_the_mode_that_is_asked_for(
+    attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch, "compile", lambda function, mode, **_: modes.append(mode) or function)
+    build(model={"attention": attention}).compile_encoders("reduce-overhead")
+    assert modes == ["reduce-overhead"] * 2
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_compiled_encoders_give_the_same_outputs_and_gradients(attention: str) -> None:
     plain, batch = build(model={"attention": attention}), build_batch(4)
     compiled = build(model={"attention": attention})
-    compiled.compile_encoders(mode)
+    compiled.compile_encoders()
     assert (compiled.text._compiled_call_impl is None) == compiled.packs
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     expected, gradients = backward(plain, batch)
