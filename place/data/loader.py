@@ -14,9 +14,9 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import islice
-from multiprocessing import parent_process
+from multiprocessing import parent_process, resource_tracker
 from pathlib import Path
 
 import cv2
@@ -152,10 +152,17 @@ class PairLoader:
         segments = {segment.name: segment for shared in held for segment in shared.created_shms}
         for lock in Path(tempfile.gettempdir()).glob(f"{self.shm_prefix}*_filelock") if segments else ():
             lock.unlink(missing_ok=True)
-        # While `locals` is there nobody takes the names.
-        for name in sorted(segments, key=lambda name: name.endswith("_locals")):
-            with suppress(FileNotFoundError):
+        mark = f"{self.shm_prefix}locals"
+        # Whoever made the mark also frees what another rank made and was killed before it could.
+        for path in Path("/dev/shm").glob(f"{self.shm_prefix}*") if mark in segments else ():
+            if path.name not in segments:
+                path.unlink(missing_ok=True)
+        # While the mark is there nobody takes the names.
+        for name in sorted(segments, key=lambda name: name == mark):
+            try:
                 segments[name].unlink()
+            except FileNotFoundError:  # the rank that made the mark was first
+                resource_tracker.unregister(f"/{name}", "shared_memory")
 
 
 def _read_ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
