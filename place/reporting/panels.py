@@ -47,7 +47,12 @@ def _why_not(panel: Panel) -> str:
     """Why a chart would show nothing; empty where it shows something."""
     if not panel.lines:
         return "not recorded"
-    return "" if any(any(line.y) for line in panel.lines) else "0 throughout"
+    return "0 throughout" if _is_zero(panel) else ""
+
+
+def _is_zero(panel: Panel) -> bool:
+    """Whether there are values, and all are 0."""
+    return bool(panel.lines) and not any(any(line.y) for line in panel.lines)
 
 
 def build_marks(history: History) -> Marks:
@@ -95,7 +100,7 @@ def _build_loss(history: History, name: str, left_out: list[str]) -> Panel | Non
         _take("done again later", "lost", name, history.lost),
     ]
     panel = Panel(LOSSES[name], [line for line in lines if line.x])
-    if panel.lines and not any(any(line.y) for line in panel.lines):
+    if _is_zero(panel):
         left_out.append(f"{LOSSES[name]}: 0 throughout, as its weight is")
         return None
     return panel
